@@ -1,0 +1,14 @@
+"""hardkv: head-adaptive KV-cache compression at decoding time, on unmodified transformers checkpoints.
+
+Importing it wraps transformers' attention and mask registries (`hardkv.cache.routing`); models without a HardKVCache
+compute exactly what they did before.
+"""
+
+from hardkv.cache import HardKVCache, Stats, UnroutedKVError
+from hardkv.cache.routing import install
+from hardkv.config import HardKVConfig
+
+__version__ = "0.1.0"
+__all__ = ["HardKVCache", "HardKVConfig", "Stats", "UnroutedKVError"]
+
+install()

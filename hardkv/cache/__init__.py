@@ -1,0 +1,7 @@
+"""The cache itself: storage, events, and the way into transformers."""
+
+from hardkv.cache.cache import HardKVCache
+from hardkv.cache.handles import UnroutedKVError
+from hardkv.cache.stats import Stats
+
+__all__ = ["HardKVCache", "Stats", "UnroutedKVError"]

@@ -1,0 +1,231 @@
+"""HardKVCache: what `generate(past_key_values=...)` takes."""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from hardkv.cache.handles import KVHandle, LogicalLen
+from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.routing import install, route
+from hardkv.cache.stats import Stats
+from hardkv.cache.tiers import storage_nbytes
+from hardkv.config import HardKVConfig
+from hardkv.kernels.attention import resolve_backend
+from hardkv.selectors.budgets import Budget, Pyramid
+from hardkv.selectors.scorer import Scorer
+
+TIERS = ("condensed", "sparse", "dense")
+
+
+class HardKVCache(DynamicCache):
+    """Head-adaptive KV-cache compression at decoding time: each KV head keeps its own tokens, the rest is freed.
+
+    Pass it to any forward or `generate()` of an unmodified decoder. Full-attention layers are compressed after the
+    prompt and every `interval` tokens; sliding-window and linear-attention layers stay as DynamicCache has them.
+
+    Args:
+        config (`PreTrainedConfig`, *optional*): `model.config` itself, not a copy. Without it only models whose layers
+            all use full attention, and whose attention is not "eager", work.
+        scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, attention: see `HardKVConfig`.
+
+    Raises:
+        ValueError, TypeError: an argument that is not allowed.
+
+    Example:
+        ```python
+        >>> from hardkv import HardKVCache
+        >>> cache = HardKVCache(config=model.config, scorer="snapkv", budget=512)
+        >>> out = model.generate(**inputs, past_key_values=cache, max_new_tokens=1024)
+        >>> print(cache.stats())
+        ```
+    """
+
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        scorer: "str | Scorer | dict[str, Any]" = HardKVConfig.scorer,
+        budget: "int | Budget | dict[str, Any]" = HardKVConfig.budget,
+        window: int = HardKVConfig.window,
+        sinks: int = HardKVConfig.sinks,
+        interval: int = HardKVConfig.interval,
+        patience: int = HardKVConfig.patience,
+        pin_prompt: bool = HardKVConfig.pin_prompt,
+        calibration: None = HardKVConfig.calibration,
+        attention: str = HardKVConfig.attention,
+    ):
+        self.settings = HardKVConfig(
+            scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, attention
+        )
+        self.warnings: list[str] = []
+        self._broken: str | None = None
+        if config is not None and not hasattr(config, "get_text_config"):
+            raise TypeError(
+                f"config={type(config).__name__} must be a model's config: HardKVCache(config=model.config)"
+            )
+        super().__init__(config=config)
+        install()
+        if config is None:
+            if isinstance(self.settings.budget, Pyramid):
+                raise ValueError(f"{self.settings.budget} needs the number of layers: pass config=model.config")
+            return
+        route(config)
+        text = config.get_text_config(decoder=True)
+        # Layers that read another layer's keys do so after its attention ran.
+        shared = bool(getattr(text, "num_kv_shared_layers", 0)) or any(getattr(text, "kv_sharing_modes", None) or ())
+        full = [idx for idx, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        for rank, idx in enumerate(full):
+            self.layers[idx] = self._new_layer(idx, rank, len(full), shared=shared)
+        if not full:
+            self._warn(
+                f"no layer of {type(config).__name__} uses full attention (sliding-window and linear layers are "
+                "already bounded): HardKVCache compresses nothing here"
+            )
+
+    def _new_layer(self, idx: int, rank: int, num_layers: int, *, knows_model: bool = True, shared: bool = False):
+        budget = self.settings.budget
+        assert isinstance(budget, Budget)
+        budget = budget.for_layer(rank, num_layers, self.settings.window + self.settings.sinks)
+        return HardKVLayer(self.settings, budget, idx, knows_model=knows_model, shared=shared)
+
+    def _warn(self, message: str) -> None:
+        """Tell once, and keep telling in `stats()`."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            warnings.warn(message, stacklevel=3)
+
+    @property
+    def _compressed(self) -> list[HardKVLayer]:
+        return [layer for layer in self.layers if isinstance(layer, HardKVLayer)]
+
+    # ------------------------------------------------------------------ cache protocol
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> "tuple[KVHandle, KVHandle] | tuple[Tensor, Tensor]":
+        """Take new keys `[B, H, q, D]` and values of a layer; a HardKV layer returns handles for attention.
+
+        Raises:
+            RuntimeError: an earlier forward pass died between layers, or the model has more layers than the config.
+            ValueError: shapes differ from what the cache holds.
+        """
+        if self.layer_class_to_replicate is not None:  # built without a config: layers appear as they are used
+            while len(self.layers) <= layer_idx:
+                idx = len(self.layers)
+                self.layers.append(self._new_layer(idx, idx, layer_idx + 1, knows_model=False))
+        elif layer_idx >= len(self.layers):
+            raise RuntimeError(
+                f"layer {layer_idx} asks for a cache of {len(self.layers)} layers: it was built with another model's "
+                "config; use HardKVCache(config=model.config)"
+            )
+        layer = self.layers[layer_idx]
+        if isinstance(layer, HardKVLayer):
+            self._check_whole(layer)
+        return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+
+    def _check_whole(self, layer: HardKVLayer) -> None:
+        """At a forward's first compressed layer: the last forward must have reached every layer."""
+        compressed = self._compressed
+        if layer is compressed[0] and self._broken is None:
+            lengths = {other.seen for other in compressed if other.is_initialized}
+            if len(lengths) > 1:
+                self._broken = (
+                    "an earlier forward pass stopped between layers (an error, out of memory or an interrupt), so "
+                    f"layers of this HardKVCache hold different lengths ({min(lengths)} to {max(lengths)}): reset() it "
+                    "or build a new one"
+                )
+        if self._broken is not None:
+            raise RuntimeError(self._broken)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Key length and offset that the layer's mask must cover; see `HardKVLayer.get_mask_sizes`."""
+        if layer_idx >= len(self.layers):
+            return LogicalLen(query_length), 0
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` columns, in all layers or (ValueError) none; `HardKVLayer.crop`."""
+        if self._broken is not None:
+            raise RuntimeError(self._broken)
+        for layer in self._compressed:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget every token; settings stay."""
+        self._broken = None
+        super().reset()
+
+    # ------------------------------------------------------------------ introspection
+
+    def kept(self, layer_idx: int) -> list[list[Tensor]]:
+        """Positions (columns, pads counted) that attention reads in a layer: `[batch][kv_head]`, ascending int64.
+
+        Raises:
+            ValueError: the layer is not one that this cache compresses.
+        """
+        layer = self.layers[layer_idx] if -len(self.layers) <= layer_idx < len(self.layers) else None
+        if not isinstance(layer, HardKVLayer):
+            which = [idx for idx, other in enumerate(self.layers) if isinstance(other, HardKVLayer)]
+            raise ValueError(f"layer_idx={layer_idx} is not compressed by this cache; compressed layers: {which}")
+        return layer.kept()
+
+    def lengths(self, tier: str | None = None) -> Tensor:
+        """Tokens held per layer, sequence and KV head, int64 `[layers, batch, kv_heads]` on the CPU.
+
+        Only layers that this cache compresses are listed, in order; layers with fewer heads are padded with 0.
+
+        Args:
+            tier: None for what attention reads (condensed and dense), or "condensed", "sparse", "dense".
+        """
+        if tier is not None and tier not in TIERS:
+            raise ValueError(f"tier={tier!r} must be None or one of {TIERS}")
+        layers = [layer.lengths(tier).cpu() for layer in self._compressed if layer.seen]
+        if not layers:
+            return torch.zeros(0, 0, 0, dtype=torch.int64)
+        heads = max(layer.shape[1] for layer in layers)
+        return torch.stack([F.pad(layer, (0, heads - layer.shape[1])) for layer in layers])
+
+    def nbytes(self) -> int:
+        """Bytes truly held by all layers, compressed or not: the storages behind their tensors, each counted once."""
+        return storage_nbytes(tensor for layer in self.layers for tensor in _tensors(layer))
+
+    def dense_nbytes(self) -> int:
+        """Bytes that DynamicCache would hold for the same sequences."""
+        return sum(
+            layer.dense_nbytes() if isinstance(layer, HardKVLayer) else storage_nbytes(_tensors(layer))
+            for layer in self.layers
+        )
+
+    def stats(self) -> Stats:
+        """A snapshot to print or to log."""
+        compressed = self._compressed
+        first = compressed[0] if compressed else None
+        return Stats(
+            nbytes=self.nbytes(),
+            dense_nbytes=self.dense_nbytes(),
+            seq_length=self.get_seq_length() if self.layers else 0,
+            batch_size=first.batch_size if first is not None and first.seen else 0,
+            layers=len(self.layers),
+            compressed_layers=len(compressed),
+            lengths=self.lengths().tolist(),
+            sparse=int(self.lengths("sparse").sum()),
+            events=first.events if first is not None else 0,
+            scorer=str(self.settings.scorer),
+            budget=str(self.settings.budget),
+            attention=resolve_backend(self.settings.attention),
+            warnings=list(self.warnings),
+        )
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    """Every tensor that a cache layer holds, ours or transformers'."""
+    if isinstance(layer, HardKVLayer):
+        return layer.tensors() if layer.seen else []
+    states = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
+    flat = [state for group in states for state in (group.values() if isinstance(group, dict) else [group])]
+    return [state for state in flat if isinstance(state, Tensor)]

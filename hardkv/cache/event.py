@@ -1,0 +1,85 @@
+"""A selection event: score every held token, apply the budget, condense. Pure: new tiers out, nothing changed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hardkv.cache.tiers import Merged, QueryRing, Tiers
+from hardkv.config import HardKVConfig
+from hardkv.kernels.rows import row_ids
+from hardkv.selectors.budgets import Budget
+from hardkv.selectors.observation import Observation
+from hardkv.selectors.scorer import scorer_name
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an event of one layer needs to know.
+
+    Args:
+        settings: scorer, window, sinks, interval, patience. budget: this layer's.
+        end: logical length. pinned: columns of the prompt that are kept whatever their score, 0 for none.
+        scale, softcap: of the layer's attention.
+    """
+
+    settings: HardKVConfig
+    budget: Budget
+    end: int
+    pinned: int
+    scale: float
+    softcap: float | None
+
+    def condense(self, tiers: Tiers, ring: QueryRing) -> Tiers:
+        """The tiers after the event; `tiers` and `ring` are only read, so that a failure loses nothing."""
+        settings, scorer = self.settings, self.settings.scorer
+        merged = tiers.merged(settings.window)
+        observation = self._observe(tiers, ring, merged)
+        z = scorer.score(observation)  # type: ignore[union-attr]
+        if scorer_name(scorer) is None:  # type: ignore[arg-type]
+            _check_scores(z, observation, scorer)
+        keep = self.budget.select(z, observation)
+        del observation  # its copy of the keys and values goes before the new tiers come
+        return tiers.condense(
+            merged, keep, window=settings.window, interval=settings.interval, patience=settings.patience
+        )
+
+    def _observe(self, tiers: Tiers, ring: QueryRing, merged: Merged) -> Observation:
+        keys, values = tiers.gather(merged.address)
+        queries, columns, valid = ring.newest(self.settings.window, self.end)
+        return Observation(
+            keys=keys,
+            values=values,
+            positions=merged.positions,
+            cu_seqlens=merged.cu_seqlens,
+            queries=queries,
+            query_positions=columns,
+            query_valid=valid,
+            protected=self._protected(merged),
+            scale=self.scale,
+            window=self.settings.window,
+            softcap=self.softcap,
+        )
+
+    def _protected(self, merged: Merged) -> Tensor:
+        """Tokens kept whatever their score, bool `[N]`: window, sinks, and a pinned prompt."""
+        start, stop = merged.cu_seqlens[:-1].long(), merged.cu_seqlens[1:].long()
+        row = row_ids(merged.cu_seqlens, merged.positions.shape[0])
+        token = torch.arange(row.shape[0], device=row.device)
+        newest = token >= stop[row] - self.settings.window
+        oldest = token < start[row] + self.settings.sinks
+        return newest | oldest | (merged.positions < self.pinned)
+
+
+def _check_scores(z: Any, observation: Observation, scorer: Any) -> None:
+    """Raise ValueError unless a user's scorer kept to its contract."""
+    tokens = observation.keys.shape[0]
+    if not isinstance(z, Tensor) or z.shape != (tokens,) or not z.is_floating_point():
+        got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+        raise ValueError(f"scorer {scorer!r} returned {got}; expected one floating-point score per token, [{tokens}]")
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError(
+            f"scorer {scorer!r} returned NaN or infinite scores; return log-scores, such as torch.log(s + 1e-38) "
+            "for s >= 0"
+        )

@@ -1,0 +1,135 @@
+"""What travels in place of keys, values and masks: objects that only hardkv's attention can read.
+
+Anything else that touches them gets an `UnroutedKVError` rather than wrong attention.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hardkv.cache.layer import HardKVLayer
+
+
+class UnroutedKVError(RuntimeError):
+    """Keys, values or mask of a HardKVCache reached code that does not know them."""
+
+
+def unrouted(what: str, name: str) -> NoReturn:
+    raise UnroutedKVError(
+        f"{name!r} was used on the {what} of a HardKVCache, so this model's attention did not go through the attention "
+        "functions that hardkv wraps. Build the cache with the model's own config object, HardKVCache("
+        "config=model.config), after the last model.set_attn_implementation(...). If that is so already, this "
+        "architecture changes keys and values between cache and attention and is not supported."
+    )
+
+
+class NewTokens:
+    """The keys and values of one `update()`, `[B, H, q, D]` and `[B, H, q, Dv]`, on their way to attention."""
+
+    def __init__(self, layer: "HardKVLayer", keys: Tensor, values: Tensor, start: int):
+        self.layer = layer
+        self.keys = keys
+        self.values = values
+        self.start = start  # column of the first of them
+        self.ingested_at: int | None = None  # the layer's event count when they were stored
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.keys.shape[2]
+
+
+class KVHandle:
+    """What `update()` returns in place of keys or values: shape, dtype and device, and no data.
+
+    A plain object rather than a Tensor subclass, which torch.compile cannot trace through here.
+    """
+
+    requires_grad = False
+
+    def __init__(self, new: NewTokens, like: Tensor):
+        self.new = new
+        self.shape = torch.Size((*like.shape[:2], new.stop, like.shape[3]))
+        self.dtype = like.dtype
+        self.device = like.device
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def dim(self) -> int:
+        return 4
+
+    def size(self, dim: int | None = None) -> "torch.Size | int":
+        return self.shape if dim is None else self.shape[dim]
+
+    # Moving devices (accelerate's hooks) and laying out memory do not change what the handle stands for.
+    def to(self, *args: Any, **kwargs: Any) -> "KVHandle":
+        return self
+
+    def contiguous(self, *args: Any, **kwargs: Any) -> "KVHandle":
+        return self
+
+    def __repr__(self) -> str:
+        return f"KVHandle(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)  # copy, pickle and dynamo probe for protocols
+        unrouted("keys or values", name)
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        unrouted("keys or values", "indexing")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        unrouted("keys or values", getattr(func, "__name__", str(func)))
+
+
+class LogicalLen(int):
+    """A key length that belongs to a HardKV layer; travels from `get_mask_sizes` to the mask function."""
+
+
+class HardKVMask:
+    """What a wrapped mask function returns for a HardKV layer: the 2D padding, and the original mask if asked for."""
+
+    def __init__(self, padding: Tensor | None, build: Callable[[], Any]):
+        self.padding = padding  # bool [B, columns] or None
+        self._build = build
+
+    @functools.cached_property
+    def original(self) -> Any:
+        """What the wrapped function would have returned."""
+        return self._build()
+
+    def to(self, *args: Any, **kwargs: Any) -> "HardKVMask":
+        if self.padding is not None:
+            padding = self.padding.to(*args, **kwargs)
+            if padding is not self.padding:
+                return HardKVMask(padding.bool(), lambda: self._moved(*args, **kwargs))
+        return self
+
+    def _moved(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original if self.original is None else self.original.to(*args, **kwargs)
+
+    def contiguous(self, *args: Any, **kwargs: Any) -> "HardKVMask":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        unrouted("attention mask", name)
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        unrouted("attention mask", "indexing")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        unrouted("attention mask", getattr(func, "__name__", str(func)))

@@ -1,0 +1,402 @@
+"""One layer of the cache: stores what attention brings, attends over the tiers, and compresses at events."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from hardkv.cache.event import Event
+from hardkv.cache.handles import KVHandle, LogicalLen, NewTokens, UnroutedKVError
+from hardkv.cache.tiers import DenseTier, QueryRing, RaggedTier, Tiers, storage_nbytes
+from hardkv.config import HardKVConfig
+from hardkv.kernels.attention import dense_allowed, tiered_attention
+from hardkv.selectors.budgets import Budget
+
+
+class HardKVLayer(CacheLayerMixin):
+    """Cascade Cache of one attention layer.
+
+    A forward pass calls `update()`, which only wraps the new keys and values, then attention, which calls `prefill()`
+    (first forward) or `decode()`: those store, attend, and run a due event.
+
+    Args:
+        settings: what and when to compress. budget: this layer's budget.
+        layer_idx: for messages. knows_model: whether the cache was built with a model config.
+        shared: the layer's keys are read again by later layers, so its events wait for its next `update()`.
+    """
+
+    is_compileable = False  # or generate() compiles the model around data-dependent shapes
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(
+        self, settings: HardKVConfig, budget: Budget, layer_idx: int, *, knows_model: bool = True, shared: bool = False
+    ):
+        super().__init__()
+        self.settings = settings
+        self.budget = budget
+        self.layer_idx = layer_idx
+        self.knows_model = knows_model
+        self.shared = shared
+        self.record_past = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.__dict__.pop("batch_size", None)  # Cache.batch_size asks layers that have one
+        self.seen = 0  # logical length: columns stored, pads and evicted tokens counted
+        self.compressed_at: int | None = None  # logical length at the last event
+        self.committed = 0  # logical length that no crop() of the current round goes behind
+        self.prompt_length: int | None = None  # columns of the prompt once it has ended
+        self.events = 0
+        self.tiers: Tiers | None = None
+        self.ring: QueryRing | None = None
+        self.scale = 1.0
+        self.softcap: float | None = None
+        self._module: weakref.ref[torch.nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_module": None}  # weak references cannot be pickled
+
+    def __repr__(self) -> str:
+        held = f", seen={self.seen}, events={self.events}" if self.is_initialized else ""
+        return f"{type(self).__name__}(scorer={self.settings.scorer}, budget={self.budget}{held})"
+
+    # ------------------------------------------------------------------ called by the model
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember shapes, dtype and device of the first keys `[B, H, q, D]` and values `[B, H, q, Dv]`."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_kv_heads, _, self.head_dim = key_states.shape
+        self.value_dim = value_states.shape[-1]
+        self.is_initialized = True
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[KVHandle, KVHandle]:
+        """Wrap new keys and values for attention, which stores them; nothing is stored here.
+
+        Raises:
+            ValueError: shapes differ from what the cache holds.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        got = (key_states.shape[0], key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        held = (self.batch_size, self.num_kv_heads, self.head_dim, self.value_dim)
+        if got != held or key_states.dtype != self.dtype:
+            if self.seen == 0:
+                self.lazy_initialization(key_states, value_states)
+            else:
+                raise ValueError(
+                    f"layer {self.layer_idx} holds batch, KV heads, head_dim, value dim = {held} in {self.dtype} and "
+                    f"gets {got} in {key_states.dtype}: this cache belongs to another batch or model; use a new "
+                    "HardKVCache, or reset() this one"
+                )
+        if self.event_due:  # held back by recording, or because later layers still had to read
+            self.compress()
+        new = NewTokens(self, key_states.detach(), value_states.detach(), self.seen)
+        return KVHandle(new, key_states), KVHandle(new, value_states)
+
+    def check_module(self, module: torch.nn.Module) -> None:
+        """Raise ValueError when another model's layer than before brings the query."""
+        owner = self._module() if self._module is not None else None
+        if owner is None:
+            self._module = weakref.ref(module)
+        elif owner is not module and not self.shared:
+            raise ValueError(
+                f"layer {self.layer_idx} of this HardKVCache was filled by another model; use a new HardKVCache for "
+                "each model, or reset() this one"
+            )
+
+    def prefill(
+        self, new: NewTokens, query: Tensor, padding: Tensor | None, *, scale: float, softcap: float | None
+    ) -> None:
+        """Store the first tokens, already attended by the model's own kernel, and compress at once.
+
+        The event reads the raw keys and values, so an uncompressed copy of the prompt never exists.
+        """
+        if not self._needs_storing(new):
+            return
+        self._check_pinned(new, padding)
+        valid = _columns(padding, new)
+        if valid is None:  # read the model's own tensors, uncopied
+            batch, _, q_len, _ = new.keys.shape
+            positions = torch.arange(q_len, dtype=torch.int32, device=new.keys.device).expand(batch, -1)
+            fill = torch.full((batch,), q_len, device=new.keys.device)
+            dense = DenseTier(new.keys, new.values, positions, fill, bound=q_len)
+        else:
+            dense = DenseTier.allocate(new.keys, new.values, new.keys.shape[2])
+            dense = dense.append(new.keys, new.values, valid, 0)
+        ring = self._observe(query, valid, None, new)
+        empty = RaggedTier.empty(self.batch_size * self.num_kv_heads, new.keys, new.values)
+        tiers = Tiers(empty, empty, dense)
+        if not self._event_held:
+            tiers = self._event(new.stop, scale, softcap).condense(tiers, ring)
+        elif valid is None:  # what is held back must not alias the model's activations
+            tiers = Tiers(empty, empty, dense.grown(new.keys.shape[2]))
+        self._store(new, tiers, ring, scale, softcap)
+        if not self._event_held:
+            self.compressed_at, self.events = new.stop, self.events + 1
+
+    def decode(
+        self,
+        new: NewTokens,
+        query: Tensor,
+        padding: Tensor | None,
+        new_mask: Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Store later tokens, attend over all tiers, and compress when an event is due.
+
+        Args:
+            new: what `update()` wrapped. query: `[B, Hq, q, D]`.
+            padding: bool `[B, columns so far]` or None. new_mask: bool `[B or 1, q, q]` or None (causal).
+            scale, softcap, sinks: as in `kernels.attention.tiered_attention`.
+
+        Returns:
+            `[B, Hq, q, Dv]`.
+        """
+        if self._needs_storing(new):
+            if self.prompt_length is None and query.shape[2] > 1:  # the prompt comes in chunks
+                self._check_pinned(new, padding)
+            valid = _columns(padding, new)
+            assert self.tiers is not None
+            dense = self.tiers.dense.append(new.keys, new.values, valid, new.start)
+            ring = self._observe(query.detach(), valid, self.ring, new)
+            self._store(new, Tiers(self.tiers.condensed, self.tiers.sparse, dense), ring, scale, softcap)
+        tiers = self.tiers
+        assert tiers is not None
+        dense, bound = tiers.dense, tiers.dense.bound
+        out, _ = tiered_attention(
+            query,
+            tiers.condensed.keys,
+            tiers.condensed.values,
+            tiers.condensed.buckets,
+            dense.keys[:, :, :bound],
+            dense.values[:, :, :bound],
+            dense_allowed(dense.positions[:, :bound], dense.fill, new.start, query.shape[2], new_mask),
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        if self.event_due and not self._event_held:
+            self.compress()
+        return out
+
+    # ------------------------------------------------------------------ storing
+
+    def _needs_storing(self, new: NewTokens) -> bool:
+        """Whether these tokens are new; False when a later layer reads the same handle again.
+
+        Raises:
+            UnroutedKVError: the handle is stale.
+        """
+        if new.ingested_at is None and new.start == self.seen:
+            return True
+        if new.ingested_at == self.events and new.stop == self.seen:
+            return False
+        raise UnroutedKVError(
+            f"layer {self.layer_idx}: attention asks for keys of columns {new.start} to {new.stop} after the cache "
+            f"went on to {self.seen} columns and {self.events} events; keys of one forward pass cannot be reused later"
+        )
+
+    def _observe(self, query: Tensor, valid: Tensor | None, ring: QueryRing | None, new: NewTokens) -> QueryRing:
+        """The query ring with the new queries, `[B, Hq, q, D]`."""
+        window = self.settings.window
+        if ring is None:
+            ring = QueryRing(query, window)
+        if self.record_past and new.start:
+            # crop() may take back this round's columns, and the window before them must still be there then
+            capacity = window + min(new.stop - self.committed, self.settings.interval)
+            if capacity > ring.capacity:
+                ring = ring.grown(capacity, new.start)
+        ring.append(query, valid, new.start)
+        return ring
+
+    def _store(self, new: NewTokens, tiers: Tiers, ring: QueryRing, scale: float, softcap: float | None) -> None:
+        self.scale, self.softcap = scale, softcap
+        self.tiers, self.ring = tiers, ring
+        if self.prompt_length is None and (new.stop - new.start == 1 or (self.record_past and new.start)):
+            self.prompt_length = new.start or new.stop  # the first single token, or the first verified draft, ends it
+        new.ingested_at = self.events
+        self.seen = new.stop
+
+    # ------------------------------------------------------------------ events
+
+    @property
+    def event_due(self) -> bool:
+        """Whether the tokens since the last event reach the interval; also once after the first forward."""
+        if self.seen == 0:
+            return False
+        return self.compressed_at is None or self.seen - self.compressed_at >= self.settings.interval
+
+    @property
+    def _event_held(self) -> bool:
+        return self.record_past or self.shared
+
+    def compress(self) -> None:
+        """Run an event now: score every token, apply the budget, give back the bytes of what lost."""
+        assert self.tiers is not None
+        assert self.ring is not None
+        self.tiers = self._event(self.seen, self.scale, self.softcap).condense(self.tiers, self.ring)
+        self.compressed_at, self.committed, self.events = self.seen, self.seen, self.events + 1
+
+    def _event(self, end: int, scale: float, softcap: float | None) -> Event:
+        pinned = 0
+        if self.settings.pin_prompt:
+            pinned = end if self.prompt_length is None else self.prompt_length
+        return Event(self.settings, self.budget, end, pinned, scale, softcap)
+
+    def _check_pinned(self, new: NewTokens, padding: Tensor | None) -> None:
+        limit = self.budget.limit
+        if not self.settings.pin_prompt or limit is None:
+            return
+        prompt = new.stop if padding is None else int(padding.sum(1).max())
+        if prompt + self.settings.window > limit:
+            raise ValueError(
+                f"pin_prompt=True: the prompt has {prompt} tokens, and with the window of {self.settings.window} that "
+                f"exceeds the {limit} tokens a head may keep in layer {self.layer_idx} ({self.budget}): raise the "
+                "budget or set pin_prompt=False"
+            )
+
+    # ------------------------------------------------------------------ cache protocol
+
+    def get_seq_length(self) -> int:
+        """Logical length: padding and evicted tokens included."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    @torch.compiler.disable
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical key length of the next forward, marked as ours, and offset 0."""
+        return LogicalLen(self.seen + query_length), 0
+
+    def activate_past_recording(self) -> None:
+        """Hold events until `crop()` or the next forward, so that a draft can be taken back (assisted decoding)."""
+        self.record_past = True
+        self.committed = self.seen
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """The logical length after `crop(tokens_to_remove)`.
+
+        Raises:
+            ValueError: positive, or further back than the newest `window` columns before the last event.
+        """
+        remove = -int(tokens_to_remove)
+        if remove < 0:
+            raise ValueError(
+                f"crop({-remove}): pass minus the number of tokens to remove; an absolute length is not supported"
+            )
+        length = max(0, self.seen - remove)
+        kept_from = 0 if self.compressed_at is None else self.compressed_at - self.settings.window
+        if remove and 0 < length < kept_from:
+            raise ValueError(
+                f"crop({-remove}) would go back to {length} tokens, but tokens before {kept_from} are already "
+                "compressed: crop less, use a larger window, or reset()"
+            )
+        return length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest columns, and run an event that was held for it.
+
+        Args:
+            tokens_to_remove: zero or negative, minus the columns to forget.
+
+        Raises:
+            ValueError: see `check_crop`.
+        """
+        length = self.check_crop(tokens_to_remove)
+        if self.seen and length == 0:
+            return self.reset()
+        if self.tiers is None or self.ring is None:
+            return
+        if length < self.seen:
+            self.tiers.dense.crop(length)
+            self.ring.size = max(0, self.ring.size - (self.seen - length))
+            self.seen = length
+            if self.prompt_length is not None:
+                self.prompt_length = min(self.prompt_length, length)
+        if self.record_past and self.event_due:
+            self.compress()
+        self.committed = self.seen
+
+    def reset(self) -> None:
+        """Forget everything, settings apart."""
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Pick sequences of the batch, in order (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch."""
+        if self.seen:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given sequences of the batch, in that order (int64, or bool over the batch)."""
+        if not self.seen:
+            return
+        assert self.tiers is not None
+        assert self.ring is not None
+        indices = torch.as_tensor(indices, device=self.device)
+        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
+        tiers, ring = self.tiers.select_sequences(indices), self.ring.select_sequences(indices)
+        self.tiers, self.ring, self.batch_size = tiers, ring, indices.shape[0]
+
+    def offload(self) -> None:
+        raise NotImplementedError("HardKVCache does not offload its layers yet")
+
+    # ------------------------------------------------------------------ introspection
+
+    def kept(self) -> list[list[Tensor]]:
+        """Positions attention reads, ascending, `[batch][kv_head]` int64 tensors."""
+        if self.tiers is None:
+            return []
+        condensed, dense = self.tiers.condensed, self.tiers.dense
+        rows = condensed.positions.long().split(condensed.lengths.tolist())
+        newest = [dense.positions[b, :fill].long() for b, fill in enumerate(dense.fill.tolist())]
+        return [
+            [torch.cat([rows[b * self.num_kv_heads + h], newest[b]]) for h in range(self.num_kv_heads)]
+            for b in range(self.batch_size)
+        ]
+
+    def lengths(self, tier: str | None = None) -> Tensor:
+        """Tokens per row, int64 `[B, H]`: what attention reads, or one tier's."""
+        if self.tiers is None:
+            return torch.zeros(0, 0, dtype=torch.int64)
+        shape = (self.batch_size, self.num_kv_heads)
+        condensed = self.tiers.condensed.lengths.long().view(shape)
+        dense = self.tiers.dense.fill[:, None].expand(shape)
+        by_tier = {"condensed": condensed, "sparse": self.tiers.sparse.lengths.long().view(shape), "dense": dense}
+        return condensed + dense if tier is None else by_tier[tier].clone()
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor held: keys, values, positions, spare capacity, queries, schedules."""
+        return 0 if self.tiers is None or self.ring is None else storage_nbytes(self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        assert self.tiers is not None
+        assert self.ring is not None
+        return [*self.tiers.tensors(), self.ring.buffer, self.ring.valid]
+
+    def dense_nbytes(self) -> int:
+        """Bytes that DynamicCache would hold for the same columns."""
+        if not self.seen:
+            return 0
+        columns = self.batch_size * self.num_kv_heads * self.seen
+        return columns * (self.head_dim + self.value_dim) * self.dtype.itemsize
+
+
+def _columns(padding: Tensor | None, new: NewTokens) -> Tensor | None:
+    """The part of the padding that belongs to the new tokens, bool `[B, q]`."""
+    return None if padding is None else padding[:, new.start : new.stop].bool()

@@ -1,0 +1,230 @@
+"""Everything that touches transformers' attention and mask registries.
+
+A model hands new keys and values to `Cache.update`, then calls the attention function its config names with the
+query. Our `update` returns a handle in the keys' place; every registered attention function is wrapped, once and in
+place, to look for that handle, and is exactly itself when there is none. Mask functions never see the cache, so the
+length that `get_mask_sizes` reports is a marked integer that the wrapped mask functions recognise.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from hardkv.cache.handles import HardKVMask, KVHandle, LogicalLen, NewTokens, UnroutedKVError
+
+EAGER = "hardkv|eager"
+
+
+def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
+    """The `eager_attention_forward` of the file that defines the module's class, as transformers would call."""
+    for klass in type(module).__mro__:
+        function = getattr(sys.modules.get(klass.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise UnroutedKVError(f"{type(module).__name__} defines no eager_attention_forward: use attn_implementation='sdpa'")
+
+
+def _wrap_attention(name: str, function: Callable[..., Any] | None) -> Callable[..., Any]:
+    """`function` (None: the module's own eager one), except that keys of a HardKVCache go to its layer."""
+
+    def attention(
+        module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        original = _eager_of(module) if function is None else function
+        if isinstance(key, KVHandle):
+            return _routed(name, original, module, query, key, value, attention_mask, args, kwargs)
+        if isinstance(attention_mask, HardKVMask):  # a layer of the same model that is not ours
+            attention_mask = attention_mask.original
+        return original(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return _mark(attention, function)
+
+
+@torch.compiler.disable
+def _routed(
+    name: str,
+    original: Callable[..., Any],
+    module: torch.nn.Module,
+    query: Tensor,
+    key: KVHandle,
+    value: Any,
+    mask: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Any]:
+    if not isinstance(value, KVHandle) or value.new is not key.new:
+        raise UnroutedKVError("the keys passed to attention come from a HardKVCache, the values do not")
+    if args:
+        raise UnroutedKVError(
+            f"{type(module).__name__} passes positional arguments to attention; hardkv reads keywords"
+        )
+    _refuse(module, key, kwargs)
+    new = key.new
+    full = (lambda: mask.original) if isinstance(mask, HardKVMask) else (lambda: mask)
+    padding = _padding(mask, query.shape[0], new)
+    new.layer.check_module(module)
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    # sdpa has no softcap: transformers ignores it there (or refuses, before we are asked)
+    softcap = None if name == "sdpa" else kwargs.get("softcap")
+    if new.start == 0:  # the first call: nothing is compressed yet, and the original kernel is exact
+        result = original(module, query, new.keys, new.values, full(), **kwargs)
+        new.layer.prefill(new, query.detach(), padding, scale=scale, softcap=softcap)
+        return result
+    new_mask = None
+    if query.shape[2] > 1:
+        new_mask = _mask_of_new(full(), padding, new)
+    out = new.layer.decode(
+        new, query, padding, new_mask, scale=scale, softcap=softcap, sinks=kwargs.get("s_aux")
+    )  # [B, Hq, q, Dv]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(module: torch.nn.Module, key: KVHandle, kwargs: dict[str, Any]) -> None:
+    """Raise for attention that would silently be wrong over compressed rows."""
+    what = type(module).__name__
+    for name in ("position_bias", "indices", "block_indices"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"HardKVCache does not support attention with {name!r} ({what}): use DynamicCache"
+            )
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    if causal is False:
+        raise NotImplementedError(
+            f"HardKVCache needs causal self-attention, and {what} is not. For an encoder-decoder model pass "
+            "EncoderDecoderCache(HardKVCache(...), DynamicCache())"
+        )
+    sliding_window = kwargs.get("sliding_window")
+    if sliding_window is not None:
+        if not key.new.layer.knows_model:
+            raise ValueError(
+                f"{what} uses a sliding window of {sliding_window} tokens, and this HardKVCache was built without a "
+                "config: pass HardKVCache(config=model.config), so that sliding layers get a sliding cache"
+            )
+        if key.shape[2] > sliding_window:
+            raise NotImplementedError(
+                f"{what} attends within a sliding window of {sliding_window} tokens, and its config does not mark the "
+                "layer as sliding, so HardKVCache compresses it: use DynamicCache for this model"
+            )
+
+
+def _padding(mask: Any, batch: int, new: NewTokens) -> Tensor | None:
+    """Which columns hold tokens, bool `[B, columns]`, from any mask a model may pass; None when all do."""
+    if mask is None:
+        return None
+    if isinstance(mask, HardKVMask):
+        padding = mask.padding
+        if padding is None:
+            return None
+    elif isinstance(mask, Tensor) and mask.dim() == 4:
+        # The last query sees every token of its sequence that exists.
+        padding = _as_bool(mask)[:, :, -1].any(1)
+    elif isinstance(mask, Tensor) and mask.dim() == 2:
+        padding = mask.bool()
+    else:
+        raise UnroutedKVError(f"cannot read padding from an attention mask of type {type(mask).__name__}")
+    if padding.shape[1] != new.stop:
+        raise ValueError(
+            f"attention_mask covers {padding.shape[1]} columns, but the cache has seen {new.start} and gets "
+            f"{new.stop - new.start} more: pass a mask over all {new.stop} columns, past ones included"
+        )
+    return padding.expand(batch, -1)
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    """An additive or boolean mask as a boolean one."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _mask_of_new(mask: Any, padding: Tensor | None, new: NewTokens) -> Tensor | None:
+    """The part of a later chunk's mask among its own tokens, bool `[B or 1, q, q]`; None when plainly causal.
+
+    Raises:
+        NotImplementedError: the mask differs between heads, or hides past tokens that exist.
+    """
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        return None
+    if not isinstance(mask, Tensor):
+        raise NotImplementedError(
+            f"HardKVCache cannot read a {type(mask).__name__} for a chunk of several tokens after the first: use "
+            "attn_implementation='sdpa'"
+        )
+    allowed = _as_bool(mask)
+    if allowed.shape[1] > 1 and not bool((allowed == allowed[:, :1]).all()):
+        raise NotImplementedError("HardKVCache does not support attention masks that differ between heads")
+    allowed = allowed[:, 0]
+    past = allowed[..., : new.start]
+    exists = torch.ones_like(past[:, :1]) if padding is None else padding[:, None, : new.start]
+    among_new = allowed[..., new.start :]
+    real = among_new.diagonal(dim1=1, dim2=2)[..., None]  # padded queries see nothing, and nobody reads them
+    if bool((exists & ~past & real).any()):
+        raise NotImplementedError(
+            "the attention mask of a later chunk hides past tokens that the cache holds; HardKVCache lets every new "
+            "token see all kept ones"
+        )
+    return among_new
+
+
+def _wrap_mask(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, except that it returns a HardKVMask when the length belongs to a HardKV layer."""
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        length = kwargs.get("kv_length", args[2] if len(args) > 2 else None)
+        if not isinstance(length, LogicalLen):
+            return function(*args, **kwargs)
+        if args:
+            raise UnroutedKVError("mask functions of HardKVCache layers must be called with keywords")
+        kwargs["kv_length"] = int(length)
+        return HardKVMask(kwargs.get("attention_mask"), lambda: function(**kwargs))
+
+    return _mark(mask, function)
+
+
+def _mark(wrapper: Callable[..., Any], function: Callable[..., Any] | None) -> Callable[..., Any]:
+    if function is not None:
+        functools.update_wrapper(wrapper, function)
+    wrapper._hardkv = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def install() -> None:
+    """Wrap every entry of transformers' attention and mask registries in place. Idempotent; public `register` only.
+
+    Called at import and by every HardKVCache, so that implementations registered in between are wrapped too.
+    """
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        if not isinstance(getattr(interface, "_global_mapping", None), dict):
+            import transformers
+
+            raise ImportError(
+                f"transformers {transformers.__version__} keeps its attention registry differently from the versions "
+                "hardkv was tested with: please report it and use a tested version (see the README)"
+            )
+    for name, function in list(AttentionInterface._global_mapping.items()):
+        if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
+            AttentionInterface.register(name, _wrap_attention(name, function))
+    for name, function in list(AttentionMaskInterface._global_mapping.items()):
+        if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
+            AttentionMaskInterface.register(name, _wrap_mask(function))  # type: ignore[arg-type]
+    if EAGER not in AttentionInterface._global_mapping:
+        AttentionInterface.register(EAGER, _wrap_attention("eager", None))
+        AttentionMaskInterface.register(EAGER, _wrap_mask(eager_mask))
+
+
+def route(config: Any) -> None:
+    """Send a model's text layers through the wrapped functions.
+
+    Eager attention has no registry entry to wrap, so a text config on eager is switched to "hardkv|eager". The public
+    setter would switch vision configs too.
+    """
+    text = config.get_text_config(decoder=True)
+    if text._attn_implementation in (None, "eager"):
+        text._attn_implementation_internal = EAGER

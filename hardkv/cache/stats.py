@@ -1,0 +1,64 @@
+"""What a cache holds, as numbers."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def format_bytes(count: float) -> str:
+    """`1536` -> `'1.5 KiB'`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of a HardKVCache; print it, or `to_dict()` it to JSON.
+
+    Args:
+        nbytes: bytes held. dense_nbytes: bytes a DynamicCache would hold for the same sequences.
+        seq_length: logical length, padding and evicted tokens included. batch_size: sequences, 0 before the first.
+        layers: layers of the model. compressed_layers: those that this cache compresses.
+        lengths: tokens that attention reads, `[compressed layers][batch][kv_heads]`.
+        sparse: deselected tokens that are held but not read, over all rows. events: selection events per layer so far.
+        scorer, budget: what selects. attention: backend that computes attention. warnings: what the user should know.
+    """
+
+    nbytes: int
+    dense_nbytes: int
+    seq_length: int
+    batch_size: int
+    layers: int
+    compressed_layers: int
+    lengths: list[list[list[int]]]
+    sparse: int
+    events: int
+    scorer: str
+    budget: str
+    attention: str
+    warnings: list[str]
+
+    @property
+    def ratio(self) -> float:
+        """Bytes held over bytes of a DynamicCache; 1 before the first token."""
+        return self.nbytes / self.dense_nbytes if self.dense_nbytes else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self) | {"ratio": self.ratio}
+
+    def __repr__(self) -> str:
+        flat = [length for layer in self.lengths for sequence in layer for length in sequence]
+        kept = f"min {min(flat)}, mean {sum(flat) / len(flat):.1f}, max {max(flat)}" if flat else "nothing yet"
+        lines = [
+            f"bytes held      {format_bytes(self.nbytes)}, {self.ratio:.1%} of dense {format_bytes(self.dense_nbytes)}",
+            f"tokens per head {kept} of {self.seq_length} seen",
+            f"layers          {self.compressed_layers} of {self.layers} compressed, {self.batch_size} sequences",
+            f"events          {self.events}, {self.sparse} tokens on probation",
+            f"selection       {self.scorer}, {self.budget}",
+            f"attention       {self.attention}",
+            *(f"warning         {warning}" for warning in self.warnings),
+        ]
+        return "HardKVCache stats\n  " + "\n  ".join(lines)

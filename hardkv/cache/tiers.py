@@ -1,0 +1,297 @@
+"""Storage of one cache layer: ragged tiers that change only at events, and the dense tier that grows every step."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hardkv.kernels.compaction import gather_tokens
+from hardkv.kernels.rows import Bucket, bucket_rows, count_per_row, cumulative, padded_index, row_ids
+
+
+def storage_nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each once: a view counts as all that it keeps alive."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@dataclass(frozen=True)
+class RaggedTier:
+    """R rows of tokens, flat: a row is contiguous and ascends in position. Never written after it is made."""
+
+    keys: Tensor  # [N, D]
+    values: Tensor  # [N, Dv]
+    positions: Tensor  # int32 [N]
+    misses: Tensor  # uint8 [N], consecutive events that did not select the token
+    cu_seqlens: Tensor  # int32 [R + 1]
+
+    @classmethod
+    def empty(cls, rows: int, keys: Tensor, values: Tensor) -> "RaggedTier":
+        """No tokens, with the head dims, dtype and device of `keys [..., D]` and `values [..., Dv]`."""
+        return cls(
+            keys.new_empty(0, keys.shape[-1]),
+            values.new_empty(0, values.shape[-1]),
+            torch.empty(0, dtype=torch.int32, device=keys.device),
+            torch.empty(0, dtype=torch.uint8, device=keys.device),
+            torch.zeros(rows + 1, dtype=torch.int32, device=keys.device),
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of every row, int32 `[R]`."""
+        return self.cu_seqlens.diff()
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The schedule the PyTorch kernels work by, made once."""
+        return bucket_rows(self.cu_seqlens)
+
+    def select_rows(self, rows: Tensor) -> "RaggedTier":
+        """A tier of the given rows (int64), in that order; a row may come several times or never."""
+        lengths = self.lengths[rows].long()
+        width = int(lengths.max()) if rows.numel() else 0
+        index, valid = padded_index(self.cu_seqlens[:-1][rows], lengths, width)
+        token = index[valid]
+        return RaggedTier(
+            self.keys[token], self.values[token], self.positions[token], self.misses[token], cumulative(lengths)
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes."""
+        schedule = [t for bucket in self.buckets for t in (bucket.rows, bucket.starts, bucket.lengths)]
+        return [self.keys, self.values, self.positions, self.misses, self.cu_seqlens, *schedule]
+
+
+class DenseTier:
+    """The window and what came since the last event, `[B, H, capacity, D]`, appended to in place.
+
+    Every sequence has its own fill; slots behind it hold nothing. All heads of a sequence hold the same tokens here.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, fill: Tensor, bound: int):
+        self.keys = keys  # [B, H, C, D]
+        self.values = values  # [B, H, C, Dv]
+        self.positions = positions  # int32 [B, C]
+        self.fill = fill  # int64 [B]
+        self.bound = bound  # the host's upper bound on fill
+
+    @classmethod
+    def allocate(cls, keys: Tensor, values: Tensor, capacity: int) -> "DenseTier":
+        """An empty tier shaped after `keys [B, H, _, D]` and `values [B, H, _, Dv]`."""
+        batch, num_kv_heads = keys.shape[:2]
+        # Buffers that later calls write into must not be inference tensors, even if made in inference mode.
+        with torch.inference_mode(False):
+            return cls(
+                torch.empty(batch, num_kv_heads, capacity, keys.shape[-1], dtype=keys.dtype, device=keys.device),
+                torch.empty(batch, num_kv_heads, capacity, values.shape[-1], dtype=values.dtype, device=keys.device),
+                torch.zeros(batch, capacity, dtype=torch.int32, device=keys.device),
+                torch.zeros(batch, dtype=torch.int64, device=keys.device),
+                bound=0,
+            )
+
+    @property
+    def capacity(self) -> int:
+        return self.positions.shape[1]
+
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor | None, start: int) -> "DenseTier":
+        """Write the valid tokens of `keys [B, H, q, D]`, `values [B, H, q, Dv]`, columns `start, start + 1, ...`.
+
+        Returns the tier that holds them: this one, or a larger one when the capacity does not suffice.
+        """
+        batch, _, q_len, _ = keys.shape
+        tier = self if self.bound + q_len <= self.capacity else self.grown(self.bound + q_len)
+        column = torch.arange(q_len, device=keys.device)
+        slot = tier.fill[:, None] + column  # [B, q]
+        sequence = torch.arange(batch, device=keys.device)[:, None]
+        if valid is None:
+            tier.keys[sequence, :, slot] = keys.transpose(1, 2)
+            tier.values[sequence, :, slot] = values.transpose(1, 2)
+            tier.positions[sequence, slot] = (start + column).to(torch.int32).expand(batch, -1)
+            tier.fill = tier.fill + q_len
+        else:
+            # valid tokens first: what padding writes behind the new fill is never read, and overwritten next time
+            order = torch.argsort(valid.logical_not().to(torch.uint8), dim=1, stable=True)
+            tier.keys[sequence, :, slot] = keys.transpose(1, 2)[sequence, order]
+            tier.values[sequence, :, slot] = values.transpose(1, 2)[sequence, order]
+            tier.positions[sequence, slot] = (start + order).to(torch.int32)
+            tier.fill = tier.fill + valid.sum(1)
+        tier.bound += q_len
+        return tier
+
+    def grown(self, capacity: int) -> "DenseTier":
+        """A copy with more room."""
+        tier = DenseTier.allocate(self.keys, self.values, capacity)
+        tier.keys[:, :, : self.bound] = self.keys[:, :, : self.bound]
+        tier.values[:, :, : self.bound] = self.values[:, :, : self.bound]
+        tier.positions[:, : self.bound] = self.positions[:, : self.bound]
+        tier.fill, tier.bound = self.fill, self.bound
+        return tier
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens of column `length` and later."""
+        held = torch.arange(self.capacity, device=self.fill.device) < self.fill[:, None]
+        self.fill = (held & (self.positions < length)).sum(1)
+        self.bound = int(self.fill.max())
+
+    def newest(self, count: int, capacity: int) -> "DenseTier":
+        """A new tier with the newest `count` tokens of every sequence at its front."""
+        tier = DenseTier.allocate(self.keys, self.values, capacity)
+        tier.fill = self.fill.clamp_max(count)
+        tier.bound = min(self.bound, count)
+        slot = (self.fill - tier.fill)[:, None] + torch.arange(tier.bound, device=self.fill.device)
+        slot = slot.clamp_max(max(self.capacity - 1, 0))  # behind the fill of a short sequence: never read
+        sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
+        tier.keys[:, :, : tier.bound] = self.keys[sequence, :, slot].transpose(1, 2)
+        tier.values[:, :, : tier.bound] = self.values[sequence, :, slot].transpose(1, 2)
+        tier.positions[:, : tier.bound] = self.positions[sequence, slot]
+        return tier
+
+    def select_sequences(self, indices: Tensor) -> "DenseTier":
+        """A tier of the given batch rows, in that order."""
+        tier = DenseTier.allocate(self.keys[indices], self.values, self.capacity)
+        tier.keys[:, :, : self.bound] = self.keys[indices, :, : self.bound]
+        tier.values[:, :, : self.bound] = self.values[indices, :, : self.bound]
+        tier.positions[:, : self.bound] = self.positions[indices, : self.bound]
+        tier.fill, tier.bound = self.fill[indices], self.bound
+        return tier
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes."""
+        return [self.keys, self.values, self.positions, self.fill]
+
+
+class QueryRing:
+    """The queries of the newest columns, which score at the next event; written in place, oldest overwritten."""
+
+    def __init__(self, queries: Tensor, capacity: int):
+        batch, num_heads, _, head_dim = queries.shape
+        with torch.inference_mode(False):
+            self.buffer = torch.zeros(batch, num_heads, capacity, head_dim, dtype=queries.dtype, device=queries.device)
+            self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=queries.device)
+        self.size = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.valid.shape[1]
+
+    def append(self, queries: Tensor, valid: Tensor | None, start: int) -> None:
+        """Store `queries [B, Hq, q, D]` of columns `start, start + 1, ...`; `valid [B, q]`, all when None."""
+        capacity, q_len = self.capacity, queries.shape[2]
+        newest = slice(max(0, q_len - capacity), None)
+        slot = (start + torch.arange(q_len, device=queries.device)[newest]) % capacity
+        self.buffer[:, :, slot] = queries[:, :, newest]
+        self.valid[:, slot] = True if valid is None else valid[:, newest]
+        self.size = min(capacity, self.size + q_len)
+
+    def newest(self, count: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Up to `count` queries before column `end`, oldest first: queries, columns `[w]` and validity `[B, w]`."""
+        columns = torch.arange(end - min(count, self.size), end, device=self.valid.device)
+        slot = columns % self.capacity
+        return self.buffer[:, :, slot], columns, self.valid[:, slot]
+
+    def grown(self, capacity: int, end: int) -> "QueryRing":
+        """A copy with room for more columns; `end` is the column after the newest."""
+        ring = QueryRing(self.buffer, capacity)
+        queries, _, valid = self.newest(self.size, end)
+        ring.append(queries, valid, end - self.size)
+        ring.size = self.size
+        return ring
+
+    def select_sequences(self, indices: Tensor) -> "QueryRing":
+        """A ring of the given batch rows, in that order."""
+        ring = QueryRing(self.buffer[indices], self.capacity)
+        ring.buffer.copy_(self.buffer[indices])
+        ring.valid.copy_(self.valid[indices])
+        ring.size = self.size
+        return ring
+
+
+@dataclass(frozen=True)
+class Merged:
+    """All tokens of all tiers, row by row in order of position, with the address each has in its tier."""
+
+    positions: Tensor  # int32 [N]
+    misses: Tensor  # uint8 [N]
+    address: Tensor  # int64 [N], over condensed, sparse and dense slots one behind the other
+    in_window: Tensor  # bool [N], the newest tokens of the dense tier, which stay there
+    cu_seqlens: Tensor  # int32 [R + 1]
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """The three tiers of a layer. An event makes a new one, so that a failed event leaves the old one whole."""
+
+    condensed: RaggedTier
+    sparse: RaggedTier
+    dense: DenseTier
+
+    def merged(self, window: int) -> Merged:
+        """Lay out every held token by row and position."""
+        dense = self.dense
+        batch, num_kv_heads = dense.keys.shape[:2]
+        slot = torch.arange(dense.capacity, device=dense.fill.device)
+        held = (slot < dense.fill[:, None])[:, None].expand(-1, num_kv_heads, -1).reshape(-1)
+        newest = (slot >= (dense.fill - window)[:, None])[:, None].expand(-1, num_kv_heads, -1).reshape(-1)
+        address = held.nonzero()[:, 0]
+        positions = dense.positions[:, None].expand(-1, num_kv_heads, -1).reshape(-1)[address]
+        row = address // dense.capacity
+        ragged = [tier for tier in (self.condensed, self.sparse) if tier.keys.shape[0]]
+        offset = sum(tier.keys.shape[0] for tier in ragged)
+        in_window = newest[address]
+        misses = torch.zeros_like(positions, dtype=torch.uint8)
+        address = address + offset
+        if ragged:
+            older = torch.arange(offset, device=address.device)
+            address = torch.cat([older, address])
+            in_window = torch.cat([torch.zeros_like(older, dtype=torch.bool), in_window])
+            positions = torch.cat([*(tier.positions for tier in ragged), positions])
+            misses = torch.cat([*(tier.misses for tier in ragged), misses])
+            row = torch.cat([*(row_ids(tier.cu_seqlens, tier.keys.shape[0]) for tier in ragged), row])
+            order = torch.argsort((row << 32) + positions)
+            address, in_window, positions = address[order], in_window[order], positions[order]
+            misses = misses[order]
+        lengths = torch.zeros(batch * num_kv_heads, dtype=torch.int64, device=address.device)
+        lengths.scatter_add_(0, row, torch.ones_like(row))
+        return Merged(positions, misses, address, in_window, cumulative(lengths))
+
+    def gather(self, address: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[N, D]` and values `[N, Dv]` at the given addresses."""
+        dense = self.dense
+        return (
+            gather_tokens([self.condensed.keys, self.sparse.keys, dense.keys.flatten(0, 2)], address),
+            gather_tokens([self.condensed.values, self.sparse.values, dense.values.flatten(0, 2)], address),
+        )
+
+    def condense(self, merged: Merged, keep: Tensor, *, window: int, interval: int, patience: int) -> "Tiers":
+        """New, exactly sized tiers after an event.
+
+        Args:
+            merged: from `merged(window)`. keep: bool `[N]`, the selected tokens; the window's must be among them.
+            window, interval: sizes of the new dense tier. patience: misses a token survives in the sparse tier.
+        """
+        misses = torch.where(keep, 0, merged.misses + 1).to(torch.uint8)
+
+        def tier(chosen: Tensor) -> RaggedTier:
+            keys, values = self.gather(merged.address[chosen])
+            cu_seqlens = cumulative(count_per_row(chosen, merged.cu_seqlens))
+            return RaggedTier(keys, values, merged.positions[chosen], misses[chosen], cu_seqlens)
+
+        return Tiers(
+            condensed=tier(keep & ~merged.in_window),
+            sparse=tier(~keep & (misses <= patience)),
+            dense=self.dense.newest(window, window + interval),
+        )
+
+    def select_sequences(self, indices: Tensor) -> "Tiers":
+        """The tiers of the given batch rows, in that order."""
+        num_kv_heads = self.dense.keys.shape[1]
+        rows = (indices[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=indices.device)).flatten()
+        return Tiers(
+            self.condensed.select_rows(rows), self.sparse.select_rows(rows), self.dense.select_sequences(indices)
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes."""
+        return [*self.condensed.tensors(), *self.sparse.tensors(), *self.dense.tensors()]

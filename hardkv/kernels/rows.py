@@ -1,0 +1,74 @@
+"""Index arithmetic over ragged rows: a flat buffer `[N, ...]` cut into R rows by `cu_seqlens [R + 1]`."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# Padded work of one bucket, in tokens: bounds the temporaries of the PyTorch references (about 128 MB in float32).
+MAX_BUCKET_TOKENS = 1 << 18
+
+
+def cumulative(lengths: Tensor) -> Tensor:
+    """`lengths [R]` -> `cu_seqlens` int32 `[R + 1]`."""
+    cu_seqlens = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
+    torch.cumsum(lengths, 0, out=cu_seqlens[1:])
+    return cu_seqlens
+
+
+def row_ids(cu_seqlens: Tensor, total: int) -> Tensor:
+    """The row of every token, int64 `[N]`."""
+    rows = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+    return torch.repeat_interleave(rows, cu_seqlens.diff(), output_size=total)
+
+
+def count_per_row(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """How many tokens of each row `mask` (bool `[N]`) selects, int64 `[R]`."""
+    running = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
+    torch.cumsum(mask, 0, out=running[1:])
+    return running[cu_seqlens.long()].diff()
+
+
+def padded_index(starts: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Flat index and validity, both `[R, width]`, of rows laid out left-aligned; invalid slots point at token 0."""
+    slot = torch.arange(width, device=starts.device)
+    valid = slot < lengths[:, None]
+    return torch.where(valid, starts[:, None].long() + slot, 0), valid
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Rows of similar length that the PyTorch references work on together, padded to `width`."""
+
+    rows: Tensor  # int64 [r]
+    starts: Tensor  # int64 [r], offset of the row's first token
+    lengths: Tensor  # int64 [r]
+    width: int
+
+    def index(self) -> tuple[Tensor, Tensor]:
+        """Flat index and validity of the bucket's tokens, both `[r, width]`."""
+        return padded_index(self.starts, self.lengths, self.width)
+
+
+def bucket_rows(cu_seqlens: Tensor) -> list[Bucket]:
+    """Group the non-empty rows by length so that padding at most doubles the work.
+
+    Reads `cu_seqlens` on the host once; callers keep the result until the rows change.
+    """
+    bounds = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    members: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        if length:
+            members.setdefault(length.bit_length(), []).append(row)
+    buckets = []
+    for _, rows in sorted(members.items()):
+        width = max(lengths[row] for row in rows)
+        step = max(1, MAX_BUCKET_TOKENS // width)
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            host = [part, [bounds[r] for r in part], [lengths[r] for r in part]]
+            rows_, starts, sizes = torch.tensor(host, device=cu_seqlens.device)
+            buckets.append(Bucket(rows_, starts, sizes, max(host[2])))
+    return buckets

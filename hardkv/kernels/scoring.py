@@ -1,0 +1,64 @@
+"""How much the last queries attend to every held token: window queries x ragged keys -> one number a token."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hardkv.kernels.attention import accumulation_dtype
+from hardkv.kernels.rows import Bucket
+
+Reduce = Literal["mean", "max", "max_logits"]
+
+
+def window_attention(
+    queries: Tensor,
+    query_positions: Tensor,
+    query_valid: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    buckets: Sequence[Bucket],
+    *,
+    num_kv_heads: int,
+    scale: float,
+    softcap: float | None = None,
+    reduce: Reduce = "mean",
+    exclude: Tensor | None = None,
+) -> Tensor:
+    """Attention that each token of each row receives, averaged over the valid queries.
+
+    Args:
+        queries: `[B, Hq, W, D]`, after RoPE. query_positions: int64 `[W]`, their columns.
+        query_valid: bool `[B, W]`; padded queries do not count.
+        keys: `[N, D]`; positions: int32 `[N]`; buckets: the rows, from `bucket_rows`.
+        num_kv_heads: H; row b * H + h holds head h of sequence b.
+        scale, softcap: as in the model's attention.
+        reduce: over the G query heads of a group: "mean" or "max" of the averaged probabilities, or "max_logits":
+            the largest logit of the group before one shared softmax (R-KV).
+        exclude: bool `[N]`, tokens left out of the softmax; they receive 0.
+
+    Returns:
+        `[N]` in the accumulation dtype (float32 or float64).
+    """
+    dtype = accumulation_dtype(queries.dtype)
+    batch, num_heads, window, head_dim = queries.shape
+    grouped = queries.reshape(batch * num_kv_heads, num_heads // num_kv_heads, window, head_dim)  # [R, G, W, D]
+    received = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
+    for bucket in buckets:
+        index, valid = bucket.index()
+        counted = query_valid[bucket.rows // num_kv_heads]  # [r, W]
+        visible = valid[:, None] & (positions[index][:, None] <= query_positions[:, None]) & counted[..., None]
+        if exclude is not None:
+            visible &= ~exclude[index][:, None]  # [r, W, n]
+        logits = torch.einsum("rgwd,rnd->rgwn", grouped[bucket.rows].to(dtype), keys[index].to(dtype)) * scale
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        if reduce == "max_logits":
+            logits = logits.amax(1, keepdim=True)
+        logits = logits.masked_fill(~visible[:, None], -torch.inf)
+        # a query that sees nothing has an all -inf row: its softmax is NaN and counts as 0
+        probability = torch.softmax(logits, -1).nan_to_num_(0.0)
+        share = probability.sum(2) / counted.sum(-1).clamp_min(1)[:, None, None]  # [r, G or 1, n]
+        received[index[valid]] = (share.amax(1) if reduce == "max" else share.mean(1))[valid]
+    return received

@@ -1,0 +1,46 @@
+"""Redundancy of keys within a row (R-KV): mean cosine to the other keys, the newest near-duplicate spared."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hardkv.kernels.attention import accumulation_dtype
+from hardkv.kernels.rows import Bucket
+
+# Cosines that one tile of the reference holds at a time (float32: 128 MB).
+MAX_COSINES = 1 << 25
+
+
+def mean_cosine(keys: Tensor, buckets: Sequence[Bucket], *, threshold: float = 0.5, eps: float = 1e-8) -> Tensor:
+    """Mean over the row's tokens i of `cos(key_i, key_j)` for every token j, without the `n x n` matrix.
+
+    The diagonal counts 0, and for every i the last j whose cosine exceeds `threshold` counts 0, so that the newest of
+    near-duplicates is not blamed (R-KV, arXiv 2505.24133). The column sum over i of unit vectors is
+    `n_j . sum_i n_i - |n_j|^2`; only the search for the last match needs cosines, and it runs by tiles.
+
+    Args:
+        keys: `[N, D]`. buckets: the rows, from `bucket_rows`.
+        threshold: cosine above which two keys are near-duplicates. eps: lower bound on a key's norm.
+
+    Returns:
+        `[N]` in the accumulation dtype.
+    """
+    dtype = accumulation_dtype(keys.dtype)
+    redundancy = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
+    for bucket in buckets:
+        index, valid = bucket.index()
+        unit = keys[index].to(dtype)
+        unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(eps) * valid[..., None]  # [r, n, D]
+        column = (unit * unit.sum(1, keepdim=True)).sum(-1) - unit.square().sum(-1)  # [r, n]
+        slot = torch.arange(bucket.width, device=keys.device)
+        tile = max(1, MAX_COSINES // (bucket.rows.shape[0] * bucket.width))
+        for first in range(0, bucket.width, tile):
+            part = slot[first : first + tile]
+            cosine = torch.einsum("rtd,rnd->rtn", unit[:, part], unit)
+            match = (cosine > threshold) & (part[:, None] != slot)
+            last = torch.where(match, slot, -1).amax(-1)  # [r, t], -1 where nothing is similar
+            spared = cosine.gather(2, last.clamp_min(0)[..., None])[..., 0] * (last >= 0)
+            column.scatter_add_(1, last.clamp_min(0), -spared)
+        redundancy[index[valid]] = (column / bucket.lengths[:, None])[valid]
+    return redundancy
