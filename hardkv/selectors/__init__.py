@@ -1,0 +1,41 @@
+"""What to keep: scorers rate tokens, budgets turn rates into kept sets. Functions of tensors: no cache, no model."""
+
+from hardkv.selectors.attention import Attention
+from hardkv.selectors.budgets import BUDGETS, AdaKV, Adaptive, Budget, Pyramid, TopK, TopP, get_budget, register_budget
+from hardkv.selectors.calibration import fit_temperatures
+from hardkv.selectors.observation import Observation
+from hardkv.selectors.rkv import RKV
+from hardkv.selectors.scorer import (
+    SCORERS,
+    Scorer,
+    get_scorer,
+    log_affine,
+    log_score,
+    pool_rows,
+    register_scorer,
+)
+from hardkv.selectors.snapkv import SnapKV
+
+__all__ = [
+    "BUDGETS",
+    "RKV",
+    "SCORERS",
+    "AdaKV",
+    "Adaptive",
+    "Attention",
+    "Budget",
+    "Observation",
+    "Pyramid",
+    "Scorer",
+    "SnapKV",
+    "TopK",
+    "TopP",
+    "fit_temperatures",
+    "get_budget",
+    "get_scorer",
+    "log_affine",
+    "log_score",
+    "pool_rows",
+    "register_budget",
+    "register_scorer",
+]

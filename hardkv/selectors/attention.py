@@ -1,0 +1,22 @@
+"""Score by the attention received: the reference that other scores are calibrated against."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hardkv.selectors.observation import Observation
+from hardkv.selectors.scorer import log_score, register_scorer
+
+
+@register_scorer("attention")
+@dataclass(frozen=True)
+class Attention:
+    """z = log A: the mean attention that the newest queries pay to a token, over the whole row.
+
+    The plain accumulated-attention score, as in H2O (https://arxiv.org/abs/2306.14048), over the last `window` queries
+    instead of all past ones.
+    """
+
+    def score(self, observation: Observation) -> Tensor:
+        """Log-scores `[N]`."""
+        return log_score(observation.attention)

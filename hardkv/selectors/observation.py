@@ -1,0 +1,164 @@
+"""What a scorer sees: the held tokens of one layer, ragged, and the newest queries."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hardkv.kernels.rows import Bucket, bucket_rows, cumulative, padded_index
+from hardkv.kernels.scoring import Reduce, window_attention
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The held tokens of one layer and the queries that judge them.
+
+    Tokens are flat and ragged: row `b * H + h` holds KV head h of sequence b, contiguous and ascending in position,
+    from `cu_seqlens[row]` to `cu_seqlens[row + 1]`. Symbols: B sequences, H KV heads, R = B * H rows, G query heads a
+    KV head, Hq = H * G, W queries, N tokens of all rows together.
+    """
+
+    keys: Tensor  # [N, D], after RoPE
+    values: Tensor  # [N, Dv]
+    positions: Tensor  # int32 [N], columns of the sequence, pads counted
+    cu_seqlens: Tensor  # int32 [R + 1]
+    queries: Tensor  # [B, Hq, W, D], after RoPE, oldest first
+    query_positions: Tensor  # int64 [W]
+    query_valid: Tensor  # bool [B, W], False at padding
+    protected: Tensor  # bool [N], tokens that are kept whatever their score
+    scale: float
+    window: int  # the newest tokens of a row that count as its window
+    softcap: float | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return self.queries.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_rows // self.batch_size
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of every row, int64 `[R]`."""
+        return self.cu_seqlens.diff().long()
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The rows as the PyTorch kernels take them."""
+        return bucket_rows(self.cu_seqlens)
+
+    @property
+    def max_length(self) -> int:
+        """The longest row."""
+        return max((bucket.width for bucket in self.buckets), default=0)
+
+    @cached_property
+    def row(self) -> Tensor:
+        """The row of every token, int64 `[N]`."""
+        return torch.repeat_interleave(self.lengths, output_size=self.keys.shape[0])
+
+    @cached_property
+    def window_mask(self) -> Tensor:
+        """The newest `window` tokens of every row, bool `[N]`."""
+        stop = self.cu_seqlens[1:].long()[self.row]
+        return torch.arange(stop.shape[0], device=stop.device) >= stop - self.window
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """Reference attention A: mean over valid queries and the group of softmax(q . k * scale), `[N]`."""
+        return self.received("mean")
+
+    def received(self, reduce: Reduce, exclude: Tensor | None = None) -> Tensor:
+        """Attention that every token receives from the queries, `[N]`; see `kernels.scoring.window_attention`."""
+        return window_attention(
+            self.queries,
+            self.query_positions,
+            self.query_valid,
+            self.keys,
+            self.positions,
+            self.buckets,
+            num_kv_heads=self.num_kv_heads,
+            scale=self.scale,
+            softcap=self.softcap,
+            reduce=reduce,
+            exclude=exclude,
+        )
+
+    def to_padded(self, z: Tensor, fill: float = -torch.inf) -> Tensor:
+        """Flat `z [N]` as `[B, H, longest row]`, every row left-aligned, `fill` behind its end."""
+        index, valid = padded_index(self.cu_seqlens[:-1], self.lengths, self.max_length)
+        return torch.where(valid, z[index], fill).unflatten(0, (self.batch_size, self.num_kv_heads))
+
+    def to_flat(self, padded: Tensor) -> Tensor:
+        """The inverse of `to_padded`: `[B, H, longest row]` (or `[R, longest row]`) to `[N]`."""
+        padded = padded.reshape(self.num_rows, -1)
+        slot = torch.arange(self.keys.shape[0], device=padded.device) - self.cu_seqlens[:-1].long()[self.row]
+        return padded[self.row, slot]
+
+    @classmethod
+    def from_dense(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        queries: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        sinks: int = 0,
+        mask: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> "Observation":
+        """An observation from rectangular tensors, for tests and for scoring outside a cache.
+
+        Args:
+            keys: `[B, H, n, D]`; values: `[B, H, n, Dv]`; queries: `[B, Hq, W, D]`, those of the last W columns.
+            scale: `D ** -0.5` by default. window: newest tokens that are protected, W by default.
+            sinks: first tokens of a row that are protected.
+            mask: bool `[B, n]` or `[B, H, n]`, tokens that exist; all by default. Queries of columns that exist for no
+                head of their sequence do not count.
+            softcap: as in the model's attention.
+
+        Raises:
+            ValueError: shapes do not fit together.
+        """
+        batch, num_kv_heads, columns, head_dim = keys.shape
+        if queries.shape[0] != batch or queries.shape[1] % num_kv_heads or queries.shape[3] != head_dim:
+            raise ValueError(
+                f"queries {tuple(queries.shape)} do not fit keys {tuple(keys.shape)}: expected [B, Hq, W, D] with the "
+                "same B and D and Hq a multiple of the KV heads"
+            )
+        if values.shape[:3] != keys.shape[:3]:
+            raise ValueError(f"values {tuple(values.shape)} do not fit keys {tuple(keys.shape)}: B, H and n must agree")
+        num_queries = queries.shape[2]
+        if mask is None:
+            mask = torch.ones(batch, num_kv_heads, columns, dtype=torch.bool, device=keys.device)
+        elif mask.dim() == 2:
+            mask = mask[:, None].expand(-1, num_kv_heads, -1)
+        mask = mask.bool()
+        present = mask.reshape(-1, columns)
+        rank = present.long().cumsum(1)  # 1, 2, ... along the row
+        window = num_queries if window is None else window
+        protected = (rank <= sinks) | (rank > rank[:, -1:] - window)
+        query_valid = torch.zeros(batch, num_queries, dtype=torch.bool, device=keys.device)
+        overlap = min(num_queries, columns)
+        if overlap:
+            query_valid[:, -overlap:] = mask.any(1)[:, columns - overlap :]
+        return cls(
+            keys=keys.reshape(-1, head_dim)[present.reshape(-1)],
+            values=values.reshape(-1, values.shape[-1])[present.reshape(-1)],
+            positions=torch.arange(columns, device=keys.device).expand_as(present)[present].to(torch.int32),
+            cu_seqlens=cumulative(present.sum(1)),
+            queries=queries,
+            query_positions=torch.arange(columns - num_queries, columns, device=keys.device),
+            query_valid=query_valid,
+            protected=protected[present],
+            scale=head_dim**-0.5 if scale is None else scale,
+            window=window,
+            softcap=softcap,
+        )

@@ -1,0 +1,49 @@
+"""R-KV: importance minus redundancy, for long chains of thought that repeat themselves."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hardkv.kernels.similarity import mean_cosine
+from hardkv.selectors.observation import Observation
+from hardkv.selectors.scorer import check_pooling, log_affine, pool_rows, register_scorer
+
+
+@register_scorer("rkv")
+@dataclass(frozen=True)
+class RKV:
+    """R-KV (https://arxiv.org/abs/2505.24133): s = lam * importance - (1 - lam) * redundancy.
+
+    Importance: the group's largest logit, softmax over the keys before the window, mean over the window's queries,
+    max-pooled. Redundancy: softmax over the row of each key's mean cosine to the other keys, the newest of
+    near-duplicates spared (`kernels.similarity.mean_cosine`).
+
+    Args:
+        lam: weight of importance, in [0, 1].
+        threshold: cosine above which two keys are near-duplicates.
+        kernel_size, pooling: smoothing of the importance, as in SnapKV.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+    """
+
+    lam: float = 0.1
+    threshold: float = 0.5
+    kernel_size: int = 7
+    pooling: str = "max"
+
+    def __post_init__(self) -> None:
+        check_pooling(self.pooling, self.kernel_size)
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam={self.lam!r} must lie in [0, 1]")
+
+    def score(self, observation: Observation) -> Tensor:
+        """Log-scores `[N]`."""
+        window = observation.window_mask
+        importance = pool_rows(
+            observation.received("max_logits", exclude=window), observation, self.pooling, self.kernel_size, window
+        )
+        cosine = mean_cosine(observation.keys, observation.buckets, threshold=self.threshold)
+        redundancy = observation.to_flat(torch.softmax(observation.to_padded(cosine).flatten(0, 1), -1))
+        return log_affine(self.lam * importance - (1 - self.lam) * redundancy, observation)

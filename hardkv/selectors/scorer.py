@@ -1,0 +1,136 @@
+"""The scorer contract, the registry, and what scorers share."""
+
+import difflib
+from dataclasses import asdict, is_dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hardkv.selectors.observation import Observation
+
+# Added before every logarithm, so that a score of 0 stays finite.
+TINY = torch.finfo(torch.float32).tiny
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """One method: a log-score for every held token, higher = keep. Scorers hold hyperparameters, no state."""
+
+    def score(self, observation: Observation) -> Tensor:
+        """Log-scores z `[N]`, float; only the order of z matters to TopK, its spread to Top-p budgets too."""
+        ...
+
+
+SCORERS: dict[str, type] = {}
+
+T = TypeVar("T", bound=type)
+
+
+def register_scorer(name: str):
+    """Class decorator: make a scorer available as `scorer="name"`. Its constructor must work without arguments."""
+
+    def register(cls: T) -> T:
+        SCORERS[name] = cls
+        return cls
+
+    return register
+
+
+def scorer_name(scorer: Scorer) -> str | None:
+    """The registered name of a scorer's class, None when it has none."""
+    return next((name for name, cls in SCORERS.items() if type(scorer) is cls), None)
+
+
+def get_scorer(spec: "str | dict[str, Any] | Scorer") -> Scorer:
+    """A scorer from its name, from what `scorer_to_dict` made, or as given.
+
+    Raises:
+        ValueError: unknown name or hyperparameter. TypeError: an object without a `score` method.
+    """
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if isinstance(spec, dict):
+        parameters = dict(spec)
+        name = parameters.pop("name", None)
+        if name not in SCORERS:
+            close = difflib.get_close_matches(str(name).lower(), SCORERS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"scorer={name!r} is not known.{hint} Available: {', '.join(sorted(SCORERS))}")
+        try:
+            return SCORERS[name](**parameters)
+        except TypeError as error:
+            raise ValueError(f"scorer {name!r}: {error}") from error
+    if isinstance(spec, type) or not isinstance(spec, Scorer):
+        raise TypeError(
+            f"scorer={spec!r} must be a name ({', '.join(sorted(SCORERS))}) or an object with a method "
+            "score(observation) -> z; pass an instance, not a class"
+        )
+    return spec
+
+
+def scorer_to_dict(scorer: Scorer) -> dict[str, Any]:
+    """`{"name": ..., hyperparameters...}` of a registered dataclass scorer, for JSON.
+
+    Raises:
+        ValueError: the scorer is not registered.
+    """
+    name = scorer_name(scorer)
+    if name is None or not is_dataclass(scorer):
+        raise ValueError(
+            f"scorer {scorer!r} has no JSON form: make it a dataclass and register it with "
+            '@register_scorer("name") from hardkv.selectors'
+        )
+    return {"name": name, **asdict(scorer)}
+
+
+def log_score(score: Tensor) -> Tensor:
+    """z = log(s + tiny) for scores s >= 0."""
+    return torch.log(score + TINY)
+
+
+def log_affine(score: Tensor, observation: Observation) -> Tensor:
+    """z of real-valued scores: mapped affinely to [0, 1] over the candidates of each sequence, then the logarithm.
+
+    One map for all heads of a sequence, so that the order between heads survives. Protected tokens may lie outside the
+    candidates' range and are clamped to it.
+    """
+    sequence = observation.row // observation.num_kv_heads
+    candidates = ~observation.protected
+    low = score.new_full((observation.batch_size,), torch.inf).scatter_reduce_(
+        0, sequence, score.masked_fill(~candidates, torch.inf), "amin"
+    )
+    high = score.new_full((observation.batch_size,), -torch.inf).scatter_reduce_(
+        0, sequence, score.masked_fill(~candidates, -torch.inf), "amax"
+    )
+    span = (high - low).nan_to_num(0.0, 0.0, 0.0)
+    unit = (score - low.nan_to_num(0.0, 0.0, 0.0)[sequence]) / span.clamp_min(TINY)[sequence]
+    # all candidates equal: every one gets the top of the range
+    return log_score(torch.where(span[sequence] > 0, unit.clamp(0.0, 1.0), 1.0))
+
+
+def pool_rows(score: Tensor, observation: Observation, pooling: str, kernel_size: int, exclude: Tensor) -> Tensor:
+    """Smooth scores along each row, over the tokens that `exclude` (bool `[N]`) leaves, in order of position.
+
+    Args:
+        score: `[N]`, >= 0. pooling: "max", "avg" (zeros beyond the row's ends count) or "none". kernel_size: odd.
+
+    Returns:
+        `[N]`; 0 at excluded tokens. Excluded tokens must be the last of their rows.
+    """
+    score = score.masked_fill(exclude, 0.0)
+    if pooling == "none" or observation.max_length == 0:
+        return score
+    padded = observation.to_padded(score, fill=0.0).flatten(0, 1)[:, None]  # [R, 1, n], scores >= 0: 0 is neutral
+    pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    pooled = pool(padded, kernel_size, stride=1, padding=kernel_size // 2)
+    return observation.to_flat(pooled[:, 0]).masked_fill(exclude, 0.0)
+
+
+def check_pooling(pooling: str, kernel_size: int) -> None:
+    """Raise ValueError unless the hyperparameters of `pool_rows` are sound."""
+    if pooling not in ("max", "avg", "none"):
+        raise ValueError(f"pooling={pooling!r} must be 'max', 'avg' or 'none'")
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size!r} must be an odd integer >= 1")

@@ -1,0 +1,42 @@
+"""SnapKV: window attention, pooled along the row."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hardkv.selectors.observation import Observation
+from hardkv.selectors.scorer import check_pooling, log_score, pool_rows, register_scorer
+
+
+@register_scorer("snapkv")
+@dataclass(frozen=True)
+class SnapKV:
+    """SnapKV (https://arxiv.org/abs/2404.14469) in AdaKV's form for grouped queries (https://arxiv.org/abs/2407.11550).
+
+    Softmax over all keys of the row, the window's columns dropped, mean over the window's queries, then over the
+    group, then pooling over the remaining tokens in order of position.
+
+    Args:
+        kernel_size: odd width of the pooling.
+        pooling: "max" (AdaKV's default), "avg" (SnapKV's paper) or "none".
+        group_reduce: "mean" or "max" over the query heads of a KV head.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+    """
+
+    kernel_size: int = 7
+    pooling: str = "max"
+    group_reduce: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_pooling(self.pooling, self.kernel_size)
+        if self.group_reduce not in ("mean", "max"):
+            raise ValueError(f"group_reduce={self.group_reduce!r} must be 'mean' or 'max'")
+
+    def score(self, observation: Observation) -> Tensor:
+        """Log-scores `[N]`; window tokens get the lowest."""
+        received = observation.attention if self.group_reduce == "mean" else observation.received("max")
+        return log_score(
+            pool_rows(received, observation, self.pooling, self.kernel_size, exclude=observation.window_mask)
+        )
