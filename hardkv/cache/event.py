@@ -20,13 +20,12 @@ class Event:
 
     Args:
         settings: scorer, window, sinks, interval, patience. budget: this layer's.
-        end: logical length. pinned: columns of the prompt that are kept whatever their score, 0 for none.
+        pinned: columns of the prompt that are kept whatever their score, 0 for none.
         scale, softcap: of the layer's attention.
     """
 
     settings: HardKVConfig
     budget: Budget
-    end: int
     pinned: int
     scale: float
     softcap: float | None
@@ -47,7 +46,7 @@ class Event:
 
     def _observe(self, tiers: Tiers, ring: QueryRing, merged: Merged) -> Observation:
         keys, values = tiers.gather(merged.address)
-        queries, columns, valid = ring.newest(self.settings.window, self.end)
+        queries, columns, valid = ring.newest(self.settings.window, tiers.seen)
         return Observation(
             keys=keys,
             values=values,

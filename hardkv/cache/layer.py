@@ -9,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hardkv.cache.event import Event
 from hardkv.cache.handles import KVHandle, LogicalLen, NewTokens, UnroutedKVError
-from hardkv.cache.tiers import DenseTier, QueryRing, RaggedTier, Tiers, storage_nbytes
+from hardkv.cache.tiers import DenseTier, QueryRing, Tiers, storage_nbytes
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import dense_allowed, tiered_attention
 from hardkv.selectors.budgets import Budget
@@ -47,16 +47,23 @@ class HardKVLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.is_initialized = False
         self.__dict__.pop("batch_size", None)  # Cache.batch_size asks layers that have one
-        self.seen = 0  # logical length: columns stored, pads and evicted tokens counted
-        self.compressed_at: int | None = None  # logical length at the last event
         self.committed = 0  # logical length that no crop() of the current round goes behind
         self.prompt_length: int | None = None  # columns of the prompt once it has ended
-        self.events = 0
         self.tiers: Tiers | None = None
         self.ring: QueryRing | None = None
         self.scale = 1.0
         self.softcap: float | None = None
         self._module: weakref.ref[torch.nn.Module] | None = None
+
+    @property
+    def seen(self) -> int:
+        """Logical length: columns stored, pads and evicted tokens counted."""
+        return 0 if self.tiers is None else self.tiers.seen
+
+    @property
+    def events(self) -> int:
+        """Selection events so far."""
+        return 0 if self.tiers is None else self.tiers.events
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_module": None}  # weak references cannot be pickled
@@ -121,24 +128,16 @@ class HardKVLayer(CacheLayerMixin):
             return
         self._check_pinned(new, padding)
         valid = _columns(padding, new)
-        if valid is None:  # read the model's own tensors, uncopied
-            batch, _, q_len, _ = new.keys.shape
-            positions = torch.arange(q_len, dtype=torch.int32, device=new.keys.device).expand(batch, -1)
-            fill = torch.full((batch,), q_len, device=new.keys.device)
-            dense = DenseTier(new.keys, new.values, positions, fill, bound=q_len)
-        else:
+        if valid is None and not self._event_held:
+            dense = DenseTier.view(new.keys, new.values)
+        else:  # pads must go, and what outlives this call must not alias the model's activations
             dense = DenseTier.allocate(new.keys, new.values, new.keys.shape[2])
             dense = dense.append(new.keys, new.values, valid, 0)
         ring = self._observe(query, valid, None, new)
-        empty = RaggedTier.empty(self.batch_size * self.num_kv_heads, new.keys, new.values)
-        tiers = Tiers(empty, empty, dense)
+        tiers = Tiers.of(dense, new.stop)
         if not self._event_held:
-            tiers = self._event(new.stop, scale, softcap).condense(tiers, ring)
-        elif valid is None:  # what is held back must not alias the model's activations
-            tiers = Tiers(empty, empty, dense.grown(new.keys.shape[2]))
+            tiers = self._event(tiers, scale, softcap).condense(tiers, ring)
         self._store(new, tiers, ring, scale, softcap)
-        if not self._event_held:
-            self.compressed_at, self.events = new.stop, self.events + 1
 
     def decode(
         self,
@@ -166,17 +165,16 @@ class HardKVLayer(CacheLayerMixin):
                 self._check_pinned(new, padding)
             valid = _columns(padding, new)
             assert self.tiers is not None
-            dense = self.tiers.dense.append(new.keys, new.values, valid, new.start)
-            ring = self._observe(query.detach(), valid, self.ring, new)
-            self._store(new, Tiers(self.tiers.condensed, self.tiers.sparse, dense), ring, scale, softcap)
-        tiers = self.tiers
-        assert tiers is not None
-        dense, bound = tiers.dense, tiers.dense.bound
+            tiers = self.tiers.append(new.keys, new.values, valid)
+            self._store(new, tiers, self._observe(query.detach(), valid, self.ring, new), scale, softcap)
+        assert self.tiers is not None
+        condensed, dense = self.tiers.condensed, self.tiers.dense
+        bound = dense.bound
         out, _ = tiered_attention(
             query,
-            tiers.condensed.keys,
-            tiers.condensed.values,
-            tiers.condensed.buckets,
+            condensed.keys,
+            condensed.values,
+            condensed.buckets,
             dense.keys[:, :, :bound],
             dense.values[:, :, :bound],
             dense_allowed(dense.positions[:, :bound], dense.fill, new.start, query.shape[2], new_mask),
@@ -220,20 +218,21 @@ class HardKVLayer(CacheLayerMixin):
 
     def _store(self, new: NewTokens, tiers: Tiers, ring: QueryRing, scale: float, softcap: float | None) -> None:
         self.scale, self.softcap = scale, softcap
-        self.tiers, self.ring = tiers, ring
+        self.ring = ring
         if self.prompt_length is None and (new.stop - new.start == 1 or (self.record_past and new.start)):
             self.prompt_length = new.start or new.stop  # the first single token, or the first verified draft, ends it
-        new.ingested_at = self.events
-        self.seen = new.stop
+        new.ingested_at = tiers.events
+        self.tiers = tiers
 
     # ------------------------------------------------------------------ events
 
     @property
     def event_due(self) -> bool:
         """Whether the tokens since the last event reach the interval; also once after the first forward."""
-        if self.seen == 0:
+        if self.tiers is None:
             return False
-        return self.compressed_at is None or self.seen - self.compressed_at >= self.settings.interval
+        last = self.tiers.compressed_at
+        return last is None or self.tiers.seen - last >= self.settings.interval
 
     @property
     def _event_held(self) -> bool:
@@ -243,14 +242,14 @@ class HardKVLayer(CacheLayerMixin):
         """Run an event now: score every token, apply the budget, give back the bytes of what lost."""
         assert self.tiers is not None
         assert self.ring is not None
-        self.tiers = self._event(self.seen, self.scale, self.softcap).condense(self.tiers, self.ring)
-        self.compressed_at, self.committed, self.events = self.seen, self.seen, self.events + 1
+        self.tiers = self._event(self.tiers, self.scale, self.softcap).condense(self.tiers, self.ring)
+        self.committed = self.seen
 
-    def _event(self, end: int, scale: float, softcap: float | None) -> Event:
+    def _event(self, tiers: Tiers, scale: float, softcap: float | None) -> Event:
         pinned = 0
         if self.settings.pin_prompt:
-            pinned = end if self.prompt_length is None else self.prompt_length
-        return Event(self.settings, self.budget, end, pinned, scale, softcap)
+            pinned = tiers.seen if self.prompt_length is None else self.prompt_length
+        return Event(self.settings, self.budget, pinned, scale, softcap)
 
     def _check_pinned(self, new: NewTokens, padding: Tensor | None) -> None:
         limit = self.budget.limit
@@ -296,7 +295,8 @@ class HardKVLayer(CacheLayerMixin):
                 f"crop({-remove}): pass minus the number of tokens to remove; an absolute length is not supported"
             )
         length = max(0, self.seen - remove)
-        kept_from = 0 if self.compressed_at is None else self.compressed_at - self.settings.window
+        last = None if self.tiers is None else self.tiers.compressed_at
+        kept_from = 0 if last is None else last - self.settings.window
         if remove and 0 < length < kept_from:
             raise ValueError(
                 f"crop({-remove}) would go back to {length} tokens, but tokens before {kept_from} are already "
@@ -319,9 +319,8 @@ class HardKVLayer(CacheLayerMixin):
         if self.tiers is None or self.ring is None:
             return
         if length < self.seen:
-            self.tiers.dense.crop(length)
             self.ring.size = max(0, self.ring.size - (self.seen - length))
-            self.seen = length
+            self.tiers = self.tiers.cropped(length)
             if self.prompt_length is not None:
                 self.prompt_length = min(self.prompt_length, length)
         if self.record_past and self.event_due:
@@ -330,6 +329,7 @@ class HardKVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, settings apart."""
+        self.record_past = False
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -343,10 +343,8 @@ class HardKVLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given sequences of the batch, in that order (int64, or bool over the batch)."""
-        if not self.seen:
+        if self.tiers is None or self.ring is None:
             return
-        assert self.tiers is not None
-        assert self.ring is not None
         indices = torch.as_tensor(indices, device=self.device)
         indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
         tiers, ring = self.tiers.select_sequences(indices), self.ring.select_sequences(indices)

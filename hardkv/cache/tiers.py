@@ -1,7 +1,7 @@
 """Storage of one cache layer: ragged tiers that change only at events, and the dense tier that grows every step."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -64,18 +64,19 @@ class RaggedTier:
         return [self.keys, self.values, self.positions, self.misses, self.cu_seqlens, *schedule]
 
 
+@dataclass(frozen=True)
 class DenseTier:
     """The window and what came since the last event, `[B, H, capacity, D]`, appended to in place.
 
     Every sequence has its own fill; slots behind it hold nothing. All heads of a sequence hold the same tokens here.
+    Appending writes behind the fill and returns a tier with a larger one, so the old tier stays as it was.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, fill: Tensor, bound: int):
-        self.keys = keys  # [B, H, C, D]
-        self.values = values  # [B, H, C, Dv]
-        self.positions = positions  # int32 [B, C]
-        self.fill = fill  # int64 [B]
-        self.bound = bound  # the host's upper bound on fill
+    keys: Tensor  # [B, H, C, D]
+    values: Tensor  # [B, H, C, Dv]
+    positions: Tensor  # int32 [B, C]
+    fill: Tensor  # int64 [B]
+    bound: int  # the host's upper bound on fill
 
     @classmethod
     def allocate(cls, keys: Tensor, values: Tensor, capacity: int) -> "DenseTier":
@@ -91,71 +92,71 @@ class DenseTier:
                 bound=0,
             )
 
+    @classmethod
+    def view(cls, keys: Tensor, values: Tensor) -> "DenseTier":
+        """A full tier over a model's own tensors, uncopied: columns 0, 1, ..., no padding."""
+        batch, _, length, _ = keys.shape
+        positions = torch.arange(length, dtype=torch.int32, device=keys.device).expand(batch, -1)
+        return cls(keys, values, positions, torch.full((batch,), length, device=keys.device), length)
+
     @property
     def capacity(self) -> int:
         return self.positions.shape[1]
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None, start: int) -> "DenseTier":
-        """Write the valid tokens of `keys [B, H, q, D]`, `values [B, H, q, Dv]`, columns `start, start + 1, ...`.
+        """Hold also the valid tokens of `keys [B, H, q, D]`, `values [B, H, q, Dv]`, columns `start, start + 1, ...`.
 
-        Returns the tier that holds them: this one, or a larger one when the capacity does not suffice.
+        The buffers are shared with this tier unless its capacity does not suffice.
         """
         batch, _, q_len, _ = keys.shape
         tier = self if self.bound + q_len <= self.capacity else self.grown(self.bound + q_len)
         column = torch.arange(q_len, device=keys.device)
         slot = tier.fill[:, None] + column  # [B, q]
         sequence = torch.arange(batch, device=keys.device)[:, None]
-        if valid is None:
-            tier.keys[sequence, :, slot] = keys.transpose(1, 2)
-            tier.values[sequence, :, slot] = values.transpose(1, 2)
-            tier.positions[sequence, slot] = (start + column).to(torch.int32).expand(batch, -1)
-            tier.fill = tier.fill + q_len
-        else:
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        order, fill = column.expand(batch, -1), tier.fill + q_len
+        if valid is not None:
             # valid tokens first: what padding writes behind the new fill is never read, and overwritten next time
-            order = torch.argsort(valid.logical_not().to(torch.uint8), dim=1, stable=True)
-            tier.keys[sequence, :, slot] = keys.transpose(1, 2)[sequence, order]
-            tier.values[sequence, :, slot] = values.transpose(1, 2)[sequence, order]
-            tier.positions[sequence, slot] = (start + order).to(torch.int32)
-            tier.fill = tier.fill + valid.sum(1)
-        tier.bound += q_len
-        return tier
+            order, fill = (
+                torch.argsort(valid.logical_not().to(torch.uint8), dim=1, stable=True),
+                tier.fill + valid.sum(1),
+            )
+            keys, values = keys[sequence, order], values[sequence, order]
+        tier.keys[sequence, :, slot] = keys
+        tier.values[sequence, :, slot] = values
+        tier.positions[sequence, slot] = (start + order).to(torch.int32)
+        return replace(tier, fill=fill, bound=tier.bound + q_len)
 
     def grown(self, capacity: int) -> "DenseTier":
-        """A copy with more room."""
+        """A copy with room for `capacity` tokens."""
         tier = DenseTier.allocate(self.keys, self.values, capacity)
         tier.keys[:, :, : self.bound] = self.keys[:, :, : self.bound]
         tier.values[:, :, : self.bound] = self.values[:, :, : self.bound]
         tier.positions[:, : self.bound] = self.positions[:, : self.bound]
-        tier.fill, tier.bound = self.fill, self.bound
-        return tier
+        return replace(tier, fill=self.fill, bound=self.bound)
 
-    def crop(self, length: int) -> None:
-        """Forget the tokens of column `length` and later."""
+    def cropped(self, length: int) -> "DenseTier":
+        """This tier without the tokens of column `length` and later."""
         held = torch.arange(self.capacity, device=self.fill.device) < self.fill[:, None]
-        self.fill = (held & (self.positions < length)).sum(1)
-        self.bound = int(self.fill.max())
+        fill = (held & (self.positions < length)).sum(1)
+        return replace(self, fill=fill, bound=int(fill.max()))
 
     def newest(self, count: int, capacity: int) -> "DenseTier":
         """A new tier with the newest `count` tokens of every sequence at its front."""
         tier = DenseTier.allocate(self.keys, self.values, capacity)
-        tier.fill = self.fill.clamp_max(count)
-        tier.bound = min(self.bound, count)
-        slot = (self.fill - tier.fill)[:, None] + torch.arange(tier.bound, device=self.fill.device)
+        fill, bound = self.fill.clamp_max(count), min(self.bound, count)
+        slot = (self.fill - fill)[:, None] + torch.arange(bound, device=fill.device)
         slot = slot.clamp_max(max(self.capacity - 1, 0))  # behind the fill of a short sequence: never read
         sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
-        tier.keys[:, :, : tier.bound] = self.keys[sequence, :, slot].transpose(1, 2)
-        tier.values[:, :, : tier.bound] = self.values[sequence, :, slot].transpose(1, 2)
-        tier.positions[:, : tier.bound] = self.positions[sequence, slot]
-        return tier
+        tier.keys[:, :, :bound] = self.keys[sequence, :, slot].transpose(1, 2)
+        tier.values[:, :, :bound] = self.values[sequence, :, slot].transpose(1, 2)
+        tier.positions[:, :bound] = self.positions[sequence, slot]
+        return replace(tier, fill=fill, bound=bound)
 
     def select_sequences(self, indices: Tensor) -> "DenseTier":
         """A tier of the given batch rows, in that order."""
-        tier = DenseTier.allocate(self.keys[indices], self.values, self.capacity)
-        tier.keys[:, :, : self.bound] = self.keys[indices, :, : self.bound]
-        tier.values[:, :, : self.bound] = self.values[indices, :, : self.bound]
-        tier.positions[:, : self.bound] = self.positions[indices, : self.bound]
-        tier.fill, tier.bound = self.fill[indices], self.bound
-        return tier
+        rows = replace(self, keys=self.keys[indices], values=self.values[indices], positions=self.positions[indices])
+        return replace(rows, fill=self.fill[indices]).grown(self.capacity)
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
@@ -221,11 +222,30 @@ class Merged:
 
 @dataclass(frozen=True)
 class Tiers:
-    """The three tiers of a layer. An event makes a new one, so that a failed event leaves the old one whole."""
+    """Everything a layer stores, as one immutable value: a step or an event that fails leaves the old one whole."""
 
     condensed: RaggedTier
     sparse: RaggedTier
     dense: DenseTier
+    seen: int = 0  # logical length: columns stored, pads and evicted tokens counted
+    compressed_at: int | None = None  # logical length at the last event
+    events: int = 0
+
+    @classmethod
+    def of(cls, dense: DenseTier, seen: int) -> "Tiers":
+        """Only a dense tier."""
+        rows = dense.keys.shape[0] * dense.keys.shape[1]
+        empty = RaggedTier.empty(rows, dense.keys, dense.values)
+        return cls(empty, empty, dense, seen)
+
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> "Tiers":
+        """Hold also the next columns; see `DenseTier.append`."""
+        dense = self.dense.append(keys, values, valid, self.seen)
+        return replace(self, dense=dense, seen=self.seen + keys.shape[2])
+
+    def cropped(self, length: int) -> "Tiers":
+        """Without column `length` and later, which must all be in the dense tier."""
+        return replace(self, dense=self.dense.cropped(length), seen=length)
 
     def merged(self, window: int) -> Merged:
         """Lay out every held token by row and position."""
@@ -282,14 +302,20 @@ class Tiers:
             condensed=tier(keep & ~merged.in_window),
             sparse=tier(~keep & (misses <= patience)),
             dense=self.dense.newest(window, window + interval),
+            seen=self.seen,
+            compressed_at=self.seen,
+            events=self.events + 1,
         )
 
     def select_sequences(self, indices: Tensor) -> "Tiers":
         """The tiers of the given batch rows, in that order."""
         num_kv_heads = self.dense.keys.shape[1]
         rows = (indices[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=indices.device)).flatten()
-        return Tiers(
-            self.condensed.select_rows(rows), self.sparse.select_rows(rows), self.dense.select_sequences(indices)
+        return replace(
+            self,
+            condensed=self.condensed.select_rows(rows),
+            sparse=self.sparse.select_rows(rows),
+            dense=self.dense.select_sequences(indices),
         )
 
     def tensors(self) -> list[Tensor]:
