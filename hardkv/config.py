@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hardkv.kernels.attention import resolve_backend
-from hardkv.selectors.budgets import Budget, budget_to_dict, check_count, get_budget
+from hardkv.selectors.budgets import Budget, budget_to_dict, get_budget
+from hardkv.selectors.checks import check_count
 from hardkv.selectors.scorer import Scorer, get_scorer, scorer_to_dict
 
 # The miss counters of Cautious Update are bytes.
@@ -24,7 +25,9 @@ class HardKVConfig:
         interval: new tokens between two selection events (128 in the paper).
         patience: consecutive events a token must lose before its bytes are given back (0: at once).
         pin_prompt: keep the whole prompt.
-        calibration: None; temperatures and risk budgets come with calibration files.
+        calibration: None, or "online": Logits Calibration, one temperature per KV head fitted at each sequence's first
+            event (`hardkv.selectors.fit_temperatures`), for budgets that read scores as probabilities; an integer
+            budget is then Adaptive(n).
         attention: "auto" or the name of a backend.
 
     Raises:
@@ -38,12 +41,14 @@ class HardKVConfig:
     interval: int = 128
     patience: int = 0
     pin_prompt: bool = False
-    calibration: None = None
+    calibration: str | None = None
     attention: str = "auto"
 
     def __post_init__(self) -> None:
         self.scorer = get_scorer(self.scorer)
-        self.budget = get_budget(self.budget)
+        if self.calibration not in (None, "online"):
+            raise ValueError(f"calibration={self.calibration!r} must be None or 'online'")
+        self.budget = get_budget(self.budget, calibrated=self.calibration is not None)
         check_count("window", self.window, 1)
         check_count("sinks", self.sinks, 0)
         check_count("interval", self.interval, 1)
@@ -57,10 +62,11 @@ class HardKVConfig:
                     f"budget {name}={count} must be larger than window + sinks = {self.window} + {self.sinks} = "
                     f"{self.window + self.sinks}, which are always kept: raise the budget or lower window and sinks"
                 )
-        if self.calibration is not None:
+        if self.calibration is not None and not self.budget.uses_temperature:
             raise ValueError(
-                f"calibration={self.calibration!r}: the budget {self.budget} cannot use a calibration; pass "
-                "calibration=None"
+                f"calibration={self.calibration!r}: the budget {self.budget} ranks by scores alone and cannot use a "
+                "calibration; pass calibration=None, or a budget that reads scores as probabilities: Adaptive(n), "
+                "TopP(p), Pyramid(Adaptive(n))"
             )
         resolve_backend(self.attention)
 

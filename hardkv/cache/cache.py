@@ -55,7 +55,7 @@ class HardKVCache(DynamicCache):
         interval: int = HardKVConfig.interval,
         patience: int = HardKVConfig.patience,
         pin_prompt: bool = HardKVConfig.pin_prompt,
-        calibration: None = HardKVConfig.calibration,
+        calibration: str | None = HardKVConfig.calibration,
         attention: str = HardKVConfig.attention,
     ):
         self.settings = HardKVConfig(
@@ -205,6 +205,7 @@ class HardKVCache(DynamicCache):
         """A snapshot to print or to log."""
         compressed = self._compressed
         first = compressed[0] if compressed else None
+        fitted = [layer.temperatures() for layer in compressed]
         return Stats(
             nbytes=self.nbytes(),
             dense_nbytes=self.dense_nbytes(),
@@ -213,6 +214,7 @@ class HardKVCache(DynamicCache):
             layers=len(self.layers),
             compressed_layers=len(compressed),
             lengths=self.lengths().tolist(),
+            temperatures=[layer.tolist() for layer in fitted if layer is not None],
             sparse=int(self.lengths("sparse").sum()),
             events=first.events if first is not None else 0,
             scorer=str(self.settings.scorer),

@@ -10,8 +10,8 @@ from hardkv.cache.tiers import Merged, QueryRing, Tiers
 from hardkv.config import HardKVConfig
 from hardkv.kernels.rows import row_ids
 from hardkv.selectors.budgets import Budget
+from hardkv.selectors.calibration import fit_temperatures
 from hardkv.selectors.observation import Observation
-from hardkv.selectors.scorer import scorer_name
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,36 @@ class Event:
         merged = tiers.merged(settings.window)
         observation = self._observe(tiers, ring, merged)
         z = scorer.score(observation)  # type: ignore[union-attr]
-        if scorer_name(scorer) is None:  # type: ignore[arg-type]
-            _check_scores(z, observation, scorer)
-        keep = self.budget.select(z, observation)
+        _check_scores(z, observation, scorer)
+        temperatures = tiers.temperatures
+        if temperatures is None and settings.calibration == "online":
+            temperatures = self._fit(z, observation)
+        keep = self.budget.select(z, observation, temperatures)
         del observation  # its copy of the keys and values goes before the new tiers come
         return tiers.condense(
-            merged, keep, window=settings.window, interval=settings.interval, patience=settings.patience
+            merged,
+            keep,
+            window=settings.window,
+            interval=settings.interval,
+            patience=settings.patience,
+            temperatures=temperatures,
         )
+
+    def _fit(self, z: Tensor, observation: Observation) -> Tensor | None:
+        """Temperatures `[R]` at which this event's scores spread like its attention; None while all is protected."""
+        if observation.max_length <= self.settings.window + self.settings.sinks:
+            return None
+
+        def sample(flat: Tensor, fill: float) -> Tensor:  # [R, 1, longest row]
+            return observation.to_padded(flat, fill).flatten(0, 1)[:, None]
+
+        return fit_temperatures(
+            sample(z, -torch.inf),
+            sample(observation.attention, 0.0),
+            self.budget.calibration_p,
+            mask=sample(~observation.protected, False),
+            solver="bisect",  # exact for one sample
+        ).temperatures
 
     def _observe(self, tiers: Tiers, ring: QueryRing, merged: Merged) -> Observation:
         keys, values = tiers.gather(merged.address)
@@ -72,7 +95,7 @@ class Event:
 
 
 def _check_scores(z: Any, observation: Observation, scorer: Any) -> None:
-    """Raise ValueError unless a user's scorer kept to its contract."""
+    """Raise ValueError unless the scorer kept to its contract."""
     tokens = observation.keys.shape[0]
     if not isinstance(z, Tensor) or z.shape != (tokens,) or not z.is_floating_point():
         got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__

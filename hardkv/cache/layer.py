@@ -377,6 +377,11 @@ class HardKVLayer(CacheLayerMixin):
         by_tier = {"condensed": condensed, "sparse": self.tiers.sparse.lengths.long().view(shape), "dense": dense}
         return condensed + dense if tier is None else by_tier[tier].clone()
 
+    def temperatures(self) -> Tensor | None:
+        """Fitted temperatures `[B, H]`, None without a calibration or before there is something to fit."""
+        fitted = None if self.tiers is None else self.tiers.temperatures
+        return None if fitted is None else fitted.view(self.batch_size, self.num_kv_heads)
+
     def nbytes(self) -> int:
         """Bytes of every tensor held: keys, values, positions, spare capacity, queries, schedules."""
         return 0 if self.tiers is None or self.ring is None else storage_nbytes(self.tensors())

@@ -13,6 +13,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def _range(nested: list[list[list[float]]]) -> str:
+    flat = [value for layer in nested for sequence in layer for value in sequence]
+    return f"min {min(flat):.2f}, mean {sum(flat) / len(flat):.2f}, max {max(flat):.2f}"
+
+
 @dataclass(frozen=True)
 class Stats:
     """A snapshot of a HardKVCache; print it, or `to_dict()` it to JSON.
@@ -22,6 +27,7 @@ class Stats:
         seq_length: logical length, padding and evicted tokens included. batch_size: sequences, 0 before the first.
         layers: layers of the model. compressed_layers: those that this cache compresses.
         lengths: tokens that attention reads, `[compressed layers][batch][kv_heads]`.
+        temperatures: fitted ones, shaped alike; empty without a calibration.
         sparse: deselected tokens that are held but not read, over all rows. events: selection events per layer so far.
         scorer, budget: what selects. attention: backend that computes attention. warnings: what the user should know.
     """
@@ -33,6 +39,7 @@ class Stats:
     layers: int
     compressed_layers: int
     lengths: list[list[list[int]]]
+    temperatures: list[list[list[float]]]
     sparse: int
     events: int
     scorer: str
@@ -58,6 +65,7 @@ class Stats:
             f"layers          {self.compressed_layers} of {self.layers} compressed, {self.batch_size} sequences",
             f"events          {self.events}, {self.sparse} tokens on probation",
             f"selection       {self.scorer}, {self.budget}",
+            *([f"temperatures    {_range(self.temperatures)}"] if self.temperatures else []),
             f"attention       {self.attention}",
             *(f"warning         {warning}" for warning in self.warnings),
         ]

@@ -230,6 +230,7 @@ class Tiers:
     seen: int = 0  # logical length: columns stored, pads and evicted tokens counted
     compressed_at: int | None = None  # logical length at the last event
     events: int = 0
+    temperatures: Tensor | None = None  # [R], fitted online
 
     @classmethod
     def of(cls, dense: DenseTier, seen: int) -> "Tiers":
@@ -284,11 +285,21 @@ class Tiers:
             gather_tokens([self.condensed.values, self.sparse.values, dense.values.flatten(0, 2)], address),
         )
 
-    def condense(self, merged: Merged, keep: Tensor, *, window: int, interval: int, patience: int) -> "Tiers":
+    def condense(
+        self,
+        merged: Merged,
+        keep: Tensor,
+        *,
+        window: int,
+        interval: int,
+        patience: int,
+        temperatures: Tensor | None = None,
+    ) -> "Tiers":
         """New, exactly sized tiers after an event.
 
         Args:
             merged: from `merged(window)`. keep: bool `[N]`, the selected tokens; the window's must be among them.
+            temperatures: `[R]`, what the event selected with, to be kept.
             window, interval: sizes of the new dense tier. patience: misses a token survives in the sparse tier.
         """
         misses = torch.where(keep, 0, merged.misses + 1).to(torch.uint8)
@@ -305,6 +316,7 @@ class Tiers:
             seen=self.seen,
             compressed_at=self.seen,
             events=self.events + 1,
+            temperatures=temperatures,
         )
 
     def select_sequences(self, indices: Tensor) -> "Tiers":
@@ -316,8 +328,10 @@ class Tiers:
             condensed=self.condensed.select_rows(rows),
             sparse=self.sparse.select_rows(rows),
             dense=self.dense.select_sequences(indices),
+            temperatures=None if self.temperatures is None else self.temperatures[rows],
         )
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
-        return [*self.condensed.tensors(), *self.sparse.tensors(), *self.dense.tensors()]
+        fitted = [] if self.temperatures is None else [self.temperatures]
+        return [*self.condensed.tensors(), *self.sparse.tensors(), *self.dense.tensors(), *fitted]

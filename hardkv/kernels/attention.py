@@ -50,7 +50,8 @@ def attend(
         `out [r, G, q, Dv]` and `lse [r, G, q]` in the accumulation dtype; a query that sees nothing gets 0 and -inf.
     """
     dtype = accumulation_dtype(query.dtype)
-    key, value = key.to(dtype), value.to(dtype)
+    # What no query sees may be anything, and 0 * NaN is NaN: unwritten slots, padding, another row's overflow.
+    key, value = key.to(dtype), value.to(dtype).masked_fill(~allowed.any((1, 2))[..., None], 0.0)
     rows, group, q_len, _ = query.shape
     block = max(1, MAX_LOGITS // max(1, rows * group * key.shape[1]))
     outs, lses = [], []

@@ -20,6 +20,8 @@ def sort_rows(values: Tensor, eligible: Tensor, cu_seqlens: Tensor, width: int) 
         `(sorted_values [R, width], token [R, width])`: -inf and unspecified tokens behind the eligible ones.
     """
     index, valid = padded_index(cu_seqlens[:-1], cu_seqlens.diff(), width)
+    if not values.shape[0]:
+        return values.new_full(index.shape, -torch.inf), index
     padded = torch.where(valid & eligible[index], values[index], -torch.inf)
     # newest first, then a stable sort keeps that order among equals
     newest_first = torch.sort(padded.flip(1), dim=1, descending=True, stable=True)

@@ -31,7 +31,8 @@ def mean_cosine(keys: Tensor, buckets: Sequence[Bucket], *, threshold: float = 0
     for bucket in buckets:
         index, valid = bucket.index()
         unit = keys[index].to(dtype)
-        unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(eps) * valid[..., None]  # [r, n, D]
+        unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(eps)  # [r, n, D]
+        unit = unit.masked_fill(~valid[..., None], 0.0)  # not a product: 0 * NaN is NaN
         column = (unit * unit.sum(1, keepdim=True)).sum(-1) - unit.square().sum(-1)  # [r, n]
         slot = torch.arange(bucket.width, device=keys.device)
         tile = max(1, MAX_COSINES // (bucket.rows.shape[0] * bucket.width))

@@ -6,28 +6,28 @@ Every public count (n, floor, cap) includes the protected tokens F of a row and 
 import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hardkv.kernels.selection import share_of_best
+from hardkv.selectors.checks import check_count, check_fraction
 from hardkv.selectors.observation import Observation
 from hardkv.selectors.ranking import Ranking
+from hardkv.selectors.scorer import add_to_registry
 
 BUDGETS: "dict[str, type[Budget]]" = {}
 
-T = TypeVar("T", bound="type[Budget]")
-
 
 def register_budget(name: str):
-    """Class decorator: give a budget, a frozen dataclass, a name for JSON."""
+    """Class decorator: give a budget, a frozen dataclass, a name for JSON.
 
-    def register(cls: T) -> T:
-        BUDGETS[name] = cls
-        return cls
-
-    return register
+    Raises:
+        ValueError: the name is a built-in's.
+    """
+    return partial(add_to_registry, BUDGETS, name)
 
 
 class Budget(ABC):
@@ -35,6 +35,8 @@ class Budget(ABC):
 
     #: Whether calibrated temperatures change what the budget keeps.
     uses_temperature = False
+    #: The mass at which temperatures are fitted for this budget.
+    calibration_p = 0.9
 
     @abstractmethod
     def counts(self, ranking: Ranking) -> Tensor:
@@ -70,22 +72,6 @@ class Budget(ABC):
         return ranking.keep(self.counts(ranking))
 
 
-def check_count(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise unless `value` is an int in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name}={value} must be >= {low}" + (f" and <= {high}" if high is not None else ""))
-
-
-def check_fraction(name: str, value: Any, low_open: bool) -> None:
-    """Raise unless `value` is a number in (0, 1] (or [0, 1])."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
-    if not (0 < value <= 1 if low_open else 0 <= value <= 1):
-        raise ValueError(f"{name}={value} must lie in {'(' if low_open else '['}0, 1]")
-
-
 @dataclass(frozen=True)
 class FixedTotal(Budget):
     """What budgets with a mean of n tokens a head share."""
@@ -102,6 +88,10 @@ class FixedTotal(Budget):
     @property
     def smallest(self) -> tuple[str, int]:
         return "n", self.n
+
+    def with_n(self, n: int) -> "FixedTotal":
+        """The same budget for another mean."""
+        return replace(self, n=n)
 
     def room(self, ranking: Ranking) -> Tensor:
         """n - |F|, at least 0, int64 `[R]`."""
@@ -213,7 +203,7 @@ class Pyramid(Budget):
             room = high - round(layer_idx * (high - low) / (num_layers - 1))
         else:  # mirrored, so that every pair of layers, and so the whole, sums exactly
             room = low + round(mirror * (high - low) / (num_layers - 1))
-        return replace(self.inner, n=num_protected + room)
+        return self.inner.with_n(num_protected + room)
 
     def counts(self, ranking: Ranking) -> Tensor:
         raise TypeError("Pyramid gives every layer its own budget: call for_layer(layer_idx, num_layers, |F|) first")
@@ -260,6 +250,10 @@ class TopP(Budget):
         check_bounds(self.floor, self.cap)
 
     @property
+    def calibration_p(self) -> float:  # type: ignore[override]
+        return self.p
+
+    @property
     def limit(self) -> int | None:
         return None if self.p == 1 else self.cap
 
@@ -300,6 +294,10 @@ class Adaptive(FixedTotal):
         if self.cap is not None and self.cap < self.n:
             raise ValueError(f"cap={self.cap} must be >= n={self.n}, the mean")
 
+    def with_n(self, n: int) -> "Adaptive":
+        """The same budget for another mean; floor and cap give way to it."""
+        return replace(self, n=n, floor=min(self.floor, n), cap=None if self.cap is None else max(self.cap, n))
+
     def counts(self, ranking: Ranking) -> Tensor:
         low, high = candidate_bounds(self.floor, self.cap, ranking)
         order = torch.arange(ranking.z.shape[1], device=ranking.z.device)
@@ -310,8 +308,8 @@ class Adaptive(FixedTotal):
         return share_of_best(ranking.per_head(lost), ranking.per_head(positions), total).flatten()
 
 
-def get_budget(spec: "int | dict[str, Any] | Budget") -> Budget:
-    """A budget from a mean number of tokens (TopK), from what `budget_to_dict` made, or as given.
+def get_budget(spec: "int | dict[str, Any] | Budget", calibrated: bool = False) -> Budget:
+    """A budget from a mean number of tokens (TopK; Adaptive if calibrated), from `budget_to_dict`'s, or as given.
 
     Raises:
         ValueError: unknown name or bad value. TypeError: anything else.
@@ -332,7 +330,7 @@ def get_budget(spec: "int | dict[str, Any] | Budget") -> Budget:
         except TypeError as error:
             raise ValueError(f"budget {name!r}: {error}") from error
     if isinstance(spec, int) and not isinstance(spec, bool):
-        return TopK(spec)
+        return Adaptive(spec) if calibrated else TopK(spec)
     raise TypeError(
         f"budget={spec!r} must be an integer (mean tokens per head) or a budget object: TopK(n), TopP(p), Adaptive(n), "
         "AdaKV(n, alpha), Pyramid(n, beta) from hardkv.selectors"

@@ -97,7 +97,7 @@ class Observation:
 
     def to_flat(self, padded: Tensor) -> Tensor:
         """The inverse of `to_padded`: `[B, H, longest row]` (or `[R, longest row]`) to `[N]`."""
-        padded = padded.reshape(self.num_rows, -1)
+        padded = padded.reshape(self.num_rows, padded.shape[-1])
         slot = torch.arange(self.keys.shape[0], device=padded.device) - self.cu_seqlens[:-1].long()[self.row]
         return padded[self.row, slot]
 
@@ -127,6 +127,11 @@ class Observation:
         Raises:
             ValueError: shapes do not fit together.
         """
+        for name, tensor in (("keys", keys), ("values", values), ("queries", queries)):
+            if tensor.dim() != 4:
+                raise ValueError(
+                    f"{name} {tuple(tensor.shape)} must have four dimensions: [B, heads, tokens, head dim]"
+                )
         batch, num_kv_heads, columns, head_dim = keys.shape
         if queries.shape[0] != batch or queries.shape[1] % num_kv_heads or queries.shape[3] != head_dim:
             raise ValueError(
@@ -138,10 +143,14 @@ class Observation:
         num_queries = queries.shape[2]
         if mask is None:
             mask = torch.ones(batch, num_kv_heads, columns, dtype=torch.bool, device=keys.device)
+        elif mask.shape not in ((batch, columns), (batch, num_kv_heads, columns)):
+            raise ValueError(
+                f"mask {tuple(mask.shape)} does not fit keys {tuple(keys.shape)}: expected [B, n] or [B, H, n]"
+            )
         elif mask.dim() == 2:
             mask = mask[:, None].expand(-1, num_kv_heads, -1)
         mask = mask.bool()
-        present = mask.reshape(-1, columns)
+        present = mask.reshape(batch * num_kv_heads, columns)
         rank = present.long().cumsum(1)  # 1, 2, ... along the row
         window = num_queries if window is None else window
         protected = (rank <= sinks) | (rank > rank[:, -1:] - window)

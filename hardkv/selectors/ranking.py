@@ -26,6 +26,7 @@ class Ranking:
     @classmethod
     def of(cls, z: Tensor, observation: Observation, temperature: Tensor | None = None) -> "Ranking":
         """Rank by `z [N]`; `temperature [R]` (1 when None) is what Top-p budgets divide z by."""
+        z = z.clamp_min(torch.finfo(z.dtype).min)  # -inf is for what is no candidate
         ranked, token = sort_rows(z, ~observation.protected, observation.cu_seqlens, observation.max_length)
         if temperature is None:
             temperature = ranked.new_ones(observation.num_rows)

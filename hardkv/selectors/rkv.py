@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hardkv.kernels.similarity import mean_cosine
+from hardkv.selectors.checks import check_fraction
 from hardkv.selectors.observation import Observation
 from hardkv.selectors.scorer import check_pooling, log_affine, pool_rows, register_scorer
 
@@ -21,11 +22,11 @@ class RKV:
 
     Args:
         lam: weight of importance, in [0, 1].
-        threshold: cosine above which two keys are near-duplicates.
+        threshold: cosine above which two keys are near-duplicates, in [0, 1].
         kernel_size, pooling: smoothing of the importance, as in SnapKV.
 
     Raises:
-        ValueError: a hyperparameter out of range.
+        ValueError, TypeError: a hyperparameter out of range or of the wrong type.
     """
 
     lam: float = 0.1
@@ -35,8 +36,8 @@ class RKV:
 
     def __post_init__(self) -> None:
         check_pooling(self.pooling, self.kernel_size)
-        if not 0 <= self.lam <= 1:
-            raise ValueError(f"lam={self.lam!r} must lie in [0, 1]")
+        check_fraction("lam", self.lam, low_open=False)
+        check_fraction("threshold", self.threshold, low_open=False)
 
     def score(self, observation: Observation) -> Tensor:
         """Log-scores `[N]`."""

@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -29,13 +30,20 @@ T = TypeVar("T", bound=type)
 
 
 def register_scorer(name: str):
-    """Class decorator: make a scorer available as `scorer="name"`. Its constructor must work without arguments."""
+    """Class decorator: make a scorer available as `scorer="name"`. Its constructor must work without arguments.
 
-    def register(cls: T) -> T:
-        SCORERS[name] = cls
-        return cls
+    Raises:
+        ValueError: the name is a built-in's.
+    """
+    return partial(add_to_registry, SCORERS, name)
 
-    return register
+
+def add_to_registry(registry: dict[str, type], name: str, cls: T) -> T:
+    """Enter `cls` under `name`; a notebook may enter its own class again, nobody replaces a built-in."""
+    if name in registry and registry[name].__module__.startswith("hardkv."):
+        raise ValueError(f"the name {name!r} is taken by {registry[name].__qualname__}: choose another")
+    registry[name] = cls
+    return cls
 
 
 def scorer_name(scorer: Scorer) -> str | None:

@@ -1,0 +1,145 @@
+"""R-KV's redundancy against its n x n definition, in float64 loops."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hardkv.kernels.rows import bucket_rows
+from hardkv.kernels.similarity import mean_cosine
+
+
+def run(rows, threshold=0.5, dtype=torch.float64):
+    """`rows`: arrays `[n, D]`."""
+    cu_seqlens = torch.tensor([0, *np.cumsum([len(row) for row in rows])], dtype=torch.int32)
+    keys = torch.tensor(np.concatenate(rows), dtype=dtype)
+    return mean_cosine(keys, bucket_rows(cu_seqlens), threshold=threshold)
+
+
+def expected(rows, threshold=0.5):
+    return torch.tensor([r for row in rows for r in definition(row, threshold)], dtype=torch.float64)
+
+
+def definition(keys, threshold):
+    """c_ij with a zero diagonal; per i the last j above the threshold is zeroed; mean over i."""
+    n = len(keys)
+    cosine = [[0.0] * n for _ in range(n)]
+    for i in range(n):
+        for j in range(n):
+            if i != j:
+                norms = max(np.linalg.norm(keys[i]), 1e-8) * max(np.linalg.norm(keys[j]), 1e-8)
+                cosine[i][j] = float(keys[i] @ keys[j]) / norms
+        for j in reversed(range(n)):
+            if cosine[i][j] > threshold:
+                cosine[i][j] = 0.0
+                break
+    return [sum(cosine[i][j] for i in range(n)) / n for j in range(n)]
+
+
+def random_rows(seed, lengths, dim=3):
+    """Low-dimensional keys, so that many are similar."""
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(length, dim)) * rng.lognormal(size=(length, 1)) for length in lengths]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.lists(st.integers(0, 14), min_size=1, max_size=5),
+    st.sampled_from([2, 3, 8]),
+    st.sampled_from([0.5, 0.0, 0.9, 1.0]),
+)
+def test_ragged(seed, lengths, dim, threshold):
+    rows = random_rows(seed, lengths, dim)
+    found = run(rows, threshold)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected(rows, threshold), rtol=0, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 40))
+def test_tiles_change_nothing(seed, limit):
+    rows = random_rows(seed, [13, 9, 0, 1, 12])
+    whole = run(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hardkv.kernels.similarity.MAX_COSINES", limit)
+        torch.testing.assert_close(run(rows), whole, rtol=0, atol=1e-12)
+
+
+def test_hundreds_of_tokens_to_nine_digits():
+    rows = random_rows(1, [300, 257, 64], dim=4)
+    torch.testing.assert_close(run(rows), expected(rows), rtol=0, atol=1e-9)
+
+
+def test_newest_of_identical_keys_is_spared():
+    """Six keys, three the same at 0, 2, 5: token 5 is blamed by neither twin, token 2 only by token 0."""
+    keys = np.eye(6)
+    keys[[2, 5]] = keys[0]
+    # 0 and 2 spare 5; 5 spares 2
+    assert run([keys]).tolist() == pytest.approx([2 / 6, 0, 1 / 6, 0, 0, 0])
+
+
+def test_without_similar_keys_nothing_is_spared():
+    """In particular not token 0."""
+    angle = np.deg2rad([0, 80, 160])
+    keys = np.stack([np.cos(angle), np.sin(angle)], 1)
+    cosine = keys @ keys.T - np.eye(3)
+    assert run([keys]).tolist() == pytest.approx(list(cosine.sum(0) / 3))
+
+
+def test_threshold_is_exclusive():
+    """A cosine of exactly the threshold is no near-duplicate."""
+    keys = np.array([[1.0, 0.0], [1.0, 0.0]])
+    assert run([keys], threshold=1.0).tolist() == [0.5, 0.5]
+    assert run([keys], threshold=0.999).tolist() == [0.0, 0.0]
+
+
+def test_keys_of_norm_zero():
+    rows = [np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.1]]), np.zeros((3, 2))]
+    found = run(rows)
+    torch.testing.assert_close(found, expected(rows), rtol=0, atol=1e-12)
+    assert found[[0, 2, 4, 5, 6]].tolist() == [0.0] * 5
+
+
+def test_scale_of_keys_does_not_matter():
+    rows = random_rows(2, [9, 6])
+    scaled = [row * np.linspace(0.01, 100, len(row))[:, None] for row in rows]
+    torch.testing.assert_close(run(scaled), run(rows), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_accumulates_in_float32(dtype):
+    rows = [torch.tensor(row).to(dtype).double().numpy() for row in random_rows(3, [30, 1, 0, 17])]
+    found = run(rows, dtype=dtype)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected(rows), rtol=0, atol=1e-5)
+
+
+def test_a_row_that_overflowed_does_not_reach_the_others():
+    rows = random_rows(4, [7, 5, 6, 4])
+    clean = run(rows)
+    rows[0][0] = np.inf
+    torch.testing.assert_close(run(rows)[7:], clean[7:], rtol=0, atol=0)
+
+
+def test_never_holds_n_by_n(monkeypatch):
+    """A row of 600 tokens, tiles of 4,096 cosines: no tensor of 360,000 entries is ever made."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    rows = random_rows(5, [600], dim=4)
+    whole = run(rows)
+    monkeypatch.setattr("hardkv.kernels.similarity.MAX_COSINES", 4096)
+    with Watch():
+        tiled = run(rows)
+    assert 600 <= largest <= 4096
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-12)
