@@ -24,7 +24,7 @@ class HardKVConfig:
         sinks: first tokens always kept.
         interval: new tokens between two selection events (128 in the paper).
         patience: consecutive events a token must lose before its bytes are given back (0: at once).
-        pin_prompt: keep the whole prompt.
+        pin_prompt: keep the whole prompt, that is every token up to the first forward of a single one.
         calibration: None, or "online": Logits Calibration, one temperature per KV head fitted at each sequence's first
             event (`hardkv.selectors.fit_temperatures`), for budgets that read scores as probabilities; an integer
             budget is then Adaptive(n).

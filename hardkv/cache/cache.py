@@ -1,12 +1,13 @@
 """HardKVCache: what `generate(past_key_values=...)` takes."""
 
 import warnings
+from itertools import dropwhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.layer import HardKVLayer
@@ -26,6 +27,7 @@ class HardKVCache(DynamicCache):
 
     Pass it to any forward or `generate()` of an unmodified decoder. Full-attention layers are compressed after the
     prompt and every `interval` tokens; sliding-window and linear-attention layers stay as DynamicCache has them.
+    `output_attentions=True` gives weights for the first forward only.
 
     Args:
         config (`PreTrainedConfig`, *optional*): `model.config` itself, not a copy. Without it only models whose layers
@@ -63,6 +65,7 @@ class HardKVCache(DynamicCache):
         )
         self.warnings: list[str] = []
         self._broken: str | None = None
+        self._start = 0  # logical length before the forward pass under way
         if config is not None and not hasattr(config, "get_text_config"):
             raise TypeError(
                 f"config={type(config).__name__} must be a model's config: HardKVCache(config=model.config)"
@@ -104,7 +107,8 @@ class HardKVCache(DynamicCache):
 
     # ------------------------------------------------------------------ cache protocol
 
-    def update(  # type: ignore[override]
+    @torch.compiler.disable
+    def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> "tuple[KVHandle, KVHandle] | tuple[Tensor, Tensor]":
         """Take new keys `[B, H, q, D]` and values of a layer; a HardKV layer returns handles for attention.
@@ -123,42 +127,74 @@ class HardKVCache(DynamicCache):
                 "config; use HardKVCache(config=model.config)"
             )
         layer = self.layers[layer_idx]
-        if isinstance(layer, HardKVLayer):
+        if isinstance(layer, CacheLayerMixin):
             self._check_whole(layer)
+            if not isinstance(layer, HardKVLayer):
+                self._check_shape(layer, layer_idx, key_states)
         return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
 
-    def _check_whole(self, layer: HardKVLayer) -> None:
-        """At a forward's first compressed layer: the last forward must have reached every layer."""
-        compressed = self._compressed
-        if layer is compressed[0] and self._broken is None:
-            lengths = {other.seen for other in compressed if other.is_initialized}
-            if len(lengths) > 1:
-                self._broken = (
-                    "an earlier forward pass stopped between layers (an error, out of memory or an interrupt), so "
-                    f"layers of this HardKVCache hold different lengths ({min(lengths)} to {max(lengths)}): reset() it "
-                    "or build a new one"
-                )
+    @torch.compiler.disable
+    def _check_whole(self, layer: CacheLayerMixin | None = None) -> None:
+        """Raise RuntimeError when the last forward did not reach every layer; `layer` is the next to be updated.
+
+        At the start of a forward all layers must have seen the same columns. Layers a model never uses stay at 0.
+        """
+        attention = [other for other in self.layers if isinstance(other, CacheLayerMixin)]
+        lengths = [int(other.get_seq_length()) for other in attention]
+        starts = layer is None or layer is attention[0]
+        if starts:
+            used = list(dropwhile(lambda length: length == 0, lengths))
+            self._start = max(lengths, default=0)
+        else:
+            assert layer is not None
+            used = [int(layer.get_seq_length()), self._start]
+        if len(set(used)) > 1 and self._broken is None:
+            self._broken = (
+                "an earlier forward pass stopped between layers (an error, out of memory or an interrupt), so layers "
+                f"of this HardKVCache hold different lengths ({min(used)} to {max(used)}): reset() it or build a new "
+                "one. Encoder-decoder models need EncoderDecoderCache(HardKVCache(...), DynamicCache())"
+            )
         if self._broken is not None:
             raise RuntimeError(self._broken)
 
+    @staticmethod
+    def _check_shape(layer: CacheLayerMixin, layer_idx: int, key_states: Tensor) -> None:
+        """What HardKVLayer checks itself, for transformers' layers."""
+        held = layer.keys
+        if layer.is_initialized and held is not None and held.dim() == 4:
+            got = (key_states.shape[0], key_states.shape[1], key_states.shape[3])
+            if (held.shape[0], held.shape[1], held.shape[3]) != got:
+                raise ValueError(
+                    f"layer {layer_idx} holds batch, KV heads, head_dim = {tuple(held.shape[i] for i in (0, 1, 3))} "
+                    f"and gets {got}: this cache belongs to another batch or model; use a new HardKVCache, or reset() "
+                    "this one"
+                )
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Key length and offset that the layer's mask must cover; see `HardKVLayer.get_mask_sizes`."""
+        self._check_whole()  # masks are made before the first layer runs
         if layer_idx >= len(self.layers):
             return LogicalLen(query_length), 0
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` columns, in all layers or (ValueError) none; `HardKVLayer.crop`."""
-        if self._broken is not None:
-            raise RuntimeError(self._broken)
-        for layer in self._compressed:
-            layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        self._check_whole()
+        for ours in self._compressed:
+            ours.check_crop(tokens_to_remove)
+        # transformers' layers first: what they refuse, they refuse before ours have changed
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, HardKVLayer)):
+            layer.crop(tokens_to_remove)  # type: ignore[union-attr]
 
     def reset(self) -> None:
         """Forget every token; settings stay."""
         self._broken = None
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
+                # transformers 5.17 zeroes these and keeps their length
+                layer.keys = layer.values = None
+                layer.is_initialized = False
 
     # ------------------------------------------------------------------ introspection
 
@@ -210,7 +246,7 @@ class HardKVCache(DynamicCache):
             nbytes=self.nbytes(),
             dense_nbytes=self.dense_nbytes(),
             seq_length=self.get_seq_length() if self.layers else 0,
-            batch_size=first.batch_size if first is not None and first.seen else 0,
+            batch_size=max((_batch_size(layer) for layer in self.layers), default=0),
             layers=len(self.layers),
             compressed_layers=len(compressed),
             lengths=self.lengths().tolist(),
@@ -222,6 +258,12 @@ class HardKVCache(DynamicCache):
             attention=resolve_backend(self.settings.attention),
             warnings=list(self.warnings),
         )
+
+
+def _batch_size(layer: Any) -> int:
+    if isinstance(layer, HardKVLayer):
+        return layer.batch_size if layer.seen else 0
+    return next((tensor.shape[0] for tensor in _tensors(layer)), 0)
 
 
 def _tensors(layer: Any) -> list[Tensor]:

@@ -22,9 +22,43 @@ def unrouted(what: str, name: str) -> NoReturn:
     raise UnroutedKVError(
         f"{name!r} was used on the {what} of a HardKVCache, so this model's attention did not go through the attention "
         "functions that hardkv wraps. Build the cache with the model's own config object, HardKVCache("
-        "config=model.config), after the last model.set_attn_implementation(...). If that is so already, this "
-        "architecture changes keys and values between cache and attention and is not supported."
+        "config=model.config), after the last model.set_attn_implementation(...), or load the model with "
+        "attn_implementation='sdpa'. If that is so already, this architecture changes keys and values between cache "
+        "and attention and is not supported."
     )
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def method(self: "Opaque", *args: Any, **kwargs: Any) -> NoReturn:
+        unrouted(self.what, name)
+
+    return method
+
+
+class Opaque:
+    """Refuses to be computed with: attributes, indexing, operators and torch functions raise UnroutedKVError."""
+
+    what: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)  # copy, pickle and dynamo probe for protocols
+        unrouted(self.what, name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        unrouted(cls.what, getattr(func, "__name__", str(func)))
+
+
+for _operator in (
+    *("getitem", "setitem", "len", "iter", "neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "bool", "float"),
+    *(
+        prefix + name
+        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+        for prefix in ("", "r", "i")
+    ),
+):
+    setattr(Opaque, f"__{_operator}__", _refusal(f"__{_operator}__"))
 
 
 class NewTokens:
@@ -42,12 +76,13 @@ class NewTokens:
         return self.start + self.keys.shape[2]
 
 
-class KVHandle:
+class KVHandle(Opaque):
     """What `update()` returns in place of keys or values: shape, dtype and device, and no data.
 
     A plain object rather than a Tensor subclass, which torch.compile cannot trace through here.
     """
 
+    what = "keys or values"
     requires_grad = False
 
     def __init__(self, new: NewTokens, like: Tensor):
@@ -80,25 +115,15 @@ class KVHandle:
     def __repr__(self) -> str:
         return f"KVHandle(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)  # copy, pickle and dynamo probe for protocols
-        unrouted("keys or values", name)
-
-    def __getitem__(self, index: Any) -> NoReturn:
-        unrouted("keys or values", "indexing")
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        unrouted("keys or values", getattr(func, "__name__", str(func)))
-
 
 class LogicalLen(int):
     """A key length that belongs to a HardKV layer; travels from `get_mask_sizes` to the mask function."""
 
 
-class HardKVMask:
+class HardKVMask(Opaque):
     """What a wrapped mask function returns for a HardKV layer: the 2D padding, and the original mask if asked for."""
+
+    what = "attention mask"
 
     def __init__(self, padding: Tensor | None, build: Callable[[], Any]):
         self.padding = padding  # bool [B, columns] or None
@@ -121,15 +146,3 @@ class HardKVMask:
 
     def contiguous(self, *args: Any, **kwargs: Any) -> "HardKVMask":
         return self
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
-        unrouted("attention mask", name)
-
-    def __getitem__(self, index: Any) -> NoReturn:
-        unrouted("attention mask", "indexing")
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        unrouted("attention mask", getattr(func, "__name__", str(func)))

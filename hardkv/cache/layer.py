@@ -117,6 +117,14 @@ class HardKVLayer(CacheLayerMixin):
                 "each model, or reset() this one"
             )
 
+    def check_visible(self, visible: Tensor) -> None:
+        """Raise NotImplementedError when `visible`, bool `[B or 1, columns]`, hides a past token that is held."""
+        if self.tiers is not None and self.tiers.holds_any(~visible.expand(self.batch_size, -1)):
+            raise NotImplementedError(
+                f"the attention mask hides past tokens that layer {self.layer_idx} of the cache holds; HardKVCache "
+                "lets every new token see all kept ones"
+            )
+
     def prefill(
         self, new: NewTokens, query: Tensor, padding: Tensor | None, *, scale: float, softcap: float | None
     ) -> None:
@@ -206,13 +214,15 @@ class HardKVLayer(CacheLayerMixin):
     def _observe(self, query: Tensor, valid: Tensor | None, ring: QueryRing | None, new: NewTokens) -> QueryRing:
         """The query ring with the new queries, `[B, Hq, q, D]`."""
         window = self.settings.window
+        capacity = window
+        if self.record_past:
+            # crop() may take back this round's columns, and the window before them must still be there then; a
+            # prompt comes together with the first draft, of unknown length
+            capacity += new.stop - self.committed if new.start else min(new.stop, self.settings.interval)
         if ring is None:
-            ring = QueryRing(query, window)
-        if self.record_past and new.start:
-            # crop() may take back this round's columns, and the window before them must still be there then
-            capacity = window + min(new.stop - self.committed, self.settings.interval)
-            if capacity > ring.capacity:
-                ring = ring.grown(capacity, new.start)
+            ring = QueryRing(query, capacity)
+        elif capacity > ring.capacity:
+            ring = ring.grown(capacity, new.start)
         ring.append(query, valid, new.start)
         return ring
 

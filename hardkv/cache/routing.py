@@ -66,7 +66,6 @@ def _routed(
         )
     _refuse(module, key, kwargs)
     new = key.new
-    full = (lambda: mask.original) if isinstance(mask, HardKVMask) else (lambda: mask)
     padding = _padding(mask, query.shape[0], new)
     new.layer.check_module(module)
     scale = kwargs.get("scaling")
@@ -74,12 +73,11 @@ def _routed(
     # sdpa has no softcap: transformers ignores it there (or refuses, before we are asked)
     softcap = None if name == "sdpa" else kwargs.get("softcap")
     if new.start == 0:  # the first call: nothing is compressed yet, and the original kernel is exact
-        result = original(module, query, new.keys, new.values, full(), **kwargs)
+        full_mask = mask.original if isinstance(mask, HardKVMask) else mask
+        result = original(module, query, new.keys, new.values, full_mask, **kwargs)
         new.layer.prefill(new, query.detach(), padding, scale=scale, softcap=softcap)
         return result
-    new_mask = None
-    if query.shape[2] > 1:
-        new_mask = _mask_of_new(full(), padding, new)
+    new_mask = _mask_of_new(mask, padding, new)
     out = new.layer.decode(
         new, query, padding, new_mask, scale=scale, softcap=softcap, sinks=kwargs.get("s_aux")
     )  # [B, Hq, q, Dv]
@@ -131,12 +129,16 @@ def _padding(mask: Any, batch: int, new: NewTokens) -> Tensor | None:
         padding = mask.bool()
     else:
         raise UnroutedKVError(f"cannot read padding from an attention mask of type {type(mask).__name__}")
-    if padding.shape[1] != new.stop:
-        raise ValueError(
-            f"attention_mask covers {padding.shape[1]} columns, but the cache has seen {new.start} and gets "
-            f"{new.stop - new.start} more: pass a mask over all {new.stop} columns, past ones included"
-        )
+    _check_width(padding, new.stop)
     return padding.expand(batch, -1)
+
+
+def _check_width(padding: Tensor, columns: int) -> None:
+    if padding.shape[1] != columns:
+        raise ValueError(
+            f"attention_mask covers {padding.shape[1]} columns, but the cache will have seen {columns} with this call: "
+            f"pass a mask over all {columns} columns, past ones included"
+        )
 
 
 def _as_bool(mask: Tensor) -> Tensor:
@@ -145,12 +147,18 @@ def _as_bool(mask: Tensor) -> Tensor:
 
 
 def _mask_of_new(mask: Any, padding: Tensor | None, new: NewTokens) -> Tensor | None:
-    """The part of a later chunk's mask among its own tokens, bool `[B or 1, q, q]`; None when plainly causal.
+    """The part of a later call's mask among its own tokens, bool `[B or 1, q, q]`; None when plainly causal.
 
     Raises:
-        NotImplementedError: the mask differs between heads, or hides past tokens that exist.
+        NotImplementedError: the mask differs between heads, or hides past tokens that the cache holds.
     """
+    if isinstance(mask, HardKVMask):
+        if new.stop - new.start == 1:
+            return None  # one token that sees what exists
+        mask = mask.original
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        if padding is not None and new.stop - new.start > 1:
+            new.layer.check_visible(padding[:, : new.start])
         return None
     if not isinstance(mask, Tensor):
         raise NotImplementedError(
@@ -161,15 +169,9 @@ def _mask_of_new(mask: Any, padding: Tensor | None, new: NewTokens) -> Tensor | 
     if allowed.shape[1] > 1 and not bool((allowed == allowed[:, :1]).all()):
         raise NotImplementedError("HardKVCache does not support attention masks that differ between heads")
     allowed = allowed[:, 0]
-    past = allowed[..., : new.start]
-    exists = torch.ones_like(past[:, :1]) if padding is None else padding[:, None, : new.start]
     among_new = allowed[..., new.start :]
     real = among_new.diagonal(dim1=1, dim2=2)[..., None]  # padded queries see nothing, and nobody reads them
-    if bool((exists & ~past & real).any()):
-        raise NotImplementedError(
-            "the attention mask of a later chunk hides past tokens that the cache holds; HardKVCache lets every new "
-            "token see all kept ones"
-        )
+    new.layer.check_visible((allowed[..., : new.start] | ~real).all(1))
     return among_new
 
 
@@ -183,7 +185,10 @@ def _wrap_mask(function: Callable[..., Any]) -> Callable[..., Any]:
         if args:
             raise UnroutedKVError("mask functions of HardKVCache layers must be called with keywords")
         kwargs["kv_length"] = int(length)
-        return HardKVMask(kwargs.get("attention_mask"), lambda: function(**kwargs))
+        padding = kwargs.get("attention_mask")
+        if padding is not None:
+            _check_width(padding, int(length))
+        return HardKVMask(padding, lambda: function(**kwargs))
 
     return _mark(mask, function)
 

@@ -59,8 +59,9 @@ class RaggedTier:
         )
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes."""
-        schedule = [t for bucket in self.buckets for t in (bucket.rows, bucket.starts, bucket.lengths)]
+        """Everything held, for counting bytes; the schedule once it has been made."""
+        made = self.__dict__.get("buckets", ())
+        schedule = [t for bucket in made for t in (bucket.rows, bucket.starts, bucket.lengths)]
         return [self.keys, self.values, self.positions, self.misses, self.cu_seqlens, *schedule]
 
 
@@ -247,6 +248,15 @@ class Tiers:
     def cropped(self, length: int) -> "Tiers":
         """Without column `length` and later, which must all be in the dense tier."""
         return replace(self, dense=self.dense.cropped(length), seen=length)
+
+    def holds_any(self, columns: Tensor) -> bool:
+        """Whether attention reads a token of the marked columns, bool `[B, seen]`."""
+        num_kv_heads = self.dense.keys.shape[1]
+        tier, dense = self.condensed, self.dense
+        sequence = row_ids(tier.cu_seqlens, tier.positions.shape[0]) // num_kv_heads
+        held = torch.arange(dense.capacity, device=columns.device) < dense.fill[:, None]
+        recent = columns.gather(1, dense.positions.long().masked_fill(~held, 0)) & held
+        return bool(columns[sequence, tier.positions.long()].any() | recent.any())
 
     def merged(self, window: int) -> Merged:
         """Lay out every held token by row and position."""

@@ -1,5 +1,6 @@
 """Attention of new queries over the tiers of a cache layer: ragged condensed rows and the dense tail, merged by lse."""
 
+import difflib
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,9 @@ def resolve_backend(attention: str) -> str:
         ValueError: no such backend here.
     """
     if attention not in ("auto", *BACKENDS):
-        raise ValueError(f"attention={attention!r} is not available here: use 'auto' or one of {BACKENDS}")
+        close = difflib.get_close_matches(str(attention).lower(), ("auto", *BACKENDS), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"attention={attention!r} is not available here.{hint} Allowed: 'auto', {', '.join(BACKENDS)}")
     return BACKENDS[0] if attention == "auto" else attention
 
 

@@ -1,0 +1,735 @@
+"""Bad input gets a clear error before anything changes, and a failure in the middle never leaves a cache half-done."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hardkv import HardKVCache, HardKVConfig, UnroutedKVError
+from hardkv.selectors import RKV, SCORERS, AdaKV, Adaptive, Attention, Pyramid, SnapKV, TopK, TopP, register_scorer
+
+EVICT: dict[str, Any] = {"budget": 8, "window": 4, "sinks": 1, "interval": 3}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def step(model, cache, token: int = 5, batch: int = 1, mask: Tensor | None = None) -> Tensor:
+    """Logits `[B, V]` after one more token in every row."""
+    ids = torch.full((batch, 1), token)
+    return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
+
+
+def step_or_refusal(model, cache, token: int = 5) -> Tensor | None:
+    """Logits of `step`, or None when the cache calls itself unusable."""
+    try:
+        return step(model, cache, token)
+    except RuntimeError as error:
+        if "reset()" not in str(error):
+            raise
+        return None
+
+
+def held(cache: HardKVCache) -> list[Any]:
+    """Everything a cache says about what it holds."""
+    layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "kept")]
+    kept = [[[head.tolist() for head in heads] for heads in cache.kept(idx)] for idx in layers]
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    return [kept, lengths, cache.lengths("sparse").tolist(), cache.nbytes(), cache.stats().events]
+
+
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
+    """Normal weights, so that attention is uneven; norms keep theirs."""
+    generator = torch.Generator().manual_seed(0)
+    for path, parameter in model.named_parameters():
+        if "norm" not in path:
+            parameter.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    # names
+    "scorer name": (
+        {"scorer": "snapvk"},
+        ValueError,
+        r"scorer='snapvk'.*Did you mean 'snapkv'.*attention, rkv, snapkv",
+    ),
+    "scorer case": ({"scorer": "RKV"}, ValueError, r"scorer='RKV'.*Did you mean 'rkv'"),
+    "scorer far off": ({"scorer": "xyzzy"}, ValueError, r"scorer='xyzzy'.*Available: .*attention.*rkv.*snapkv"),
+    "scorer dict": ({"scorer": {"name": "rkv", "lamb": 0.1}}, ValueError, r"scorer 'rkv'.*lamb"),
+    "scorer dict without name": ({"scorer": {"lam": 0.1}}, ValueError, r"scorer=None is not known"),
+    "budget dict": ({"budget": {"name": "topkk", "n": 64}}, ValueError, r"budget 'topkk'.*Did you mean 'topk'.*adakv"),
+    "budget dict parameter": ({"budget": {"name": "topk", "k": 64}}, ValueError, r"budget 'topk'.*'k'"),
+    "attention name": ({"attention": "torhc"}, ValueError, r"attention='torhc'.*'auto'.*torch"),
+    "attention suggestion": ({"attention": "torhc"}, ValueError, r"[Dd]id you mean 'torch'"),
+    # ranges
+    "budget = window + sinks": ({"budget": 36}, ValueError, r"n=36.*window \+ sinks = 32 \+ 4 = 36.*raise the budget"),
+    "budget below": ({"budget": 4, "window": 4, "sinks": 1}, ValueError, r"n=4.*4 \+ 1 = 5"),
+    "TopK": ({"budget": TopK(36)}, ValueError, r"n=36.*window \+ sinks"),
+    "AdaKV": ({"budget": AdaKV(30)}, ValueError, r"n=30.*window \+ sinks"),
+    "Adaptive": ({"budget": Adaptive(36)}, ValueError, r"n=36.*window \+ sinks"),
+    "Pyramid": ({"budget": Pyramid(36)}, ValueError, r"n=36.*window \+ sinks"),
+    "Pyramid of AdaKV": ({"budget": Pyramid(AdaKV(36))}, ValueError, r"n=36.*window \+ sinks"),
+    "TopP cap": ({"budget": TopP(0.9, cap=36)}, ValueError, r"cap=36.*window \+ sinks"),
+    "budget 0": ({"budget": 0}, ValueError, r"n=0 must be >= 1"),
+    "budget negative": ({"budget": -5}, ValueError, r"n=-5 must be >= 1"),
+    "window 0": ({"window": 0}, ValueError, r"window=0 must be >= 1"),
+    "window negative": ({"window": -1}, ValueError, r"window=-1 must be >= 1"),
+    "sinks negative": ({"sinks": -1}, ValueError, r"sinks=-1 must be >= 0"),
+    "interval 0": ({"interval": 0}, ValueError, r"interval=0 must be >= 1"),
+    "interval negative": ({"interval": -128}, ValueError, r"interval=-128 must be >= 1"),
+    "patience negative": ({"patience": -1}, ValueError, r"patience=-1 must be >= 0"),
+    "patience too large": ({"patience": 255}, ValueError, r"patience=255 must be >= 0 and <= 254"),
+    # types
+    "window float": ({"window": 32.0}, TypeError, r"window=32.0 must be an integer, not float"),
+    "window bool": ({"window": True}, TypeError, r"window=True must be an integer, not bool"),
+    "sinks bool": ({"sinks": False}, TypeError, r"sinks=False must be an integer, not bool"),
+    "interval string": ({"interval": "128"}, TypeError, r"interval='128' must be an integer, not str"),
+    "interval None": ({"interval": None}, TypeError, r"interval=None must be an integer"),
+    "patience bool": ({"patience": True}, TypeError, r"patience=True must be an integer, not bool"),
+    "pin_prompt int": ({"pin_prompt": 1}, TypeError, r"pin_prompt=1 must be True or False"),
+    "budget bool": ({"budget": True}, TypeError, r"budget=True must be an integer.*TopK\(n\)"),
+    "budget float": ({"budget": 0.5}, TypeError, r"budget=0.5 must be an integer.*TopP\(p\)"),
+    "budget string": ({"budget": "1024"}, TypeError, r"budget='1024' must be an integer.*TopK\(n\)"),
+    "budget None": ({"budget": None}, TypeError, r"budget=None must be an integer"),
+    "budget class": ({"budget": TopK}, TypeError, r"must be an integer.*budget object"),
+    "scorer class": ({"scorer": Attention}, TypeError, r"scorer=.*pass an instance, not a class"),
+    "scorer without score": ({"scorer": object()}, TypeError, r"scorer=.*score\(observation\)"),
+    "scorer None": ({"scorer": None}, TypeError, r"scorer=None must be a name"),
+    "attention type": ({"attention": 3}, ValueError, r"attention=3.*'auto'"),
+    # combinations
+    "calibration": ({"budget": TopK(64), "calibration": "online"}, ValueError, r"calibration='online'.*TopK\(n=64\)"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "match"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
+def test_bad_arguments(arguments, error, match):
+    with pytest.raises(error, match=match):
+        HardKVCache(**arguments)
+    with pytest.raises(error, match=match):
+        HardKVConfig(**arguments)
+
+
+BAD_OBJECTS = {
+    "p 0": (lambda: TopP(0), ValueError, r"p=0 must lie in \(0, 1\]"),
+    "p above 1": (lambda: TopP(1.01), ValueError, r"p=1.01 must lie in \(0, 1\]"),
+    "p negative": (lambda: TopP(-0.5), ValueError, r"p=-0.5 must lie in"),
+    "p NaN": (lambda: TopP(float("nan")), ValueError, r"p=nan must lie in"),
+    "p bool": (lambda: TopP(True), TypeError, r"p=True must be a number, not bool"),
+    "p string": (lambda: TopP("0.9"), TypeError, r"p='0.9' must be a number"),
+    "floor negative": (lambda: TopP(0.9, floor=-1), ValueError, r"floor=-1 must be >= 0"),
+    "cap below floor": (lambda: TopP(0.9, floor=64, cap=32), ValueError, r"cap=32 must be >= floor=64"),
+    "cap 0": (lambda: TopP(0.9, cap=0), ValueError, r"cap=0 must be >= 1"),
+    "n bool": (lambda: TopK(True), TypeError, r"n=True must be an integer"),
+    "n float": (lambda: AdaKV(64.0), TypeError, r"n=64.0 must be an integer"),
+    "alpha": (lambda: AdaKV(64, alpha=1.5), ValueError, r"alpha=1.5 must lie in \[0, 1\]"),
+    "alpha bool": (lambda: AdaKV(64, alpha=True), TypeError, r"alpha=True must be a number"),
+    "beta 0": (lambda: Pyramid(64, beta=0), ValueError, r"beta=0 must be >= 1"),
+    "beta float": (lambda: Pyramid(64, beta=2.5), TypeError, r"beta=2.5 must be an integer"),
+    "Pyramid of TopP": (lambda: Pyramid(TopP(0.9)), TypeError, r"n=TopP.*must be an integer"),
+    "Adaptive floor": (lambda: Adaptive(64, floor=65), ValueError, r"floor=65 must be <= n=64"),
+    "Adaptive cap": (lambda: Adaptive(64, cap=63), ValueError, r"cap=63 must be >= n=64"),
+    "kernel even": (lambda: SnapKV(kernel_size=4), ValueError, r"kernel_size=4 must be an odd integer"),
+    "pooling": (lambda: SnapKV(pooling="median"), ValueError, r"pooling='median' must be 'max', 'avg' or 'none'"),
+    "group_reduce": (lambda: SnapKV(group_reduce="sum"), ValueError, r"group_reduce='sum' must be"),
+    "lam": (lambda: RKV(lam=2), ValueError, r"lam=2 must lie in \[0, 1\]"),
+}
+
+
+@pytest.mark.parametrize(("build", "error", "match"), BAD_OBJECTS.values(), ids=BAD_OBJECTS.keys())
+def test_bad_scorers_and_budgets(build, error, match):
+    with pytest.raises(error, match=match):
+        build()
+
+
+@pytest.mark.parametrize("config", ["llama", {"hidden_size": 32}, 3])
+def test_a_config_that_is_none(config):
+    with pytest.raises(TypeError, match=r"config=.*HardKVCache\(config=model.config\)"):
+        HardKVCache(config=config)
+
+
+def test_a_model_instead_of_its_config(tiny_model):
+    with pytest.raises(TypeError, match=r"config=LlamaForCausalLM.*HardKVCache\(config=model.config\)"):
+        HardKVCache(config=tiny_model("llama", "sdpa"))
+
+
+def test_arguments_are_keyword_only(tiny_model):
+    with pytest.raises(TypeError, match="positional"):
+        HardKVCache(tiny_model("llama", "sdpa").config, "rkv")
+    with pytest.raises(TypeError, match="bugdet"):
+        HardKVCache(bugdet=64)
+
+
+def test_pyramid_needs_the_number_of_layers():
+    with pytest.raises(ValueError, match=r"Pyramid.*config=model.config"):
+        HardKVCache(budget=Pyramid(64))
+
+
+def test_bad_arguments_leave_the_model_alone(tiny_model):
+    model = tiny_model("llama", "eager")
+    with pytest.raises(ValueError, match="window"):
+        HardKVCache(config=model.config, window=0)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("tier", ["Dense", "all", 0])
+def test_an_unknown_tier(tier):
+    with pytest.raises(ValueError, match=r"tier=.*condensed.*sparse.*dense"):
+        HardKVCache().lengths(tier)
+
+
+# ---------------------------------------------------------------------------------------------- reuse
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def filled(request, tiny_model, tiny_prompts):
+    """A model and its cache after a prompt and two tokens; gemma3 starts with a sliding-window layer, not with ours."""
+    model = tiny_model(request.param, "sdpa")
+    cache = HardKVCache(config=model.config, **EVICT)
+    model(**tiny_prompts(1), past_key_values=cache)
+    for token in (20, 21):
+        step(model, cache, token)
+    return request.param, model, cache
+
+
+def test_another_batch_size(filled):
+    _, model, cache = filled
+    before, twin = held(cache), copy.deepcopy(cache)
+    with pytest.raises(ValueError, match=r"batch.*another batch or model.*reset\(\)"):
+        step(model, cache, batch=2)
+    assert held(cache) == before
+    assert torch.equal(step(model, cache), step(model, twin))
+
+
+def test_another_model_of_the_same_shape(filled, tiny_model):
+    name, model, cache = filled
+    other = tiny_model(name, "sdpa", seed=1)
+    before, twin = held(cache), copy.deepcopy(cache)
+    with pytest.raises(ValueError, match=r"filled by another model.*reset\(\)"):
+        step(other, cache)
+    if name == "llama":
+        assert held(cache) == before
+    # a sliding layer before ours cannot know who calls, so this cache may be lost; but not silently
+    logits = step_or_refusal(model, cache)
+    assert logits is None or torch.equal(logits, step(model, twin))
+    cache.reset()
+    assert step(other, cache).isfinite().all()
+
+
+def test_a_mask_of_the_wrong_width(filled):
+    _, model, cache = filled
+    before, twin = held(cache), copy.deepcopy(cache)
+    with pytest.raises((ValueError, RuntimeError)):
+        step(model, cache, mask=torch.ones(1, 9, dtype=torch.long))
+    logits = step_or_refusal(model, cache)
+    if logits is not None:
+        assert held(cache)[1] == [length + 1 for length in before[1]]
+        assert torch.equal(logits, step(model, twin))
+
+
+def test_another_model_of_another_shape(filled, tiny_model):
+    _, _, cache = filled
+    other = tiny_model("qwen3", "sdpa", num_key_value_heads=4)
+    before = held(cache)
+    with pytest.raises((ValueError, RuntimeError), match=r"KV heads|another model"):
+        step(other, cache)
+    assert held(cache) == before
+
+
+def test_another_dtype(tiny_model, tiny_prompts):
+    cache = HardKVCache(**EVICT)
+    tiny_model("llama", "sdpa")(**tiny_prompts(1), past_key_values=cache)
+    before = held(cache)
+    with pytest.raises(ValueError, match=r"float32 and gets .*float64"):
+        step(tiny_model("llama", "sdpa", dtype=torch.float64), cache)
+    assert held(cache) == before
+
+
+def test_a_config_with_fewer_layers_than_the_model(tiny_model, tiny_prompts):
+    cache = HardKVCache(config=tiny_model("llama", "sdpa", num_hidden_layers=2).config)
+    with pytest.raises(RuntimeError, match=r"layer 2 asks for a cache of 2 layers.*HardKVCache\(config=model.config\)"):
+        tiny_model("llama", "sdpa")(**tiny_prompts(1), past_key_values=cache)
+
+
+def test_a_handle_of_an_earlier_forward(tiny_model, tiny_prompts):
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config, **EVICT)
+    model(**tiny_prompts(1), past_key_values=cache)
+    module, attend = model.model.layers[0].self_attn, ALL_ATTENTION_FUNCTIONS["sdpa"]
+    new = torch.randn(1, 2, 1, 8)
+    query = torch.randn(1, 4, 1, 8)
+    key, value = cache.layers[0].update(new, new)
+    attend(module, query, key, value, None)
+    later = cache.layers[0].update(new, new)
+    attend(module, query, *later, None)
+    with pytest.raises(UnroutedKVError, match="cannot be reused later"):
+        attend(module, query, key, value, None)
+    with pytest.raises(UnroutedKVError, match="the values do not"):
+        attend(module, query, cache.layers[0].update(new, new)[0], new, None)
+    with pytest.raises(UnroutedKVError, match="the values do not"):
+        attend(module, query, cache.layers[0].update(new, new)[0], cache.layers[1].update(new, new)[1], None)
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def bart(attn: str = "sdpa") -> BartForConditionalGeneration:
+    config = BartConfig(
+        vocab_size=98,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+    )
+    config._attn_implementation = attn
+    return randomized(BartForConditionalGeneration(config))
+
+
+def t5() -> T5ForConditionalGeneration:
+    config = T5Config(
+        vocab_size=98,
+        d_model=32,
+        d_kv=8,
+        num_layers=2,
+        num_heads=4,
+        d_ff=32,
+        pad_token_id=0,
+        eos_token_id=None,
+        decoder_start_token_id=0,
+    )
+    return randomized(T5ForConditionalGeneration(config))
+
+
+def decode(model, inputs, cache, **options) -> Any:
+    return model.generate(
+        **inputs,
+        past_key_values=cache,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **({"max_new_tokens": 12} | options),
+    )
+
+
+def test_an_encoder_decoder_model_with_a_bare_cache(tiny_prompts):
+    model = bart()
+    with pytest.raises(RuntimeError, match=r"EncoderDecoderCache\(HardKVCache\(...\), DynamicCache\(\)\)"):
+        decode(model, tiny_prompts(3), HardKVCache(config=model.config))
+    model = t5()
+    with pytest.raises(NotImplementedError, match="position_bias|EncoderDecoderCache"):
+        decode(model, tiny_prompts(3), HardKVCache(config=model.config))
+
+
+def test_position_bias_is_refused(tiny_prompts):
+    model = t5()
+    cache = HardKVCache(config=model.config)
+    with pytest.raises(NotImplementedError, match=r"'position_bias' \(T5Attention\): use DynamicCache"):
+        decode(model, tiny_prompts(3), EncoderDecoderCache(cache, DynamicCache()))
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_an_encoder_decoder_model_with_its_cache(options, tiny_prompts):
+    model = bart()
+    expected = decode(model, tiny_prompts(3), EncoderDecoderCache(DynamicCache(), DynamicCache()), **options)
+    for config in (model.config, None):
+        cache = HardKVCache(config=config, **(EVICT | {"budget": 100}))
+        actual = decode(model, tiny_prompts(3), EncoderDecoderCache(cache, DynamicCache()), **options)
+        assert torch.equal(actual.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=2e-5)
+        assert cache.stats().events > 1
+    cache = HardKVCache(config=model.config, **EVICT)
+    decode(model, tiny_prompts(3), EncoderDecoderCache(cache, DynamicCache()), **options)
+    assert int(cache.lengths().max()) < EVICT["budget"] + EVICT["interval"]
+
+
+def test_an_eager_encoder_decoder_model_names_the_way_out(tiny_prompts):
+    """Its decoder config is made anew at every call, so that nothing can be switched; sdpa works."""
+    model = bart("eager")
+    cache = HardKVCache(config=model.config)
+    with pytest.raises(UnroutedKVError, match="sdpa"):
+        decode(model, tiny_prompts(1), EncoderDecoderCache(cache, DynamicCache()))
+
+
+def test_multi_head_latent_attention_is_loud(tiny_prompts):
+    config = DeepseekV3Config(
+        vocab_size=98,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        qk_nope_head_dim=8,
+        first_k_dense_replace=1,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=1,
+    )
+    model = randomized(DeepseekV3ForCausalLM(config))
+    cache = HardKVCache(config=config)
+    with pytest.raises(UnroutedKVError, match="changes keys and values between cache and attention"):
+        model(**tiny_prompts(3), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", ["position_bias", "indices", "block_indices"])
+def test_attention_arguments_that_are_refused(name, tiny_model):
+    model, cache, states = tiny_model("llama", "sdpa"), HardKVCache(), torch.randn(1, 2, 3, 8)
+    key, value = cache.update(states, states, 0)
+    with pytest.raises(NotImplementedError, match=rf"'{name}' \(LlamaAttention\): use DynamicCache"):
+        ALL_ATTENTION_FUNCTIONS["sdpa"](
+            model.model.layers[0].self_attn, torch.randn(1, 4, 3, 8), key, value, None, **{name: torch.zeros(1)}
+        )
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("how", ["module", "argument"])
+def test_bidirectional_attention_is_refused(how, tiny_model, tiny_prompts):
+    model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
+    cache = HardKVCache(config=model.config)
+    options = {}
+    if how == "module":
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+    else:
+        options["is_causal"] = False
+    with pytest.raises(NotImplementedError, match="needs causal self-attention, and LlamaAttention is not"):
+        model(**inputs, past_key_values=cache, **options)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_a_sliding_window_without_a_config(name, tiny_model, tiny_prompts):
+    model, cache = tiny_model(name, "sdpa", sliding_window=6), HardKVCache(**EVICT)
+    with pytest.raises(ValueError, match=r"sliding window of 6 tokens.*HardKVCache\(config=model.config\)"):
+        model(**tiny_prompts(1), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_a_sliding_window_that_the_config_does_not_mark(tiny_model, tiny_prompts):
+    """The other model's config has the layers as full ones."""
+    model = tiny_model("mistral", "sdpa", sliding_window=6)
+    cache = HardKVCache(config=tiny_model("mistral", "sdpa").config)
+    with pytest.raises(NotImplementedError, match="sliding window of 6 tokens.*use DynamicCache"):
+        model(**tiny_prompts(1), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_a_model_of_sliding_layers_only_warns_once(tiny_model, tiny_prompts, recwarn):
+    model = tiny_model("mistral", "sdpa", sliding_window=6)
+    cache = HardKVCache(config=model.config)
+    caught = [str(warning.message) for warning in recwarn if "HardKVCache" in str(warning.message)]
+    assert len(caught) == 1
+    assert "no layer of MistralConfig uses full attention" in caught[0]
+    recwarn.clear()
+    expected = decode(model, tiny_prompts(3), DynamicCache(config=model.config))
+    actual = decode(model, tiny_prompts(3), cache)
+    assert torch.equal(torch.stack(actual.logits), torch.stack(expected.logits))
+    assert not [warning for warning in recwarn if "HardKVCache" in str(warning.message)]
+    stats = cache.stats()
+    assert stats.warnings == caught
+    assert caught[0] in repr(stats)
+    assert (stats.layers, stats.compressed_layers, stats.seq_length) == (3, 0, 24)
+    assert stats.batch_size == 3
+    assert stats.nbytes == stats.dense_nbytes > 0
+
+
+def test_the_warning_points_at_the_caller(tiny_model):
+    config = tiny_model("mistral", "sdpa", sliding_window=6).config
+    with pytest.warns(UserWarning, match="compresses nothing") as caught:
+        HardKVCache(config=config)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("pin_prompt", [True, False])
+def test_a_pinned_prompt_larger_than_the_budget(pin_prompt, tiny_model, tiny_prompts):
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config, pin_prompt=pin_prompt, **(EVICT | {"budget": 16}))
+    if not pin_prompt:
+        assert model(**tiny_prompts(1), past_key_values=cache).logits.isfinite().all()
+        return
+    with pytest.raises(ValueError, match=r"pin_prompt=True: the prompt has 13 tokens.*16 tokens.*raise the budget"):
+        model(**tiny_prompts(1), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes() == 0
+
+
+def test_a_pinned_prompt_that_just_fits(tiny_model, tiny_prompts):
+    """The longest row counts, without its padding."""
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config, pin_prompt=True, **(EVICT | {"budget": 17}))
+    decode(model, tiny_prompts(1), cache)
+    inputs = {name: value[[0, 2]] for name, value in tiny_prompts(3).items()}  # 9 and 5 tokens
+    cache = HardKVCache(config=model.config, pin_prompt=True, **(EVICT | {"budget": 13}))
+    decode(model, inputs, cache)
+    assert cache.stats().events > 1
+    assert int(cache.lengths().max()) < 13 + EVICT["interval"]
+
+
+def test_a_pinned_prompt_that_outgrows_the_budget_in_chunks(tiny_model, tiny_prompts):
+    model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
+    cache = HardKVCache(config=model.config, pin_prompt=True, **(EVICT | {"budget": 16}))
+    model(input_ids=inputs["input_ids"][:, :10], past_key_values=cache)
+    before = held(cache)
+    with pytest.raises(ValueError, match=r"pin_prompt=True: the prompt has 13 tokens"):
+        model(input_ids=inputs["input_ids"][:, 10:], past_key_values=cache)
+    assert held(cache) == before
+
+
+# ---------------------------------------------------------------------------------------------- failures midway
+
+
+def fail_after(model: torch.nn.Module, path: str, error: BaseException):
+    """Raise once a submodule has run; returns the hook."""
+
+    def hook(*_):
+        raise error
+
+    return model.get_submodule(path).register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("when", ["first forward", "later"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model.layers.0",
+        "model.layers.1.self_attn.k_proj",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1",
+        "model.layers.2.self_attn.q_proj",
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "llama without config", "gemma3"])
+def test_a_forward_that_dies_between_layers(name, path, when, tiny_model, tiny_prompts):
+    model, inputs = tiny_model(name.split()[0], "sdpa"), tiny_prompts(1)
+    cache = HardKVCache(config=None if "without" in name else model.config, **EVICT)
+    if when == "later":
+        model(**inputs, past_key_values=cache)
+    hook = fail_after(model, path, MemoryError("out of memory"))
+    with pytest.raises(MemoryError, match="out of memory"):
+        step(model, cache) if when == "later" else model(**inputs, past_key_values=cache)
+    hook.remove()
+    for _ in range(2):  # and stays so
+        with pytest.raises(RuntimeError, match=r"earlier forward pass stopped between layers.*reset\(\)"):
+            step(model, cache)
+    with pytest.raises(RuntimeError, match=r"reset\(\)"):
+        cache.crop(-1)
+    cache.reset()
+    fresh = HardKVCache(config=model.config, **EVICT)
+    assert torch.equal(model(**inputs, past_key_values=cache).logits, model(**inputs, past_key_values=fresh).logits)
+    for token in range(5):
+        assert torch.equal(step(model, cache, token), step(model, fresh, token))
+    assert held(cache) == held(fresh)
+
+
+def test_a_forward_that_dies_after_all_layers_is_whole(tiny_model, tiny_prompts):
+    """Every layer has stored the token: the cache goes on behind it."""
+    model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
+    cache, fresh = (HardKVCache(config=model.config, **EVICT) for _ in range(2))
+    for past in (cache, fresh):
+        model(**inputs, past_key_values=past)
+    hook = fail_after(model, "lm_head", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        step(model, cache, 20)
+    hook.remove()
+    step(model, fresh, 20)
+    assert cache.get_seq_length() == 14
+    assert torch.equal(step(model, cache, 21), step(model, fresh, 21))
+    assert held(cache) == held(fresh)
+
+
+@dataclass
+class Failing:
+    """The attention scorer, except that its call number `fail_at` raises."""
+
+    fail_at: int
+    error: BaseException = field(default_factory=lambda: MemoryError("out of memory"))
+    calls: int = 0
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def score(self, observation):
+        self.calls += 1
+        if self.calls - 1 == self.fail_at:
+            raise self.error
+        return Attention().score(observation)
+
+
+@pytest.mark.parametrize("error", [MemoryError("out of memory"), KeyboardInterrupt()], ids=["memory", "interrupt"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("event", [0, 1, 2])
+@pytest.mark.parametrize("patience", [0, 1])
+def test_an_event_that_raises(patience, event, layer, error, tiny_model, tiny_prompts):
+    """Afterwards the cache is either unusable and says so, or goes on exactly as one that nothing happened to."""
+    model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
+    cache = HardKVCache(config=model.config, scorer=Failing(3 * event + layer, error), patience=patience, **EVICT)
+    fresh = HardKVCache(config=model.config, patience=patience, **EVICT)
+    if event == 0:
+        with pytest.raises(type(error)):
+            model(**inputs, past_key_values=cache)
+    else:
+        for past in (cache, fresh):
+            model(**inputs, past_key_values=past)
+            for token in range(3 * event - 1):
+                step(model, past, token)
+        with pytest.raises(type(error)):
+            step(model, cache, 20)
+    lengths = {other.get_seq_length() for other in cache.layers}
+    if len(lengths) > 1:
+        before = held(cache)
+        with pytest.raises(RuntimeError, match=r"earlier forward pass stopped between layers.*reset\(\)"):
+            step(model, cache)
+        assert held(cache) == before
+        cache.reset()
+        fresh.reset()
+        assert cache.nbytes() == 0
+    elif lengths != {fresh.get_seq_length()}:  # every layer stored the forward that died in the last one
+        step(model, fresh, 20)
+    if cache.get_seq_length() == 0:
+        for past in (cache, fresh):
+            model(**inputs, past_key_values=past)
+    for token in range(60, 68):
+        torch.testing.assert_close(step(model, cache, token), step(model, fresh, token), rtol=0, atol=1e-6)
+    assert held(cache)[:3] == held(fresh)[:3]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_held_event_that_raises_in_crop(layer, tiny_model, tiny_prompts):
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config, scorer=Failing(3 + layer), **EVICT)
+    fresh = HardKVCache(config=model.config, **EVICT)
+    for past in (cache, fresh):
+        model(**tiny_prompts(1), past_key_values=past)
+        past.activate_past_recording()
+        model(input_ids=torch.full((1, 5), 9), past_key_values=past)
+    with pytest.raises(MemoryError):
+        cache.crop(-1)
+    fresh.crop(-1)
+    lengths = {other.get_seq_length() for other in cache.layers}
+    if len(lengths) > 1:
+        with pytest.raises(RuntimeError, match=r"reset\(\)"):
+            step(model, cache)
+        return
+    if lengths == {18}:
+        cache.crop(-1)
+    assert torch.equal(step(model, cache), step(model, fresh))
+    assert held(cache)[:3] == held(fresh)[:3]
+
+
+def test_storing_that_raises_is_not_done_twice(monkeypatch, tiny_model, tiny_prompts):
+    """A failure after the dense tier was written, in the very first layer: the token must not be there twice."""
+    from hardkv.cache.tiers import QueryRing
+
+    model = tiny_model("llama", "sdpa")
+    cache, fresh = (HardKVCache(config=model.config, **EVICT) for _ in range(2))
+    for past in (cache, fresh):
+        model(**tiny_prompts(1), past_key_values=past)
+    with monkeypatch.context() as patch:
+        patch.setattr(QueryRing, "append", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
+        with pytest.raises(MemoryError):
+            step(model, cache, 20)
+    logits = step_or_refusal(model, cache, 20)
+    if logits is not None:
+        assert torch.equal(logits, step(model, fresh, 20))
+        assert held(cache)[:3] == held(fresh)[:3]
+
+
+# ---------------------------------------------------------------------------------------------- scorers of the user
+
+
+def nan_scores(observation):
+    return Attention().score(observation) * torch.nan
+
+
+def infinite_scores(observation):
+    return torch.full_like(Attention().score(observation), -torch.inf)
+
+
+BAD_SCORES = {
+    "nan": (nan_scores, r"returned NaN or infinite scores; return log-scores"),
+    "infinite": (infinite_scores, r"returned NaN or infinite scores"),
+    "too short": (lambda o: Attention().score(o)[:-1], r"returned torch.float32 \(\d+,\).*one .*score per token"),
+    "two dimensions": (lambda o: Attention().score(o)[None], r"returned torch.float32 \(1, \d+\)"),
+    "padded": (lambda o: o.to_padded(Attention().score(o)), r"returned torch.float32 \(1, 2, \d+\)"),
+    "integers": (lambda o: o.positions, r"returned torch.int32"),
+    "numpy": (lambda o: Attention().score(o).numpy(), r"returned ndarray"),
+    "nothing": (lambda o: None, r"returned NoneType"),
+}
+
+
+@pytest.fixture(params=["object", "registered"])
+def scorer_of(request):
+    """Makes a scorer of a function, given as an object or by a registered name."""
+    before = dict(SCORERS)
+
+    def make(function):
+        @dataclass(frozen=True)
+        class Mine:
+            def score(self, observation):
+                return function(observation)
+
+        if request.param == "object":
+            return Mine()
+        register_scorer("mine")(Mine)
+        return "mine"
+
+    yield make
+    SCORERS.clear()
+    SCORERS.update(before)
+
+
+@pytest.mark.parametrize(("function", "match"), BAD_SCORES.values(), ids=BAD_SCORES.keys())
+def test_a_scorer_that_returns_nonsense(function, match, scorer_of, tiny_model, tiny_prompts):
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config, scorer=scorer_of(function), **EVICT)
+    with pytest.raises(ValueError, match=rf"scorer .*Mine.*{match}"):
+        model(**tiny_prompts(1), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes() == 0
+
+
+def test_a_scorer_that_works(scorer_of, tiny_model, tiny_prompts):
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config, scorer=scorer_of(lambda o: -o.keys.norm(dim=-1)), **EVICT)
+    decode(model, tiny_prompts(3), cache)
+    assert cache.stats().events > 1
+    assert int(cache.lengths().max()) < EVICT["budget"] + EVICT["interval"]

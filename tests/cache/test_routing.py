@@ -1,0 +1,686 @@
+"""The way into transformers: registries, handles, masks, and the attention implementations they have to survive."""
+
+import copy
+import json
+import operator
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers.modeling_flash_attention_utils as flash
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
+from transformers.integrations.eager_paged import eager_paged_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hardkv import HardKVCache, UnroutedKVError
+
+VOCABULARY = 98
+HOLD_ALL = dict(budget=1000, window=4, sinks=1, interval=3)  # an event every 3 tokens, and nothing is lost
+EVICT = dict(budget=8, window=4, sinks=1, interval=3)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Normal weights, so that attention is uneven; norms keep theirs."""
+    generator = torch.Generator().manual_seed(seed)
+    for path, parameter in model.named_parameters():
+        if "norm" not in path:
+            parameter.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+def hybrid(**arguments: Any) -> dict[str, Any]:
+    """Config arguments of a tiny decoder with a sliding window in every second layer."""
+    return (
+        dict(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            sliding_window=6,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=None,
+        )
+        | arguments
+    )
+
+
+def generate(model: Any, inputs: dict[str, Tensor], cache: Any, **options: Any) -> Any:
+    defaults = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    return model.generate(**inputs, past_key_values=cache, **(defaults | options))
+
+
+def assert_same_logits(actual: Any, expected: Any) -> None:
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=2e-5)
+
+
+def assert_parity(model: Any, inputs: dict[str, Tensor], **options: Any) -> HardKVCache:
+    """Events without a loss give DynamicCache's logits; events with losses run. Returns the cache that lost tokens."""
+    expected = generate(model, inputs, DynamicCache(config=model.config), **options)
+    cache = HardKVCache(config=model.config, **HOLD_ALL)
+    assert_same_logits(generate(model, inputs, cache, **options), expected)
+    assert cache.stats().events > 1
+    cache = HardKVCache(config=model.config, **EVICT)
+    generate(model, inputs, cache, **options)
+    assert int(cache.lengths().max()) < EVICT["budget"] + EVICT["interval"]
+    return cache
+
+
+# ---------------------------------------------------------------------------------------------- registries
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Lets a test register implementations that are gone afterwards."""
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
+
+
+def test_every_entry_is_wrapped_in_place_and_paged_ones_are_not():
+    HardKVCache()  # wraps what other tests registered
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"].__wrapped__ is sdpa_attention_forward
+    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"].__wrapped__ is sdpa_mask
+    assert ALL_ATTENTION_FUNCTIONS["paged|eager"] is eager_paged_attention_forward
+    for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        names = set(functions.valid_keys())
+        assert {"sdpa", "flash_attention_2", "flex_attention"} <= names
+        unwrapped = {name for name in names if not hasattr(functions[name], "_hardkv")}
+        assert unwrapped == {name for name in names if name.startswith("paged|")}
+
+
+def test_constructing_a_hundred_caches_wraps_once(tiny_model):
+    model = tiny_model("llama", "sdpa")
+    HardKVCache(config=model.config)
+    attention, masks = dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
+    for _ in range(100):
+        HardKVCache(config=model.config)
+    assert dict(AttentionInterface._global_mapping) == attention
+    assert dict(AttentionMaskInterface._global_mapping) == masks
+
+
+def test_an_implementation_registered_later_is_wrapped_by_the_next_constructor(registries, tiny_model, tiny_prompts):
+    calls = []
+
+    def later(module, query, key, value, attention_mask, **kwargs):
+        calls.append(type(key))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("later", later)
+    AttentionMaskInterface.register("later", sdpa_mask)
+    model = tiny_model("llama", "later")
+    assert_parity(model, tiny_prompts(3))
+    assert set(calls) == {Tensor}
+    assert ALL_ATTENTION_FUNCTIONS["later"].__wrapped__ is later
+
+
+def test_an_implementation_registered_after_the_cache_was_built_is_loud(registries, tiny_model, tiny_prompts):
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config)
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
+    with pytest.raises(UnroutedKVError, match=r"HardKVCache\(config=model.config\)"):
+        model(**tiny_prompts(1), past_key_values=cache)
+    # the next constructor wraps it again
+    assert_parity(model, tiny_prompts(1))
+
+
+def test_a_mask_function_that_is_missing_never_loses_padding_silently(registries, tiny_model, tiny_prompts):
+    """Without a mask entry transformers passes no mask at all; a padded batch must not run like that."""
+    AttentionInterface.register("maskless", sdpa_attention_forward)
+    model = tiny_model("llama", "maskless")
+    expected = model(**tiny_prompts(3), past_key_values=DynamicCache(config=model.config)).logits
+    actual = model(**tiny_prompts(3), past_key_values=HardKVCache(config=model.config)).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)  # as wrong as it is without us, not more
+
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+def test_the_config_of_a_registered_implementation_is_untouched(tiny_model, tiny_prompts):
+    model = tiny_model("qwen3", "sdpa")
+    before, attributes = model.config.to_dict(), dict(vars(model.config))
+    generate(model, tiny_prompts(1), HardKVCache(config=model.config))
+    assert model.config.to_dict() == before
+    assert dict(vars(model.config)) == attributes
+    assert model.config._attn_implementation == "sdpa"
+
+
+def image_model(attn: str) -> Gemma3ForConditionalGeneration:
+    text = hybrid(query_pre_attn_scalar=8)
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=96,
+        boi_token_index=94,
+        eoi_token_index=95,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    model = randomized(Gemma3ForConditionalGeneration(config))
+    model.set_attn_implementation(attn)
+    return model
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_images_are_seen_both_ways_and_only_the_text_config_is_switched(attn):
+    model = image_model(attn)
+    ids = torch.tensor(
+        [[0, 0, 1, 5, 6, 94, 96, 96, 96, 96, 95, 7, 8], [1, 9, 10, 11, 12, 94, 96, 96, 96, 96, 95, 17, 18]]
+    )
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "token_type_ids": (ids == 96).long(),
+        "pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)),
+    }
+    assert_parity(model, inputs)
+    assert model.config.vision_config._attn_implementation == attn
+    assert model.config._attn_implementation == attn
+    assert model.config.text_config._attn_implementation == ("hardkv|eager" if attn == "eager" else attn)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_saving_a_model_leaves_no_trace(attn, tmp_path, tiny_model, tiny_prompts):
+    model = tiny_model("llama", attn)
+    model.save_pretrained(tmp_path / "before")
+    generate(model, tiny_prompts(1), HardKVCache(config=model.config))
+    model.save_pretrained(tmp_path / "after")
+    for path in sorted((tmp_path / "before").glob("*.json")):
+        assert json.loads(path.read_text()) == json.loads((tmp_path / "after" / path.name).read_text())
+        assert "hardkv" not in path.read_text()
+    reloaded = type(model).from_pretrained(tmp_path / "after")
+    assert "hardkv" not in reloaded.config._attn_implementation
+
+
+def test_a_deepcopied_config_works_where_the_registry_has_an_entry(tiny_model, tiny_prompts):
+    model = tiny_model("llama", "sdpa")
+    expected = generate(model, tiny_prompts(3), DynamicCache(config=model.config))
+    cache = HardKVCache(config=copy.deepcopy(model.config), **HOLD_ALL)
+    assert_same_logits(generate(model, tiny_prompts(3), cache), expected)
+
+
+def test_a_deepcopied_config_of_an_eager_model_is_refused_with_the_way_out(tiny_model, tiny_prompts):
+    model = tiny_model("llama", "eager")
+    cache = HardKVCache(config=copy.deepcopy(model.config))
+    with pytest.raises(UnroutedKVError, match=r"model's own config object, HardKVCache\(config=model.config\)"):
+        model(**tiny_prompts(1), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_switching_the_implementation_after_the_cache_was_built(tiny_model, tiny_prompts):
+    """To another registered one: fine. Back to eager: unrouted, loudly."""
+    model = tiny_model("llama", "eager")
+    expected = generate(model, tiny_prompts(1), DynamicCache(config=model.config))
+    cache = HardKVCache(config=model.config, **HOLD_ALL)
+    model.set_attn_implementation("sdpa")
+    assert_same_logits(generate(model, tiny_prompts(1), cache), expected)
+    cache.reset()
+    model.set_attn_implementation("eager")
+    with pytest.raises(UnroutedKVError, match=r"after the last model.set_attn_implementation"):
+        model(**tiny_prompts(1), past_key_values=cache)
+
+
+def test_two_models_that_share_a_config_object(tiny_model, tiny_prompts):
+    model, other = tiny_model("llama", "eager"), tiny_model("llama", "eager", seed=1)
+    expected = generate(other, tiny_prompts(3), DynamicCache())
+    twin = type(model)(model.config).eval()
+    twin.load_state_dict(other.state_dict())
+    assert twin.config is model.config
+    assert_parity(model, tiny_prompts(3))
+    assert torch.equal(
+        torch.stack(generate(twin, tiny_prompts(3), DynamicCache()).logits), torch.stack(expected.logits)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- handles and masks
+
+
+@pytest.fixture
+def handle():
+    keys = torch.randn(1, 2, 5, 8)
+    return HardKVCache().update(keys, keys, 0)[0]
+
+
+@pytest.fixture
+def mask(tiny_model, tiny_prompts):
+    """What a layer gets as its attention mask."""
+    model, seen = tiny_model("llama", "sdpa"), []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    model(**tiny_prompts(3), past_key_values=HardKVCache(config=model.config))
+    return seen[0]
+
+
+OTHER = torch.ones(1, 2, 5, 8)
+USES = {
+    "index": lambda x: x[..., 0],
+    "assign": lambda x: operator.setitem(x, (..., 0), 1.0),
+    "iterate": list,
+    "len": len,
+    "add": lambda x: x + 1,
+    "subtract from": lambda x: 1 - x,
+    "multiply": lambda x: x * OTHER,
+    "multiplied": lambda x: OTHER * x,
+    "divide": lambda x: x / 2,
+    "negate": operator.neg,
+    "invert": operator.invert,
+    "power": lambda x: x**2,
+    "matmul": lambda x: x @ x,
+    "in place": lambda x: operator.iadd(x, 1),
+    "compare": lambda x: x > 0,
+    "and": lambda x: x & x,
+    "transpose": lambda x: x.transpose(1, 2),
+    "float": lambda x: x.float(),
+    "view": lambda x: x.view(-1),
+    "expand": lambda x: x.expand(2, -1, -1, -1),
+    "data_ptr": lambda x: x.data_ptr(),
+    "mT": lambda x: x.mT,
+    "torch.cat": lambda x: torch.cat([x, x]),
+    "torch.matmul": lambda x: torch.matmul(OTHER, x),
+    "torch.where": lambda x: torch.where(x, 0.0, 1.0),
+    "softmax": lambda x: F.softmax(x, -1),
+    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(OTHER, x, x),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_any_use_of_a_handle_is_unrouted(use, handle):
+    with pytest.raises(UnroutedKVError, match=r"of a HardKVCache.*HardKVCache\(config=model.config\)"):
+        use(handle)
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_any_use_of_a_mask_is_unrouted(use, mask):
+    with pytest.raises(UnroutedKVError, match=r"attention mask of a HardKVCache"):
+        use(mask)
+
+
+def test_what_a_handle_can_do(handle):
+    assert handle.shape == (1, 2, 5, 8)
+    assert (handle.ndim, handle.dim(), handle.size(-2), handle.size()) == (4, 4, 5, torch.Size([1, 2, 5, 8]))
+    assert handle.dtype is torch.float32
+    assert handle.device == torch.device("cpu")
+    assert not handle.is_cuda
+    assert not handle.requires_grad
+    assert handle.to("cpu", non_blocking=True).shape == handle.shape
+    assert handle.contiguous().shape == handle.shape
+    assert "(1, 2, 5, 8)" in repr(handle)
+    assert not isinstance(handle, Tensor)
+
+
+def test_a_handle_shows_the_logical_length(tiny_model, tiny_prompts):
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config, **EVICT)
+    model(**tiny_prompts(1), past_key_values=cache)
+    length = tiny_prompts(1)["input_ids"].shape[1]
+    keys = torch.zeros(1, 2, 3, 8)
+    assert cache.update(keys, keys, 0)[0].shape == (1, 2, length + 3, 8)
+
+
+def test_what_a_mask_can_do(mask, tiny_prompts):
+    assert mask.contiguous() is mask
+    assert mask.to("cpu") is mask
+    assert torch.equal(mask.padding, tiny_prompts(3)["attention_mask"].bool())
+    assert mask.original.shape[-2:] == (13, 13)
+    moved = mask.to("meta")
+    assert moved.padding.device.type == "meta"
+    assert moved.original.device.type == "meta"
+
+
+# ---------------------------------------------------------------------------------------------- implementations
+
+
+def sequence_attention(query, key, value, scale, causal, window):
+    """One sequence, `[q, Hq, D]` and `[n, H, D]`, causal from the bottom right as flash-attention's kernels are."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    logits = torch.einsum("qhd,khd->hqk", query, key) * (scale or query.shape[-1] ** -0.5)
+    row = torch.arange(query.shape[0])[:, None] + key.shape[0] - query.shape[0]
+    column = torch.arange(key.shape[0])
+    allowed = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool)
+    if causal:
+        allowed &= column <= row
+    if window is not None and window[0] >= 0:
+        allowed &= column >= row - window[0]
+    probability = logits.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num()
+    return torch.einsum("hqk,khd->qhd", probability, value)
+
+
+def flash_attn_func(
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, **kwargs
+):
+    return torch.stack(
+        [sequence_attention(*qkv, softmax_scale, causal, window_size) for qkv in zip(q, k, v, strict=True)]
+    )
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    **kwargs,
+):
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    rows = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    return torch.cat([sequence_attention(*row, softmax_scale, causal, window_size) for row in rows])
+
+
+@pytest.fixture
+def fake_flash(monkeypatch):
+    """flash-attention on the CPU. Like the real one it is looked up by the name in the config."""
+
+    def lazy_imports(implementation, *args, **kwargs):
+        assert implementation == "flash_attention_2", "transformers would look for this kernel on the hub"
+        return flash_attn_func, flash_attn_varlen_func, None, flash._pad_input, flash._unpad_input
+
+    for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn"):
+        monkeypatch.setattr(flash, name, None)
+    for name in ("_unpad_fn", "_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn"):
+        monkeypatch.setattr(flash, name, None, raising=False)
+    monkeypatch.setattr(flash, "_lazy_imports", lazy_imports)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_flash_attention(name, batch, fake_flash, tiny_model, tiny_prompts):
+    model = tiny_model(name, "sdpa")
+    expected = generate(model, tiny_prompts(batch), DynamicCache(config=model.config))
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert_parity(model, tiny_prompts(batch))
+    assert model.config._attn_implementation == "flash_attention_2"
+    cache = HardKVCache(config=model.config, **HOLD_ALL)
+    assert_same_logits(generate(model, tiny_prompts(batch), cache), expected)
+
+
+def test_flash_attention_with_the_prompt_in_chunks(fake_flash, tiny_model, tiny_prompts):
+    model = tiny_model("qwen3", "sdpa")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert_parity(model, tiny_prompts(3), prefill_chunk_size=4)
+
+
+@pytest.fixture
+def uncompiled():
+    """FlexAttention and its masks as plain PyTorch: compiling them takes long, and on some CPUs fails."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention(uncompiled, tiny_model, tiny_prompts):
+    model = tiny_model("qwen3", "flex_attention", num_hidden_layers=1)
+    expected = generate(model, tiny_prompts(3), DynamicCache(config=model.config), max_new_tokens=4)
+    cache = HardKVCache(config=model.config, **HOLD_ALL)
+    assert_same_logits(generate(model, tiny_prompts(3), cache, max_new_tokens=4), expected)
+    # a block mask cannot be read: chunks are refused, and nothing is stored
+    cache = HardKVCache(config=model.config, **HOLD_ALL)
+    model(**tiny_prompts(3), past_key_values=cache)
+    attention_mask = torch.cat([tiny_prompts(3)["attention_mask"], torch.ones(3, 2, dtype=torch.long)], 1)
+    with pytest.raises(NotImplementedError, match="BlockMask.*attn_implementation='sdpa'"):
+        model(torch.full((3, 2), 5), attention_mask=attention_mask, past_key_values=cache)
+    assert cache.get_seq_length() == 13
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_gpt2(attn, tiny_model, tiny_prompts):
+    assert_parity(tiny_model("gpt2", attn), tiny_prompts(3))
+
+
+def test_softcap(tiny_prompts):
+    config = Gemma2Config(**hybrid(attn_logit_softcapping=2.0, query_pre_attn_scalar=8))
+    config._attn_implementation = "eager"
+    assert_parity(randomized(Gemma2ForCausalLM(config)), tiny_prompts(3))
+
+
+def test_attention_sinks(tiny_prompts):
+    config = GptOssConfig(**hybrid(num_local_experts=4, num_experts_per_tok=2))
+    config._attn_implementation = "eager"
+    model = randomized(GptOssForCausalLM(config))
+    for layer in model.model.layers:
+        layer.self_attn.sinks.normal_(0, 1)  # large enough to matter
+    assert_parity(model, tiny_prompts(3))
+
+
+def test_layers_that_share_keys_and_values(tiny_prompts):
+    """The last two layers of Gemma 3n read what the last sliding and the last full layer stored."""
+    config = Gemma3nTextConfig(
+        **hybrid(
+            num_kv_shared_layers=2,
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size_per_layer_input=8,
+            laurel_rank=4,
+            activation_sparsity_pattern=None,
+            intermediate_size=[48] * 4,
+        )
+    )
+    model = randomized(Gemma3nForCausalLM(config))
+    expected = generate(model, tiny_prompts(3), DynamicCache(config=config), max_new_tokens=20)
+    cache = HardKVCache(config=config, **HOLD_ALL)
+    assert_same_logits(generate(model, tiny_prompts(3), cache, max_new_tokens=20), expected)
+    cache = HardKVCache(config=config, **EVICT)
+    evicted = generate(model, tiny_prompts(3), cache, max_new_tokens=20)
+    stats = cache.stats()
+    assert stats.compressed_layers == 1
+    assert stats.events >= 6
+    assert stats.seq_length == 32
+    # the event of the last forward still waits, so one interval more than usual may be held
+    assert int(cache.lengths().max()) <= EVICT["budget"] + EVICT["interval"]
+    assert all(logits.isfinite().all() for logits in evicted.logits)
+
+
+# ---------------------------------------------------------------------------------------------- around the model
+
+
+def test_threads_on_one_model(tiny_model, tiny_prompts):
+    model, inputs = tiny_model("qwen3", "sdpa"), tiny_prompts(3)
+    expected = generate(model, inputs, DynamicCache(config=model.config))
+    evicted = generate(model, inputs, HardKVCache(config=model.config, **EVICT))
+    results: dict[int, Any] = {}
+
+    def work(index):
+        if index % 2:
+            cache = HardKVCache(config=model.config, **(EVICT if index == 1 else HOLD_ALL))
+        else:
+            cache = DynamicCache(config=model.config)
+        results[index] = generate(model, inputs, cache)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(4):
+        assert_same_logits(results[index], evicted if index == 1 else expected)
+
+
+def test_accelerate_moves_every_argument(tiny_model, tiny_prompts):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model("qwen3", "sdpa")
+    expected = generate(model, tiny_prompts(3), DynamicCache(config=model.config))
+    model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert_same_logits(generate(model, tiny_prompts(3), HardKVCache(config=model.config, **HOLD_ALL)), expected)
+
+
+def test_a_compiled_model(tiny_model, tiny_prompts):
+    torch.compiler.reset()
+    model, inputs = tiny_model("qwen3", "sdpa", num_hidden_layers=1), tiny_prompts(3)
+    compiled = torch.compile(model, backend="eager")
+    cache, twin = (HardKVCache(config=model.config, **(EVICT | {"interval": 1})) for _ in range(2))
+    whole = torch.cat([inputs["attention_mask"], torch.ones(3, 2, dtype=torch.long)], 1)
+    for ids in (inputs["input_ids"], torch.full((3, 1), 5), torch.full((3, 1), 6)):
+        attention_mask = whole[:, : cache.get_seq_length() + ids.shape[1]]
+        actual = compiled(input_ids=ids, attention_mask=attention_mask, past_key_values=cache).logits
+        expected = model(input_ids=ids, attention_mask=attention_mask, past_key_values=twin).logits
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    assert cache.stats().events == twin.stats().events == 3
+    assert cache.lengths().equal(twin.lengths())
+    torch.compiler.reset()
+
+
+# ---------------------------------------------------------------------------------------------- masks of the user
+
+
+def causal_4d(attention_mask: Tensor, start: int = 0) -> Tensor:
+    """Bool `[B, 1, q, columns]`, causal and padded; `q` columns from `start` on are the queries."""
+    columns = attention_mask.shape[1]
+    causal = torch.ones(columns, columns, dtype=torch.bool).tril()[start:]
+    return causal[None, None] & attention_mask[:, None, None].bool()
+
+
+def additive(mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+@pytest.fixture
+def prefilled(tiny_model, tiny_prompts):
+    """A model and two caches, ours and transformers', that hold a left-padded prompt; and the prompt's mask."""
+    model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(3)
+    cache, dense = HardKVCache(config=model.config, **HOLD_ALL), DynamicCache(config=model.config)
+    for past in (cache, dense):
+        model(**inputs, past_key_values=past)
+    return model, cache, dense, inputs["attention_mask"]
+
+
+@pytest.mark.parametrize("form", [lambda mask: mask, additive], ids=["bool", "additive"])
+def test_a_4d_mask_of_the_prompt(form, tiny_model, tiny_prompts):
+    model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(3)
+    attention_mask = inputs["attention_mask"]
+    expected = model(**inputs, past_key_values=DynamicCache(config=model.config)).logits[:, -1]
+    cache = HardKVCache(config=model.config, **EVICT)
+    # a padded query must see something, or its softmax is NaN
+    mask = causal_4d(attention_mask) | torch.eye(13, dtype=torch.bool)
+    position_ids = attention_mask.cumsum(1).sub(1).clamp_min(0)
+    actual = model(
+        inputs["input_ids"], attention_mask=form(mask), position_ids=position_ids, past_key_values=cache
+    ).logits[:, -1]
+    expected = model(**inputs, position_ids=position_ids, past_key_values=DynamicCache(config=model.config)).logits[
+        :, -1
+    ]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    for row, heads in zip(attention_mask, cache.kept(0), strict=True):
+        for kept in heads:
+            assert row[kept].all(), "padding was stored"
+
+
+@pytest.mark.parametrize("form", [lambda mask: mask, additive], ids=["bool", "additive"])
+def test_new_tokens_that_see_each_other_both_ways(form, prefilled):
+    """A picture in a later chunk: its tokens 1 to 3 see each other, whatever their order."""
+    model, cache, dense, attention_mask = prefilled
+    attention_mask = torch.cat([attention_mask, attention_mask.new_ones(3, 5)], 1)
+    mask = causal_4d(attention_mask, start=13)
+    mask[..., 1:4, 14:17] = True
+    ids = torch.arange(15).view(3, 5) + 20
+    actual = model(ids, attention_mask=form(mask), past_key_values=cache).logits
+    expected = model(ids, attention_mask=form(mask), past_key_values=dense).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    causal = model(ids, attention_mask=causal_4d(attention_mask, 13), past_key_values=dense_copy(dense, 5)).logits
+    assert (causal[:, 1] - expected[:, 1]).abs().max() > 1e-3, "the mask makes no difference here"
+
+
+def dense_copy(cache: DynamicCache, remove: int) -> DynamicCache:
+    """A DynamicCache without the newest tokens."""
+    twin = copy.deepcopy(cache)
+    twin.crop(-remove)
+    return twin
+
+
+def hide_from_first(mask: Tensor) -> None:
+    mask[1, :, 0, 7:10] = False
+
+
+def hide_from_all(mask: Tensor) -> None:
+    mask[1, :, :, 7:10] = False
+
+
+def hide_from_last(mask: Tensor) -> None:
+    mask[1, :, -1, 7:10] = False
+
+
+def hide_in_one_head(mask: Tensor) -> None:
+    mask[1, 2, 1, 15] = True
+
+
+@pytest.mark.parametrize(
+    ("hide", "q_len"),
+    [(hide_from_first, 3), (hide_from_last, 3), (hide_from_all, 3), (hide_from_all, 1), (hide_in_one_head, 3)],
+)
+def test_a_later_4d_mask_that_cannot_be_followed_is_refused(hide, q_len, prefilled):
+    model, cache, _, attention_mask = prefilled
+    attention_mask = torch.cat([attention_mask, attention_mask.new_ones(3, q_len)], 1)
+    mask = causal_4d(attention_mask, start=13).expand(-1, 4, -1, -1).clone()
+    model(torch.full((3, q_len), 5), attention_mask=mask, past_key_values=copy.deepcopy(cache))  # fine before
+    hide(mask)
+    kept = [[head.tolist() for head in heads] for heads in cache.kept(0)]
+    with pytest.raises(NotImplementedError, match="attention mask"):
+        model(torch.full((3, q_len), 5), attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 13
+    assert [[head.tolist() for head in heads] for heads in cache.kept(0)] == kept
+
+
+@pytest.mark.parametrize("width", [1, 12, 13, 15])
+def test_a_mask_of_the_wrong_width_later(width, prefilled):
+    model, cache, _, _ = prefilled
+    held = cache.lengths()
+    with pytest.raises(ValueError, match=rf"attention_mask covers {width} columns.*over all 14 columns"):
+        model(torch.full((3, 1), 5), attention_mask=torch.ones(3, width), past_key_values=cache)
+    assert cache.get_seq_length() == 13
+    assert cache.lengths().equal(held)
+
+
+@pytest.mark.parametrize("width", [12, 14])
+def test_a_mask_of_the_wrong_width_first(width, tiny_model, tiny_prompts):
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config)
+    with pytest.raises(ValueError, match=rf"attention_mask covers {width} columns.*over all 13 columns"):
+        model(tiny_prompts(1)["input_ids"], attention_mask=torch.ones(1, width), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes() == 0
