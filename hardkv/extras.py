@@ -1,0 +1,22 @@
+"""Optional dependencies: what is missing is said at once, with the command that installs it."""
+
+from importlib.util import find_spec
+
+
+class MissingPackageError(ImportError):
+    """A package that only some commands need is not installed."""
+
+
+def require(extra: str, *packages: str) -> None:
+    """Check that optional packages can be imported, without importing them.
+
+    Args:
+        extra: the extra of hardkv that installs them.
+        packages: top-level import names.
+
+    Raises:
+        MissingPackageError: some are not installed.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(f"not installed: {', '.join(missing)}. Run: pip install 'hardkv[{extra}]'")

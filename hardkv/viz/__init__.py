@@ -1,0 +1,5 @@
+"""Pictures. They need matplotlib, `pip install 'hardkv[viz]'`, which is imported when one is drawn."""
+
+from hardkv.viz.lengths import plot_lengths
+
+__all__ = ["plot_lengths"]

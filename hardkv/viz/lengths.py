@@ -1,0 +1,73 @@
+"""How many tokens each KV head keeps, as a heat map."""
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hardkv.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Beyond this many layers a cell is too narrow for its number.
+MAX_ANNOTATED_LAYERS = 40
+
+
+def plot_lengths(
+    lengths: "Tensor | Sequence[Sequence[Sequence[int]]]",
+    path: "str | Path | None" = None,
+    title: str = "Tokens kept per layer and KV head",
+) -> "Figure":
+    """Draw `cache.lengths()`: layers from left to right, KV heads from top to bottom, one panel per sequence.
+
+    Args:
+        lengths: tokens `[layers, batch, kv_heads]`, a tensor or the nested lists of a JSON file.
+        path: where to save the picture; the suffix chooses the format.
+        title: stands above it.
+
+    Returns:
+        The figure, closed: a notebook shows it once, as a cell's last value.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        ValueError: not three dimensions, or nothing in them.
+    """
+    require("viz", "matplotlib")
+    import matplotlib.pyplot as plt
+
+    counts = torch.as_tensor(lengths).cpu()
+    if counts.dim() != 3 or counts.numel() == 0:
+        raise ValueError(f"lengths has shape {tuple(counts.shape)}; expected [layers, batch, kv_heads], none of them 0")
+    layers, batch, heads = counts.shape
+    figure, grid = plt.subplots(
+        batch, 1, figsize=(10, 1.3 + batch * (0.4 + 0.3 * heads)), squeeze=False, sharex=True, layout="constrained"
+    )
+    axes = grid[:, 0]
+    # From 0 on, so that equal colours mean equal counts in any two pictures with the same largest count.
+    largest = max(int(counts.max()), 1)
+    for sequence, axis in enumerate(axes):
+        panel = counts[:, sequence].T.numpy()  # [heads, layers]
+        image = axis.imshow(panel, aspect="auto", cmap="viridis", vmin=0, vmax=largest, interpolation="nearest")
+        axis.set_yticks(range(heads))
+        axis.set_ylabel("KV head" if batch == 1 else f"KV head\n(sequence {sequence})")
+        if layers <= MAX_ANNOTATED_LAYERS:
+            for head, layer in product(range(heads), range(layers)):
+                count = int(panel[head, layer])
+                colour = "black" if count > 0.55 * largest else "white"
+                axis.text(layer, head, f"{count}", ha="center", va="center", fontsize=6, color=colour)
+    axes[-1].set_xlabel("compressed layer")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_title(title, loc="left", fontsize=11)
+
+    mean = float(counts.double().mean())
+    bar = figure.colorbar(image, ax=list(axes), pad=0.01, aspect=max(6, 4 * batch))
+    bar.set_label(f"tokens kept (mean {mean:,.0f})")
+    bar.ax.axhline(mean, color="white" if mean < 0.55 * largest else "black", linewidth=1.5)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return figure
