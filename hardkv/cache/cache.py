@@ -208,7 +208,7 @@ class HardKVCache(DynamicCache):
         if not isinstance(layer, HardKVLayer):
             which = [idx for idx, other in enumerate(self.layers) if isinstance(other, HardKVLayer)]
             raise ValueError(f"layer_idx={layer_idx} is not compressed by this cache; compressed layers: {which}")
-        return layer.kept()
+        return [] if layer.tiers is None else layer.tiers.kept()
 
     def lengths(self, tier: str | None = None) -> Tensor:
         """Tokens held per layer, sequence and KV head, int64 `[layers, batch, kv_heads]` on the CPU.
@@ -220,7 +220,7 @@ class HardKVCache(DynamicCache):
         """
         if tier is not None and tier not in TIERS:
             raise ValueError(f"tier={tier!r} must be None or one of {TIERS}")
-        layers = [layer.lengths(tier).cpu() for layer in self._compressed if layer.seen]
+        layers = [layer.tiers.lengths(tier).cpu() for layer in self._compressed if layer.tiers is not None]
         if not layers:
             return torch.zeros(0, 0, 0, dtype=torch.int64)
         heads = max(layer.shape[1] for layer in layers)
@@ -241,7 +241,7 @@ class HardKVCache(DynamicCache):
         """A snapshot to print or to log."""
         compressed = self._compressed
         first = compressed[0] if compressed else None
-        fitted = [layer.temperatures() for layer in compressed]
+        held = [layer.tiers for layer in compressed if layer.tiers is not None]
         return Stats(
             nbytes=self.nbytes(),
             dense_nbytes=self.dense_nbytes(),
@@ -250,7 +250,7 @@ class HardKVCache(DynamicCache):
             layers=len(self.layers),
             compressed_layers=len(compressed),
             lengths=self.lengths().tolist(),
-            temperatures=[layer.tolist() for layer in fitted if layer is not None],
+            temperatures=[t.temperatures.view(t.shape).tolist() for t in held if t.temperatures is not None],
             sparse=int(self.lengths("sparse").sum()),
             events=first.events if first is not None else 0,
             scorer=str(self.settings.scorer),
@@ -269,7 +269,7 @@ def _batch_size(layer: Any) -> int:
 def _tensors(layer: Any) -> list[Tensor]:
     """Every tensor that a cache layer holds, ours or transformers'."""
     if isinstance(layer, HardKVLayer):
-        return layer.tensors() if layer.seen else []
+        return layer.tensors()
     states = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
     flat = [state for group in states for state in (group.values() if isinstance(group, dict) else [group])]
     return [state for state in flat if isinstance(state, Tensor)]

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardkv.cache.tiers import Merged, QueryRing, Tiers
+from hardkv.cache.queries import QueryRing
+from hardkv.cache.tiers import Merged, Tiers
 from hardkv.config import HardKVConfig
 from hardkv.kernels.rows import row_ids
 from hardkv.selectors.budgets import Budget

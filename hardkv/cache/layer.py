@@ -9,7 +9,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hardkv.cache.event import Event
 from hardkv.cache.handles import KVHandle, LogicalLen, NewTokens, UnroutedKVError
-from hardkv.cache.tiers import DenseTier, QueryRing, Tiers, storage_nbytes
+from hardkv.cache.queries import QueryRing
+from hardkv.cache.tiers import DenseTier, Tiers
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import dense_allowed, tiered_attention
 from hardkv.selectors.budgets import Budget
@@ -365,41 +366,10 @@ class HardKVLayer(CacheLayerMixin):
 
     # ------------------------------------------------------------------ introspection
 
-    def kept(self) -> list[list[Tensor]]:
-        """Positions attention reads, ascending, `[batch][kv_head]` int64 tensors."""
-        if self.tiers is None:
-            return []
-        condensed, dense = self.tiers.condensed, self.tiers.dense
-        rows = condensed.positions.long().split(condensed.lengths.tolist())
-        newest = [dense.positions[b, :fill].long() for b, fill in enumerate(dense.fill.tolist())]
-        return [
-            [torch.cat([rows[b * self.num_kv_heads + h], newest[b]]) for h in range(self.num_kv_heads)]
-            for b in range(self.batch_size)
-        ]
-
-    def lengths(self, tier: str | None = None) -> Tensor:
-        """Tokens per row, int64 `[B, H]`: what attention reads, or one tier's."""
-        if self.tiers is None:
-            return torch.zeros(0, 0, dtype=torch.int64)
-        shape = (self.batch_size, self.num_kv_heads)
-        condensed = self.tiers.condensed.lengths.long().view(shape)
-        dense = self.tiers.dense.fill[:, None].expand(shape)
-        by_tier = {"condensed": condensed, "sparse": self.tiers.sparse.lengths.long().view(shape), "dense": dense}
-        return condensed + dense if tier is None else by_tier[tier].clone()
-
-    def temperatures(self) -> Tensor | None:
-        """Fitted temperatures `[B, H]`, None without a calibration or before there is something to fit."""
-        fitted = None if self.tiers is None else self.tiers.temperatures
-        return None if fitted is None else fitted.view(self.batch_size, self.num_kv_heads)
-
-    def nbytes(self) -> int:
-        """Bytes of every tensor held: keys, values, positions, spare capacity, queries, schedules."""
-        return 0 if self.tiers is None or self.ring is None else storage_nbytes(self.tensors())
-
     def tensors(self) -> list[Tensor]:
-        """Every tensor held."""
-        assert self.tiers is not None
-        assert self.ring is not None
+        """Every tensor held: keys, values, positions, spare capacity, queries, schedules."""
+        if self.tiers is None or self.ring is None:
+            return []
         return [*self.tiers.tensors(), self.ring.buffer, self.ring.valid]
 
     def dense_nbytes(self) -> int:

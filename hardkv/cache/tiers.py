@@ -164,52 +164,6 @@ class DenseTier:
         return [self.keys, self.values, self.positions, self.fill]
 
 
-class QueryRing:
-    """The queries of the newest columns, which score at the next event; written in place, oldest overwritten."""
-
-    def __init__(self, queries: Tensor, capacity: int):
-        batch, num_heads, _, head_dim = queries.shape
-        with torch.inference_mode(False):
-            self.buffer = torch.zeros(batch, num_heads, capacity, head_dim, dtype=queries.dtype, device=queries.device)
-            self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=queries.device)
-        self.size = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.valid.shape[1]
-
-    def append(self, queries: Tensor, valid: Tensor | None, start: int) -> None:
-        """Store `queries [B, Hq, q, D]` of columns `start, start + 1, ...`; `valid [B, q]`, all when None."""
-        capacity, q_len = self.capacity, queries.shape[2]
-        newest = slice(max(0, q_len - capacity), None)
-        slot = (start + torch.arange(q_len, device=queries.device)[newest]) % capacity
-        self.buffer[:, :, slot] = queries[:, :, newest]
-        self.valid[:, slot] = True if valid is None else valid[:, newest]
-        self.size = min(capacity, self.size + q_len)
-
-    def newest(self, count: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Up to `count` queries before column `end`, oldest first: queries, columns `[w]` and validity `[B, w]`."""
-        columns = torch.arange(end - min(count, self.size), end, device=self.valid.device)
-        slot = columns % self.capacity
-        return self.buffer[:, :, slot], columns, self.valid[:, slot]
-
-    def grown(self, capacity: int, end: int) -> "QueryRing":
-        """A copy with room for more columns; `end` is the column after the newest."""
-        ring = QueryRing(self.buffer, capacity)
-        queries, _, valid = self.newest(self.size, end)
-        ring.append(queries, valid, end - self.size)
-        ring.size = self.size
-        return ring
-
-    def select_sequences(self, indices: Tensor) -> "QueryRing":
-        """A ring of the given batch rows, in that order."""
-        ring = QueryRing(self.buffer[indices], self.capacity)
-        ring.buffer.copy_(self.buffer[indices])
-        ring.valid.copy_(self.valid[indices])
-        ring.size = self.size
-        return ring
-
-
 @dataclass(frozen=True)
 class Merged:
     """All tokens of all tiers, row by row in order of position, with the address each has in its tier."""
@@ -251,7 +205,7 @@ class Tiers:
 
     def holds_any(self, columns: Tensor) -> bool:
         """Whether attention reads a token of the marked columns, bool `[B, seen]`."""
-        num_kv_heads = self.dense.keys.shape[1]
+        _, num_kv_heads = self.shape
         tier, dense = self.condensed, self.dense
         sequence = row_ids(tier.cu_seqlens, tier.positions.shape[0]) // num_kv_heads
         held = torch.arange(dense.capacity, device=columns.device) < dense.fill[:, None]
@@ -261,7 +215,7 @@ class Tiers:
     def merged(self, window: int) -> Merged:
         """Lay out every held token by row and position."""
         dense = self.dense
-        batch, num_kv_heads = dense.keys.shape[:2]
+        batch, num_kv_heads = self.shape
         slot = torch.arange(dense.capacity, device=dense.fill.device)
         held = (slot < dense.fill[:, None])[:, None].expand(-1, num_kv_heads, -1).reshape(-1)
         newest = (slot >= (dense.fill - window)[:, None])[:, None].expand(-1, num_kv_heads, -1).reshape(-1)
@@ -331,7 +285,7 @@ class Tiers:
 
     def select_sequences(self, indices: Tensor) -> "Tiers":
         """The tiers of the given batch rows, in that order."""
-        num_kv_heads = self.dense.keys.shape[1]
+        _, num_kv_heads = self.shape
         rows = (indices[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=indices.device)).flatten()
         return replace(
             self,
@@ -340,6 +294,26 @@ class Tiers:
             dense=self.dense.select_sequences(indices),
             temperatures=None if self.temperatures is None else self.temperatures[rows],
         )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences and KV heads, (B, H)."""
+        return self.dense.keys.shape[0], self.dense.keys.shape[1]
+
+    def kept(self) -> list[list[Tensor]]:
+        """Positions attention reads, ascending, `[batch][kv_head]` int64 tensors."""
+        batch, num_kv_heads = self.shape
+        rows = self.condensed.positions.long().split(self.condensed.lengths.tolist())
+        newest = [self.dense.positions[b, :fill].long() for b, fill in enumerate(self.dense.fill.tolist())]
+        return [[torch.cat([rows[b * num_kv_heads + h], newest[b]]) for h in range(num_kv_heads)] for b in range(batch)]
+
+    def lengths(self, tier: str | None = None) -> Tensor:
+        """Tokens per row, int64 `[B, H]`: what attention reads, or those of "condensed", "sparse" or "dense"."""
+        dense = self.dense.fill[:, None].expand(self.shape)
+        if tier == "dense":
+            return dense.clone()
+        ragged = (self.sparse if tier == "sparse" else self.condensed).lengths.long().view(self.shape)
+        return ragged + dense if tier is None else ragged
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""

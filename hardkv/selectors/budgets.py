@@ -3,7 +3,6 @@
 Every public count (n, floor, cap) includes the protected tokens F of a row and holds right after an event.
 """
 
-import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hardkv.kernels.selection import share_of_best
-from hardkv.selectors.checks import check_count, check_fraction
+from hardkv.selectors.checks import check_count, check_fraction, check_name
 from hardkv.selectors.observation import Observation
 from hardkv.selectors.ranking import Ranking
 from hardkv.selectors.scorer import add_to_registry
@@ -319,10 +318,7 @@ def get_budget(spec: "int | dict[str, Any] | Budget", calibrated: bool = False) 
     if isinstance(spec, dict):
         parameters = dict(spec)
         name = parameters.pop("name", None)
-        if name not in BUDGETS:
-            close = difflib.get_close_matches(str(name).lower(), BUDGETS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"budget {name!r} is not known.{hint} Available: {', '.join(BUDGETS)}")
+        check_name("budget", name, BUDGETS)
         if isinstance(parameters.get("n"), dict):
             parameters["n"] = get_budget(parameters["n"])
         try:

@@ -1,6 +1,5 @@
 """The scorer contract, the registry, and what scorers share."""
 
-import difflib
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hardkv.selectors.checks import check_name
 from hardkv.selectors.observation import Observation
 
 # Added before every logarithm, so that a score of 0 stays finite.
@@ -62,10 +62,7 @@ def get_scorer(spec: "str | dict[str, Any] | Scorer") -> Scorer:
     if isinstance(spec, dict):
         parameters = dict(spec)
         name = parameters.pop("name", None)
-        if name not in SCORERS:
-            close = difflib.get_close_matches(str(name).lower(), SCORERS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"scorer={name!r} is not known.{hint} Available: {', '.join(sorted(SCORERS))}")
+        check_name("scorer", name, sorted(SCORERS))
         try:
             return SCORERS[name](**parameters)
         except TypeError as error:

@@ -78,7 +78,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scorer far off": ({"scorer": "xyzzy"}, ValueError, r"scorer='xyzzy'.*Available: .*attention.*rkv.*snapkv"),
     "scorer dict": ({"scorer": {"name": "rkv", "lamb": 0.1}}, ValueError, r"scorer 'rkv'.*lamb"),
     "scorer dict without name": ({"scorer": {"lam": 0.1}}, ValueError, r"scorer=None is not known"),
-    "budget dict": ({"budget": {"name": "topkk", "n": 64}}, ValueError, r"budget 'topkk'.*Did you mean 'topk'.*adakv"),
+    "budget dict": ({"budget": {"name": "topkk", "n": 64}}, ValueError, r"budget='topkk'.*Did you mean 'topk'.*adakv"),
     "budget dict parameter": ({"budget": {"name": "topk", "k": 64}}, ValueError, r"budget 'topk'.*'k'"),
     "attention name": ({"attention": "torhc"}, ValueError, r"attention='torhc'.*'auto'.*torch"),
     "attention suggestion": ({"attention": "torhc"}, ValueError, r"[Dd]id you mean 'torch'"),
@@ -657,7 +657,7 @@ def test_a_held_event_that_raises_in_crop(layer, tiny_model, tiny_prompts):
 
 def test_storing_that_raises_is_not_done_twice(monkeypatch, tiny_model, tiny_prompts):
     """A failure after the dense tier was written, in the very first layer: the token must not be there twice."""
-    from hardkv.cache.tiers import QueryRing
+    from hardkv.cache.queries import QueryRing
 
     model = tiny_model("llama", "sdpa")
     cache, fresh = (HardKVCache(config=model.config, **EVICT) for _ in range(2))

@@ -35,8 +35,8 @@ def walk(root):
 
 def held_by(cache):
     """All tensors of a cache's layers; of transformers' own layers the keys and values, without its counters."""
-    ours = [layer for layer in cache.layers if hasattr(layer, "kept")]
-    theirs = [layer for layer in cache.layers if not hasattr(layer, "kept") and layer.is_initialized]
+    ours = [layer for layer in cache.layers if hasattr(layer, "tiers")]
+    theirs = [layer for layer in cache.layers if not hasattr(layer, "tiers") and layer.is_initialized]
     return walk(ours) + [tensor for layer in theirs for tensor in (layer.keys, layer.values)]
 
 
@@ -80,7 +80,7 @@ def test_nbytes_is_what_the_object_graph_holds(name, batch, budget, patience, ti
         assert reported == cache.stats().nbytes == bytes_of(held_by(cache))
         assert not walk(vars(cache) | {"layers": None})  # nothing beside the layers
         for layer in cache.layers:
-            if not hasattr(layer, "kept"):
+            if not hasattr(layer, "tiers"):
                 continue  # transformers' sliding-window layers
             for nbytes, views in by_storage(walk(layer)).values():
                 assert sum(view.nbytes for view in views) >= nbytes

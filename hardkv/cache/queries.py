@@ -1,0 +1,50 @@
+"""The newest queries of a layer, which judge its tokens at the next event."""
+
+import torch
+from torch import Tensor
+
+
+class QueryRing:
+    """The queries of the newest columns, which score at the next event; written in place, oldest overwritten."""
+
+    def __init__(self, queries: Tensor, capacity: int):
+        batch, num_heads, _, head_dim = queries.shape
+        with torch.inference_mode(False):
+            self.buffer = torch.zeros(batch, num_heads, capacity, head_dim, dtype=queries.dtype, device=queries.device)
+            self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=queries.device)
+        self.size = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.valid.shape[1]
+
+    def append(self, queries: Tensor, valid: Tensor | None, start: int) -> None:
+        """Store `queries [B, Hq, q, D]` of columns `start, start + 1, ...`; `valid [B, q]`, all when None."""
+        capacity, q_len = self.capacity, queries.shape[2]
+        newest = slice(max(0, q_len - capacity), None)
+        slot = (start + torch.arange(q_len, device=queries.device)[newest]) % capacity
+        self.buffer[:, :, slot] = queries[:, :, newest]
+        self.valid[:, slot] = True if valid is None else valid[:, newest]
+        self.size = min(capacity, self.size + q_len)
+
+    def newest(self, count: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Up to `count` queries before column `end`, oldest first: queries, columns `[w]` and validity `[B, w]`."""
+        columns = torch.arange(end - min(count, self.size), end, device=self.valid.device)
+        slot = columns % self.capacity
+        return self.buffer[:, :, slot], columns, self.valid[:, slot]
+
+    def grown(self, capacity: int, end: int) -> "QueryRing":
+        """A copy with room for more columns; `end` is the column after the newest."""
+        ring = QueryRing(self.buffer, capacity)
+        queries, _, valid = self.newest(self.size, end)
+        ring.append(queries, valid, end - self.size)
+        ring.size = self.size
+        return ring
+
+    def select_sequences(self, indices: Tensor) -> "QueryRing":
+        """A ring of the given batch rows, in that order."""
+        ring = QueryRing(self.buffer[indices], self.capacity)
+        ring.buffer.copy_(self.buffer[indices])
+        ring.valid.copy_(self.valid[indices])
+        ring.size = self.size
+        return ring
