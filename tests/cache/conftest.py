@@ -196,8 +196,9 @@ class Visibility:
 
 
 def kept_by(cache: Any, heads: int, batch: int) -> dict[int, list[list[Tensor]]]:
-    """`cache.kept` of every layer that has it, `{layer: [batch][kv_head]}`."""
-    layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "kept")]
+    """`cache.kept` of every layer that the cache compresses, `{layer: [batch][kv_head]}`."""
+    layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "tiers")]
+    assert layers
     if cache.get_seq_length() == 0:
         return {idx: [[torch.zeros(0, dtype=torch.long)] * heads] * batch for idx in layers}
     return {idx: cache.kept(idx) for idx in layers}

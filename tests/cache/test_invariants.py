@@ -142,7 +142,7 @@ class Ledger:
         sparse = layer.tiers.sparse
         for row, missed in enumerate(ragged_rows(sparse, sparse.misses)):
             assert missed.tolist() == [self.misses[row][position] for position in tiers["sparse"][row]]
-        rank = [idx for idx, other in enumerate(cache.layers) if hasattr(other, "kept")].index(self.index)
+        rank = [idx for idx, other in enumerate(cache.layers) if hasattr(other, "tiers")].index(self.index)
         for tier, rows in tiers.items():
             assert cache.lengths(tier)[rank].flatten().tolist() == [len(row) for row in rows]
         assert cache.lengths()[rank].flatten().tolist() == [len(row) for row in kept]
