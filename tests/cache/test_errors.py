@@ -49,7 +49,7 @@ def step_or_refusal(model, cache, token: int = 5) -> Tensor | None:
 
 def held(cache: HardKVCache) -> list[Any]:
     """Everything a cache says about what it holds."""
-    layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "kept")]
+    layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "tiers")]
     kept = [[[head.tolist() for head in heads] for heads in cache.kept(idx)] for idx in layers]
     lengths = [layer.get_seq_length() for layer in cache.layers]
     return [kept, lengths, cache.lengths("sparse").tolist(), cache.nbytes(), cache.stats().events]

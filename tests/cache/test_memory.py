@@ -69,7 +69,7 @@ def fed(run_feed, model, cache, inputs, chunks):
 
 @pytest.mark.parametrize("patience", [0, 2])
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("qwen3", 3), ("gemma3", 3)])
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("gemma3", 3)])
 def test_nbytes_is_what_the_object_graph_holds(name, batch, budget, patience, tiny_model, tiny_prompts, run_feed):
     """At every step: after the prompt, between events, right after one; nothing bigger hides behind a view."""
     model, inputs = tiny_model(name), tiny_prompts(batch, 40, new=30)

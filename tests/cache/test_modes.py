@@ -35,7 +35,7 @@ def extended(inputs: dict[str, Tensor], ids: Tensor, new: list[int], only_new: b
 
 def held(cache: HardKVCache) -> list[Any]:
     """Everything a cache says about what it holds."""
-    layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "kept")]
+    layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "tiers")]
     kept = [[[head.tolist() for head in heads] for heads in cache.kept(idx)] for idx in layers]
     lengths = [layer.get_seq_length() for layer in cache.layers]
     return [kept, lengths, cache.lengths("sparse").tolist(), cache.nbytes(), cache.stats().events]
@@ -49,7 +49,7 @@ def check_invariants(cache: HardKVCache, attention_mask: Tensor | None = None) -
     """
     settings, length = cache.settings, cache.get_seq_length()
     for idx, layer in enumerate(cache.layers):
-        if not hasattr(layer, "kept"):
+        if not hasattr(layer, "tiers"):
             continue
         for row, heads in enumerate(cache.kept(idx)):
             real = torch.ones(length, dtype=torch.bool)

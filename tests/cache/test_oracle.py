@@ -77,7 +77,6 @@ def test_ten_digits_in_float64(scorer, name, batch, tiny_model, tiny_prompts, ru
     )
 
 
-@pytest.mark.parametrize("patience", [0, 2])
 @pytest.mark.parametrize(
     "chunks",
     [
@@ -89,7 +88,7 @@ def test_ten_digits_in_float64(scorer, name, batch, tiny_model, tiny_prompts, ru
     ids=lambda chunks: "-".join(map(str, chunks[:6])),
 )
 @pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "patience"), [(1, 0), (3, 2)])
 def test_later_chunks_of_several_tokens(
     batch, scorer, chunks, patience, tiny_model, tiny_prompts, run_record, run_oracle
 ):
