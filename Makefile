@@ -12,6 +12,9 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 
+# Waiting threads give their core away instead of spinning, without which torch crawls on a busy machine of few cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
