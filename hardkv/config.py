@@ -23,7 +23,8 @@ class HardKVConfig:
         window: newest tokens always kept; their queries score all others.
         sinks: first tokens always kept.
         interval: new tokens between two selection events (128 in the paper).
-        patience: consecutive events a token must lose before its bytes are given back (0: at once).
+        patience: consecutive events a token must lose before its bytes are given back (0: at once; 1 or more: the
+            prompt's own event frees nothing yet).
         pin_prompt: keep the whole prompt, that is every token up to the first forward of a single one.
         calibration: None, or "online": Logits Calibration, one temperature per KV head fitted at each sequence's first
             event (`hardkv.selectors.fit_temperatures`), for budgets that read scores as probabilities; an integer

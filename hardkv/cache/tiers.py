@@ -117,7 +117,7 @@ class DenseTier:
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         order, fill = column.expand(batch, -1), tier.fill + q_len
         if valid is not None:
-            # valid tokens first: what padding writes behind the new fill is never read, and overwritten next time
+            # valid tokens first: what padding writes behind the new fill never counts, and is overwritten next time
             order, fill = (
                 torch.argsort(valid.logical_not().to(torch.uint8), dim=1, stable=True),
                 tier.fill + valid.sum(1),
@@ -147,7 +147,7 @@ class DenseTier:
         tier = DenseTier.allocate(self.keys, self.values, capacity)
         fill, bound = self.fill.clamp_max(count), min(self.bound, count)
         slot = (self.fill - fill)[:, None] + torch.arange(bound, device=fill.device)
-        slot = slot.clamp_max(max(self.capacity - 1, 0))  # behind the fill of a short sequence: never read
+        slot = slot.clamp_max(max(self.capacity - 1, 0))  # behind the fill of a short sequence: never counts
         sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
         tier.keys[:, :, :bound] = self.keys[sequence, :, slot].transpose(1, 2)
         tier.values[:, :, :bound] = self.values[sequence, :, slot].transpose(1, 2)

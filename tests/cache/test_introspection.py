@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, Stats
 from hardkv.cache.stats import format_bytes
+from hardkv.cache.tiers import storage_nbytes
 from hardkv.selectors import AdaKV, SnapKV
 
 EVICT: dict[str, Any] = {"budget": 8, "window": 4, "sinks": 1, "interval": 3}
@@ -233,7 +234,7 @@ def test_a_hybrid_reports_what_it_compresses(hybrid):
     assert stats.scorer == "SnapKV(kernel_size=3, pooling='max', group_reduce='mean')"
     sliding = [layer for layer in hybrid.layers if layer.is_sliding]
     held = sum(tensor.untyped_storage().nbytes() for layer in sliding for tensor in (layer.keys, layer.values))
-    ours = sum(layer.nbytes() for layer in hybrid.layers if not layer.is_sliding)
+    ours = sum(storage_nbytes(layer.tensors()) for layer in hybrid.layers if not layer.is_sliding)
     assert hybrid.nbytes() == held + ours
 
 

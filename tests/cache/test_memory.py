@@ -86,6 +86,13 @@ def test_nbytes_is_what_the_object_graph_holds(name, batch, budget, patience, ti
                 assert sum(view.nbytes for view in views) >= nbytes
 
 
+def test_nbytes_counts_the_temperatures(tiny_model, tiny_prompts, run_feed):
+    model, inputs = tiny_model("llama"), tiny_prompts(3, 40, new=20)
+    cache = HardKVCache(config=model.config, budget=Adaptive(24), calibration="online", **SIZES)
+    fed(run_feed, model, cache, inputs, [40] + [1] * 20)
+    assert cache.nbytes() == bytes_of(walk(cache))
+
+
 def test_asking_for_nbytes_allocates_nothing(tiny_model, tiny_prompts, run_feed):
     model, inputs = tiny_model("llama"), tiny_prompts(3, 40, new=30)
     cache = HardKVCache(config=model.config, budget=AdaKV(24), patience=2, **SIZES)

@@ -64,6 +64,15 @@ def test_every_model_equals_masked_dense_attention(name, batch, attn, tiny_model
     assert_equals_oracle(logits, name, visibility, run_oracle, input_ids=inputs["input_ids"])
 
 
+@pytest.mark.parametrize("budget", [Adaptive(12), TopP(0.6, floor=8, cap=24)], ids=str)
+def test_calibrated_online_equals_masked_dense_attention(budget, tiny_model, tiny_prompts, run_record, run_oracle):
+    inputs, model = tiny_prompts(3, PROMPT, new=NEW), tiny_model("llama")
+    cache = HardKVCache(config=model.config, scorer="snapkv", budget=budget, calibration="online", patience=1, **SIZES)
+    logits, visibility = run_record(model, cache, **inputs, chunks=ONE_BY_ONE)
+    assert_evicted(cache, visibility.exists, events=6)
+    assert_equals_oracle(logits, "llama", visibility, run_oracle, input_ids=inputs["input_ids"])
+
+
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize(("name", "batch"), [("llama", 3), ("qwen3", 1)])
 def test_ten_digits_in_float64(scorer, name, batch, tiny_model, tiny_prompts, run_record, run_oracle):
