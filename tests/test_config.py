@@ -108,7 +108,7 @@ def test_short_json_means_defaults():
         ('{"window": -1}', "window=-1"),
         ('{"scorer": {"name": "rkv", "lam": 7}}', "lam=7"),
         ('{"budget": {"name": "adakv", "n": 64, "alfa": 0.1}}', "adakv.*alfa"),
-        ('{"budget": {"n": 64}}', "budget None is not known"),
+        ('{"budget": {"n": 64}}', "budget=None is not known"),
     ],
 )
 def test_bad_json(text, match):
