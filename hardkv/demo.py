@@ -102,6 +102,8 @@ def load(name: str | None) -> tuple[Any, Any]:
     """
     path = bundled_gguf() if name is None else Path(name).expanduser()
     gguf = path.suffix == ".gguf"
+    if not path.exists() and (gguf or str(name).startswith((".", "/", "~"))):  # not what a hub id looks like
+        raise FileNotFoundError(f"there is no model at {name!r}")
     source = str(path.parent if gguf else path) if path.exists() else str(name)
     extra: dict[str, Any] = {"gguf_file": path.name} if gguf else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -245,7 +247,7 @@ def _selection(config: HardKVConfig) -> str:
 
 def _table(runs: Sequence[Run]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("cache")
+    table.add_column("cache", no_wrap=True, min_width=max(len(run.cache) for run in runs))
     for name in ("bytes held", "bytes dense", "ratio", "prefill", "tokens/s", "new tokens"):
         table.add_column(name, justify="right")
     for run in runs:

@@ -143,6 +143,21 @@ def test_a_folder_without_a_model_is_an_error_not_a_traceback(text_file, tmp_pat
     assert f"hardkv demo: cannot load '{empty}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["/no/such/model", "./model.gguf", "~/nowhere"])
+def test_a_path_to_nothing_is_not_looked_up_on_the_hub(name, text_file, tmp_path, capsys):
+    assert demo(name, text_file, tmp_path / "out") == 1
+    assert f"hardkv demo: there is no model at '{name}'" in capsys.readouterr().err
+
+
+def test_the_table_names_every_cache_on_80_columns(model_folder, text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert demo(model_folder, text_file, tmp_path / "out", "--budget", "96,48", "--max-new-tokens", "4") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert [row.split()[0] for row in rows] == ["DynamicCache", "HardKV", "HardKV"]
+    assert [row.split()[1] for row in rows[1:]] == ["96", "48"]
+
+
 def test_clock_counts_the_prompt_as_prefill():
     counts = []
     clock = Clock(counts.append)
