@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hardkv.kernels.rows import Bucket, bucket_rows, cumulative, padded_index
+from hardkv.kernels.rows import Bucket, bucket_rows, cumulative, padded_index, row_ids
 from hardkv.kernels.scoring import Reduce, window_attention
 
 
@@ -61,7 +61,7 @@ class Observation:
     @cached_property
     def row(self) -> Tensor:
         """The row of every token, int64 `[N]`."""
-        return torch.repeat_interleave(self.lengths, output_size=self.keys.shape[0])
+        return row_ids(self.cu_seqlens, self.keys.shape[0])
 
     @cached_property
     def window_mask(self) -> Tensor:
