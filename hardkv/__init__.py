@@ -6,9 +6,11 @@ compute exactly what they did before.
 
 from hardkv.cache import HardKVCache, Stats, UnroutedKVError
 from hardkv.cache.routing import install
+from hardkv.calibration import calibrate
+from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
 
 __version__ = "0.1.0"
-__all__ = ["HardKVCache", "HardKVConfig", "Stats", "UnroutedKVError"]
+__all__ = ["Calibration", "HardKVCache", "HardKVConfig", "Stats", "UnroutedKVError", "calibrate"]
 
 install()

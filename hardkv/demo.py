@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hardkv.cache import HardKVCache
 from hardkv.cache.stats import format_bytes
+from hardkv.cli import InputError
 from hardkv.config import HardKVConfig
 from hardkv.extras import MissingPackageError
 from hardkv.viz import plot_lengths
@@ -159,6 +160,9 @@ def run_demo(
         question: asked after the text. configs: of HardKVCache, by their mean budget. max_new_tokens: longest answer.
         out: folder for `demo.json` and one picture a config, made if it does not exist.
         console: where to print; standard output by default.
+
+    Raises:
+        InputError: a config's calibration does not fit the model. OSError: see `load`.
     """
     console = console or Console()
     if not console.is_terminal:
@@ -176,6 +180,11 @@ def run_demo(
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if room is not None and prompt_tokens + max_new_tokens > room:
         say(f"This model was made for at most {room:,} tokens: expect nonsense.", style="yellow")
+    try:  # before minutes of work; calibration="auto" calibrates here, outside of the times
+        for config in configs.values():
+            HardKVCache(config=model.config, **config.to_dict())
+    except ValueError as error:
+        raise InputError(str(error)) from error
     say()
 
     columns = (

@@ -1,13 +1,16 @@
-"""`python -m hardkv`: arguments, missing packages, and the demo on a tiny random model."""
+"""`python -m hardkv`: arguments, missing packages, and the demo and calibrate on a tiny random model."""
 
+import inspect
 import json
 import sys
+from functools import wraps
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hardkv import Calibration, calibrate
 from hardkv.cli import main
 from hardkv.demo import Clock
 
@@ -105,6 +108,9 @@ def test_a_prompt_longer_than_the_model_is_told(model_folder, text_file, tmp_pat
         (["dmeo"], "invalid choice: 'dmeo'"),
         (["demo", "--scorer", "snapvk"], "invalid choice: 'snapvk'"),
         (["demo", "--policy", "topp"], "invalid choice: 'topp'"),
+        (["demo", "--policy", "risk"], "needs measured risk curves: pass calibration='auto'"),
+        (["demo", "--policy", "risk", "--calibration", "online"], "needs measured risk curves"),
+        (["demo", "--policy", "topk", "--calibration", "online"], "cannot use a calibration"),
         (["demo", "--budget", "many"], "'many' must be whole numbers"),
         (["demo", "--budget", "512,,256"], "must be whole numbers"),
         (["demo", "--budget", "0"], "must be at least 1"),
@@ -169,3 +175,166 @@ def test_clock_counts_the_prompt_as_prefill():
     assert clock.tokens_per_second == 2.0
     clock.ticks = clock.ticks[:2]
     assert clock.tokens_per_second is None
+
+
+# ---------------------------------------------------------------------- calibrate
+
+SMALL = ["--window", "8", "--sinks", "2", "--interval", "16"]
+
+
+@pytest.fixture
+def long_texts(tmp_path):
+    """Two texts, a token a character."""
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    paths[0].write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    paths[1].write_text("".join(f"{number} squared is {number**2}. " for number in range(20)))
+    return paths
+
+
+def run_calibrate(model_folder, texts, out, *more):
+    options = [option for path in texts for option in ("--text", path)]
+    return main(["calibrate", *map(str, ["--model", model_folder, *options, "--out", out, *more])])
+
+
+def test_calibrate_saves_draws_and_prints_what_it_measured(model_folder, long_texts, tmp_path, capsys):
+    out, picture = tmp_path / "new" / "c.safetensors", tmp_path / "pictures" / "c.png"
+    settings = [*SMALL, "--scorer", "snapkv", "--p", "0.8", "--length", "200", "--plot", picture]
+    assert run_calibrate(model_folder, long_texts, out, *settings) == 0
+
+    calibration = Calibration.load(out)
+    known = calibration.provenance
+    assert {key: known[key] for key in ("window", "sinks", "interval", "p")} == {
+        "window": 8,
+        "sinks": 2,
+        "interval": 16,
+        "p": 0.8,
+    }
+    assert known["scorer"]["name"] == "snapkv"
+    assert known["length"] == 192  # whole intervals of 200 tokens
+    assert known["tokens"] == 2 * 192
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert calibration.summary() in printed
+    assert printed.split("Written:")[1].split() == [str(out), str(picture)]
+
+    model = LlamaForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    ids = [torch.tensor(tokenizer(path.read_text()).input_ids[:200]) for path in long_texts]
+    expected = calibrate(model, ids, scorer="snapkv", p=0.8, window=8, sinks=2, interval=16, progress=False)
+    assert torch.equal(calibration.temperatures, expected.temperatures)
+    assert torch.equal(calibration.risk, expected.risk)
+
+
+def test_the_demo_takes_what_calibrate_wrote(model_folder, long_texts, text_file, tmp_path):
+    saved, out = tmp_path / "c.safetensors", tmp_path / "out"
+    assert run_calibrate(model_folder, long_texts, saved, *SMALL) == 0
+    settings = [*SMALL, "--budget", "48", "--max-new-tokens", "4", "--calibration", saved]
+    for policy, name in ([], "risk"), (["--policy", "adaptive"], "adaptive"):
+        assert demo(model_folder, text_file, out, *settings, *policy) == 0
+        report = json.loads((out / "demo.json").read_text())["runs"][1]["settings"]
+        assert report["budget"]["name"] == name
+        assert report["calibration"] == str(saved)
+
+
+def test_the_demo_refuses_a_calibration_that_does_not_fit(model_folder, long_texts, text_file, tmp_path, capsys):
+    saved = tmp_path / "c.safetensors"
+    assert run_calibrate(model_folder, long_texts, saved, *SMALL) == 0
+    with pytest.raises(SystemExit) as stop:  # known before a model is loaded
+        demo(model_folder, text_file, tmp_path / "out", "--calibration", saved)
+    assert stop.value.code == 2
+    assert "window 8 here, 32 in the cache" in capsys.readouterr().err
+
+    calibration = Calibration.load(saved)
+    calibration.provenance["geometry"]["hidden_size"] = 99
+    calibration.save(saved)
+    assert demo(model_folder, text_file, tmp_path / "out", *SMALL, "--budget", "48", "--calibration", saved) == 1
+    assert "hardkv demo: the calibration" in (error := capsys.readouterr().err)
+    assert "hidden_size 99 here, 32 in the model" in error
+    assert not list((tmp_path / "out").iterdir())
+
+    assert demo(model_folder, text_file, tmp_path / "out", "--calibration", tmp_path / "none") == 1
+    assert "hardkv demo: there is no calibration at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: --out"),
+        (["--out", "."], "'.' is a folder: name a file"),
+        (["--out", "c.safetensors", "--plot", "."], "'.' is a folder: name a file"),
+        (["--out", "c.safetensors", "--plot", "c.docx"], "--plot c.docx: the suffix must be one of"),
+        (["--out", "c.safetensors", "--plot", "picture"], "--plot picture: the suffix must be one of"),
+        (["--out", "c.safetensors", "--text", "no-such-file.txt"], "'no-such-file.txt' is not a file"),
+        (["--out", "c.safetensors", "--scorer", "snapvk"], "invalid choice: 'snapvk'"),
+        (["--out", "c.safetensors", "--p", "0"], "p=0.0 must lie in (0, 1]"),
+        (["--out", "c.safetensors", "--p", "1.5"], "p=1.5 must lie in (0, 1]"),
+        (["--out", "c.safetensors", "--p", "most"], "invalid float value: 'most'"),
+        (["--out", "c.safetensors", "--window", "0"], "window=0 must be >= 1"),
+        (["--out", "c.safetensors", "--sinks", "-1"], "sinks=-1 must be >= 0"),
+        (["--out", "c.safetensors", "--interval", "0"], "interval=0 must be >= 1"),
+        (["--out", "c.safetensors", "--length", "0"], "0 must be at least 1"),
+    ],
+)
+def test_bad_arguments_of_calibrate_end_before_a_model_is_loaded(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("hardkv.demo.load", lambda name: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stop:
+        main(["calibrate", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_text_that_is_none_is_told_by_name(tmp_path, capsys):
+    path = tmp_path / "picture.txt"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(SystemExit) as stop:
+        main(["calibrate", "--text", str(path), "--out", "c.safetensors"])
+    assert stop.value.code == 2
+    assert "picture.txt' cannot be read as text: 'utf-8' codec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--interval", "256"], "is too short to calibrate on"),
+        (["--length", "20"], "is too short to calibrate on"),
+    ],
+)
+def test_what_calibrate_refuses_is_an_error_not_a_traceback(
+    settings, message, model_folder, long_texts, tmp_path, capsys
+):
+    out = tmp_path / "c.safetensors"
+    assert run_calibrate(model_folder, long_texts, out, *SMALL, *settings) == 1
+    error = capsys.readouterr().err
+    assert "hardkv calibrate: " in error
+    assert message in error
+    assert not out.exists()
+
+
+def test_calibrate_loads_the_bundled_model_and_texts_by_default(monkeypatch, tmp_path):
+    seen = []
+
+    def load(name):
+        seen.append(name)
+        return "model", "tokenizer"
+
+    @wraps(calibrate)
+    def measure(*args, **kwargs):
+        seen.append((args, kwargs))
+        return Calibration(torch.ones(2, 1), torch.zeros(2, 1))
+
+    monkeypatch.setattr("hardkv.demo.load", load)
+    monkeypatch.setattr("hardkv.cli.calibrate", measure)
+    assert main(["calibrate", "--out", str(tmp_path / "c.safetensors")]) == 0
+    defaults = inspect.signature(calibrate).parameters
+    names = ("scorer", "p", "interval", "window", "sinks", "length")
+    expected = {name: defaults[name].default for name in names}
+    assert seen == [None, (("model", None), {"tokenizer": "tokenizer"} | expected)]
+
+
+def test_calibrate_names_missing_packages(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["calibrate", "--out", "c.safetensors"]) == 1
+    assert "hardkv calibrate: not installed: gguf. Run: pip install" in capsys.readouterr().err
+    assert main(["calibrate", "--out", "c.safetensors", "--plot", "c.png"]) == 1
+    assert "not installed: gguf, matplotlib." in capsys.readouterr().err

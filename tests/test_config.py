@@ -5,9 +5,11 @@ from dataclasses import dataclass, fields
 from inspect import signature
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
-from hardkv import HardKVCache, HardKVConfig
+from hardkv import Calibration, HardKVCache, HardKVConfig
+from hardkv.calibration_file import describe_scorer, geometry
 from hardkv.selectors import (
     BUDGETS,
     RKV,
@@ -16,9 +18,11 @@ from hardkv.selectors import (
     Adaptive,
     Attention,
     Pyramid,
+    Risk,
     SnapKV,
     TopK,
     TopP,
+    get_scorer,
     register_scorer,
 )
 from hardkv.selectors.budgets import Budget
@@ -44,6 +48,7 @@ BUDGETS_AND_VARIANTS = [
     Pyramid(AdaKV(64, alpha=0.1), beta=2),
     Pyramid(Adaptive(64, floor=40), beta=1),
 ]
+MEASURED = [Risk(64), Risk(64, scope="layer", floor=0.25), Risk(64, floor=48, cap=96)]  # these need a calibration
 
 
 @pytest.fixture
@@ -64,6 +69,28 @@ def own_scorer():
     SCORERS.update(before)
 
 
+@pytest.fixture
+def calibrated(tmp_path):
+    """Make a model's config, and the file of a calibration for it and a scorer."""
+
+    def make(scorer):
+        model_config = LlamaConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+        provenance = {
+            "name": "",
+            "geometry": geometry(model_config),
+            "layers": [0, 1, 2],
+            "scorer": describe_scorer(get_scorer(scorer)),
+            "window": 16,
+        }
+        loss = torch.arange(1.0, 7.0).view(3, 2, 1) / torch.arange(1.0, 10.0)
+        calibration = Calibration(
+            torch.ones(3, 2), torch.zeros(3, 2), torch.arange(18, 99, 10), loss, provenance=provenance
+        )
+        return model_config, str(calibration.save(tmp_path / "calibration.safetensors"))
+
+    return make
+
+
 @pytest.mark.parametrize("scorer", SCORERS_AND_VARIANTS, ids=str)
 @pytest.mark.parametrize("budget", BUDGETS_AND_VARIANTS, ids=str)
 def test_through_json_and_back(scorer, budget):
@@ -78,9 +105,25 @@ def test_through_json_and_back(scorer, budget):
     assert HardKVConfig(**config.to_dict()) == config
 
 
+@pytest.mark.parametrize("scorer", SCORERS_AND_VARIANTS, ids=str)
+@pytest.mark.parametrize("budget", MEASURED, ids=str)
+def test_with_a_calibration_through_json_and_back(scorer, budget, calibrated):
+    """The JSON names the calibration's file."""
+    _, path = calibrated(scorer)
+    config = HardKVConfig(scorer=scorer, budget=budget, window=16, sinks=2, calibration=path)
+    again = HardKVConfig.from_json(config.to_json())
+    assert again.budget == budget
+    assert (type(again.budget), type(again.budget.floor)) == (type(budget), type(budget.floor))
+    assert torch.equal(again.calibration.risk, config.calibration.risk)
+    assert config.to_dict()["calibration"] == path
+    assert again.to_dict() == config.to_dict()
+    assert HardKVConfig(**config.to_dict()).to_dict() == config.to_dict()
+
+
 def test_every_registered_name_is_covered():
     assert {type(HardKVConfig(scorer=scorer).scorer) for scorer in SCORERS_AND_VARIANTS} >= set(SCORERS.values())
-    assert {type(HardKVConfig(budget=budget).budget) for budget in BUDGETS_AND_VARIANTS} == set(BUDGETS.values())
+    unmeasured = {type(HardKVConfig(budget=budget).budget) for budget in BUDGETS_AND_VARIANTS}
+    assert unmeasured | {type(budget) for budget in MEASURED} == set(BUDGETS.values())
 
 
 def test_the_json_is_plain_and_complete():
@@ -151,6 +194,22 @@ def test_a_cache_from_a_config(budget):
     again = HardKVCache(config=model_config, **json.loads(config.to_json()))
     assert again.settings == config
     assert [layer.budget for layer in again.layers] == [layer.budget for layer in cache.layers]
+
+
+@pytest.mark.parametrize("budget", MEASURED, ids=str)
+def test_a_cache_from_a_config_with_a_calibration(budget, calibrated):
+    model_config, path = calibrated("rkv")
+    config = HardKVConfig(scorer="rkv", budget=budget, window=16, sinks=2, calibration=path)
+    cache = HardKVCache(config=model_config, **config.to_dict())
+    again = HardKVCache(config=model_config, **json.loads(config.to_json()))
+    assert again.settings.to_dict() == cache.settings.to_dict() == config.to_dict()
+    totals = [
+        torch.cat([layer.budget.totals(torch.tensor([90]), torch.tensor([18])) for layer in one.layers])
+        for one in (cache, again)
+    ]
+    assert torch.equal(*totals)
+    assert totals[0].sum() == 64 * 6
+    assert torch.equal(totals[0], budget.allocation(config.calibration.curves, 90, 18))
 
 
 def test_an_own_registered_scorer(own_scorer):

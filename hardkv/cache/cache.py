@@ -2,6 +2,7 @@
 
 import warnings
 from itertools import dropwhile
+from os import PathLike
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.routing import install, route
 from hardkv.cache.stats import Stats
-from hardkv.cache.tiers import storage_nbytes
+from hardkv.cache.tiers import Tiers, storage_nbytes
+from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import resolve_backend
 from hardkv.selectors.budgets import Budget, Pyramid
+from hardkv.selectors.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE
+from hardkv.selectors.risk import Risk
 from hardkv.selectors.scorer import Scorer
 
 TIERS = ("condensed", "sparse", "dense")
@@ -32,7 +36,8 @@ class HardKVCache(DynamicCache):
     Args:
         config (`PreTrainedConfig`, *optional*): `model.config` itself, not a copy. Without it only models whose layers
             all use full attention, and whose attention is not "eager", work.
-        scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, attention: see `HardKVConfig`.
+        scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention: see
+            `HardKVConfig`.
 
     Raises:
         ValueError, TypeError: an argument that is not allowed.
@@ -57,11 +62,12 @@ class HardKVCache(DynamicCache):
         interval: int = HardKVConfig.interval,
         patience: int = HardKVConfig.patience,
         pin_prompt: bool = HardKVConfig.pin_prompt,
-        calibration: str | None = HardKVConfig.calibration,
+        calibration: "str | PathLike[str] | Calibration | None" = HardKVConfig.calibration,
+        refit: int = HardKVConfig.refit,
         attention: str = HardKVConfig.attention,
     ):
         self.settings = HardKVConfig(
-            scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, attention
+            scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention
         )
         self.warnings: list[str] = []
         self._broken: str | None = None
@@ -73,27 +79,45 @@ class HardKVCache(DynamicCache):
         super().__init__(config=config)
         install()
         if config is None:
-            if isinstance(self.settings.budget, Pyramid):
-                raise ValueError(f"{self.settings.budget} needs the number of layers: pass config=model.config")
+            if isinstance(self.settings.budget, Pyramid) or self.settings.calibration not in (None, "online"):
+                needs = self.settings.budget if self.settings.calibration is None else "a calibration"
+                raise ValueError(f"{needs} needs to know the model: pass config=model.config")
             return
         route(config)
         text = config.get_text_config(decoder=True)
         # Layers that read another layer's keys do so after its attention ran.
         shared = bool(getattr(text, "num_kv_shared_layers", 0)) or any(getattr(text, "kv_sharing_modes", None) or ())
         full = [idx for idx, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
-        for rank, idx in enumerate(full):
-            self.layers[idx] = self._new_layer(idx, rank, len(full), shared=shared)
+        if self.settings.calibration == "auto":
+            from hardkv.calibration import auto  # builds on this class
+
+            self.settings.calibration = auto(config, self.settings)
+        calibration = self.settings.calibration
+        if isinstance(calibration, Calibration) and (warning := calibration.check_model(config, full)):
+            self._warn(warning)
+        for rank, (idx, budget) in enumerate(zip(full, self._layer_budgets(len(full)), strict=True)):
+            ours = self._new_layer(idx, budget)
+            ours.shared = shared
+            if isinstance(calibration, Calibration) and budget.uses_temperature:
+                ours.temperatures = calibration.temperatures[rank]
+            self.layers[idx] = ours
         if not full:
             self._warn(
                 f"no layer of {type(config).__name__} uses full attention (sliding-window and linear layers are "
                 "already bounded): HardKVCache compresses nothing here"
             )
 
-    def _new_layer(self, idx: int, rank: int, num_layers: int, *, knows_model: bool = True, shared: bool = False):
-        budget = self.settings.budget
+    def _layer_budgets(self, num_layers: int) -> list[Budget]:
+        budget, calibration = self.settings.budget, self.settings.calibration
         assert isinstance(budget, Budget)
-        budget = budget.for_layer(rank, num_layers, self.settings.window + self.settings.sinks)
-        return HardKVLayer(self.settings, budget, idx, knows_model=knows_model, shared=shared)
+        if isinstance(budget, Risk):
+            assert isinstance(calibration, Calibration)
+            return list(budget.for_layers(calibration.curves))
+        protected = self.settings.window + self.settings.sinks
+        return [budget.for_layer(rank, num_layers, protected) for rank in range(num_layers)]
+
+    def _new_layer(self, idx: int, budget: Budget) -> HardKVLayer:
+        return HardKVLayer(self.settings, budget, idx)
 
     def _warn(self, message: str) -> None:
         """Tell once, and keep telling in `stats()`."""
@@ -120,7 +144,9 @@ class HardKVCache(DynamicCache):
         if self.layer_class_to_replicate is not None:  # built without a config: layers appear as they are used
             while len(self.layers) <= layer_idx:
                 idx = len(self.layers)
-                self.layers.append(self._new_layer(idx, idx, layer_idx + 1, knows_model=False))
+                ours = self._new_layer(idx, self._layer_budgets(1)[0])
+                ours.knows_model = False
+                self.layers.append(ours)
         elif layer_idx >= len(self.layers):
             raise RuntimeError(
                 f"layer {layer_idx} asks for a cache of {len(self.layers)} layers: it was built with another model's "
@@ -256,8 +282,17 @@ class HardKVCache(DynamicCache):
             scorer=str(self.settings.scorer),
             budget=str(self.settings.budget),
             attention=resolve_backend(self.settings.attention),
-            warnings=list(self.warnings),
+            warnings=[*self.warnings, *_clamped(held)],
         )
+
+
+def _clamped(held: list[Tiers]) -> list[str]:
+    """What to know of temperatures that stopped at a limit."""
+    fitted = [tiers.temperatures for tiers in held if tiers.temperatures is not None]
+    count = sum(int(((t <= MIN_TEMPERATURE * 1.01) | (t >= MAX_TEMPERATURE / 1.01)).sum()) for t in fitted)
+    total = sum(t.numel() for t in fitted)
+    limits = f"[{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"
+    return [f"{count} of {total} temperatures stopped at the limits {limits}"] if count else []
 
 
 def _batch_size(layer: Any) -> int:

@@ -23,6 +23,7 @@ class Event:
         settings: scorer, window, sinks, interval, patience. budget: this layer's.
         pinned: columns of the prompt that are kept whatever their score, 0 for none.
         scale, softcap: of the layer's attention.
+        temperatures: `[H]`, of this layer's heads, calibrated before; None without.
     """
 
     settings: HardKVConfig
@@ -30,6 +31,7 @@ class Event:
     pinned: int
     scale: float
     softcap: float | None
+    temperatures: Tensor | None = None
 
     def condense(self, tiers: Tiers, ring: QueryRing) -> Tiers:
         """The tiers after the event; `tiers` and `ring` are only read, so that a failure loses nothing."""
@@ -39,8 +41,12 @@ class Event:
         z = scorer.score(observation)  # type: ignore[union-attr]
         _check_scores(z, observation, scorer)
         temperatures = tiers.temperatures
-        if temperatures is None and settings.calibration == "online":
-            temperatures = self._fit(z, observation)
+        if settings.calibration == "online":
+            if temperatures is None or (settings.refit and tiers.events % settings.refit == 0):
+                fitted = self._fit(z, observation)
+                temperatures = temperatures if fitted is None else fitted
+        elif temperatures is None and self.temperatures is not None:
+            temperatures = self.temperatures.to(z).repeat(observation.batch_size)
         keep = self.budget.select(z, observation, temperatures)
         del observation  # its copy of the keys and values goes before the new tiers come
         return tiers.condense(
@@ -79,6 +85,7 @@ class Event:
             queries=queries,
             query_positions=columns,
             query_valid=valid,
+            seen=tiers.tokens,
             protected=self._protected(merged),
             scale=self.scale,
             window=self.settings.window,

@@ -24,8 +24,12 @@ class HardKVLayer(CacheLayerMixin):
 
     Args:
         settings: what and when to compress. budget: this layer's budget.
-        layer_idx: for messages. knows_model: whether the cache was built with a model config.
+        layer_idx: for messages.
+
+    The cache that makes it may set:
+        knows_model: whether the cache was built with a model config.
         shared: the layer's keys are read again by later layers, so its events wait for its next `update()`.
+        temperatures: `[H]`, calibrated before, that the budget divides scores by; None without.
     """
 
     is_compileable = False  # or generate() compiles the model around data-dependent shapes
@@ -33,15 +37,14 @@ class HardKVLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(
-        self, settings: HardKVConfig, budget: Budget, layer_idx: int, *, knows_model: bool = True, shared: bool = False
-    ):
+    def __init__(self, settings: HardKVConfig, budget: Budget, layer_idx: int):
         super().__init__()
         self.settings = settings
         self.budget = budget
         self.layer_idx = layer_idx
-        self.knows_model = knows_model
-        self.shared = shared
+        self.knows_model = True
+        self.shared = False
+        self.temperatures: Tensor | None = None
         self.record_past = False
         self._clear()
 
@@ -260,7 +263,7 @@ class HardKVLayer(CacheLayerMixin):
         pinned = 0
         if self.settings.pin_prompt:
             pinned = tiers.seen if self.prompt_length is None else self.prompt_length
-        return Event(self.settings, self.budget, pinned, scale, softcap)
+        return Event(self.settings, self.budget, pinned, scale, softcap, self.temperatures)
 
     def _check_pinned(self, new: NewTokens, padding: Tensor | None) -> None:
         limit = self.budget.limit

@@ -182,6 +182,7 @@ class Tiers:
     condensed: RaggedTier
     sparse: RaggedTier
     dense: DenseTier
+    tokens: Tensor  # int64 [B], tokens of each sequence so far: evicted ones counted, pads not
     seen: int = 0  # logical length: columns stored, pads and evicted tokens counted
     compressed_at: int | None = None  # logical length at the last event
     events: int = 0
@@ -192,16 +193,18 @@ class Tiers:
         """Only a dense tier."""
         rows = dense.keys.shape[0] * dense.keys.shape[1]
         empty = RaggedTier.empty(rows, dense.keys, dense.values)
-        return cls(empty, empty, dense, seen)
+        return cls(empty, empty, dense, dense.fill, seen)
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> "Tiers":
         """Hold also the next columns; see `DenseTier.append`."""
         dense = self.dense.append(keys, values, valid, self.seen)
-        return replace(self, dense=dense, seen=self.seen + keys.shape[2])
+        tokens = self.tokens + (dense.fill - self.dense.fill)
+        return replace(self, dense=dense, tokens=tokens, seen=self.seen + keys.shape[2])
 
     def cropped(self, length: int) -> "Tiers":
         """Without column `length` and later, which must all be in the dense tier."""
-        return replace(self, dense=self.dense.cropped(length), seen=length)
+        dense = self.dense.cropped(length)
+        return replace(self, dense=dense, tokens=self.tokens + (dense.fill - self.dense.fill), seen=length)
 
     def holds_any(self, columns: Tensor) -> bool:
         """Whether attention reads a token of the marked columns, bool `[B, seen]`."""
@@ -277,6 +280,7 @@ class Tiers:
             condensed=tier(keep & ~merged.in_window),
             sparse=tier(~keep & (misses <= patience)),
             dense=self.dense.newest(window, window + interval),
+            tokens=self.tokens,
             seen=self.seen,
             compressed_at=self.seen,
             events=self.events + 1,
@@ -292,6 +296,7 @@ class Tiers:
             condensed=self.condensed.select_rows(rows),
             sparse=self.sparse.select_rows(rows),
             dense=self.dense.select_sequences(indices),
+            tokens=self.tokens[indices],
             temperatures=None if self.temperatures is None else self.temperatures[rows],
         )
 
@@ -318,4 +323,4 @@ class Tiers:
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
         fitted = [] if self.temperatures is None else [self.temperatures]
-        return [*self.condensed.tensors(), *self.sparse.tensors(), *self.dense.tensors(), *fitted]
+        return [*self.condensed.tensors(), *self.sparse.tensors(), *self.dense.tensors(), self.tokens, *fitted]

@@ -9,7 +9,7 @@ from torch import Tensor
 from hardkv.kernels.attention import accumulation_dtype
 from hardkv.kernels.rows import Bucket
 
-Reduce = Literal["mean", "max", "max_logits"]
+Reduce = Literal["mean", "max", "max_logits", "mean_square"]
 
 
 def window_attention(
@@ -25,6 +25,7 @@ def window_attention(
     softcap: float | None = None,
     reduce: Reduce = "mean",
     exclude: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention that each token of each row receives, averaged over the valid queries.
 
@@ -35,8 +36,10 @@ def window_attention(
         num_kv_heads: H; row b * H + h holds head h of sequence b.
         scale, softcap: as in the model's attention.
         reduce: over the G query heads of a group: "mean" or "max" of the averaged probabilities, or "max_logits":
-            the largest logit of the group before one shared softmax (R-KV).
+            the largest logit of the group before one shared softmax (R-KV). "mean_square": the mean over queries and
+            group of the squared probabilities.
         exclude: bool `[N]`, tokens left out of the softmax; they receive 0.
+        sinks: `[Hq]`, learned logits that take part in the softmax (GPT-OSS).
 
     Returns:
         `[N]` in the accumulation dtype (float32 or float64).
@@ -57,8 +60,16 @@ def window_attention(
         if reduce == "max_logits":
             logits = logits.amax(1, keepdim=True)
         logits = logits.masked_fill(~visible[:, None], -torch.inf)
+        if sinks is not None:
+            row = bucket.rows % num_kv_heads
+            sink = sinks.to(logits).view(num_kv_heads, -1, 1, 1)[row].expand(*logits.shape[:-1], 1)
+            logits = torch.cat([logits, sink], -1)
         # a query that sees nothing has an all -inf row: its softmax is NaN and counts as 0
         probability = torch.softmax(logits, -1).nan_to_num_(0.0)
+        if sinks is not None:
+            probability = probability[..., :-1]
+        if reduce == "mean_square":
+            probability = probability.square()
         share = probability.sum(2) / counted.sum(-1).clamp_min(1)[:, None, None]  # [r, G or 1, n]
         received[index[valid]] = (share.amax(1) if reduce == "max" else share.mean(1))[valid]
     return received

@@ -4,6 +4,7 @@ from hardkv.selectors.attention import Attention
 from hardkv.selectors.budgets import BUDGETS, AdaKV, Adaptive, Budget, Pyramid, TopK, TopP, get_budget, register_budget
 from hardkv.selectors.calibration import fit_temperatures
 from hardkv.selectors.observation import Observation
+from hardkv.selectors.risk import Risk, RiskCurves
 from hardkv.selectors.rkv import RKV
 from hardkv.selectors.scorer import (
     SCORERS,
@@ -26,6 +27,8 @@ __all__ = [
     "Budget",
     "Observation",
     "Pyramid",
+    "Risk",
+    "RiskCurves",
     "Scorer",
     "SnapKV",
     "TopK",

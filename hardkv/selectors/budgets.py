@@ -4,6 +4,7 @@ Every public count (n, floor, cap) includes the protected tokens F of a row and 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -34,6 +35,8 @@ class Budget(ABC):
 
     #: Whether calibrated temperatures change what the budget keeps.
     uses_temperature = False
+    #: Whether it needs measured risk curves.
+    uses_risk = False
     #: The mass at which temperatures are fitted for this budget.
     calibration_p = 0.9
 
@@ -172,6 +175,8 @@ class Pyramid(Budget):
     def __post_init__(self) -> None:
         if not isinstance(self.n, FixedTotal):
             check_count("n", self.n, 1)
+        elif self.n.uses_risk:
+            raise ValueError(f"{self.n} already gives every layer its own share; it cannot be wrapped in Pyramid")
         check_count("beta", self.beta, 1)
 
     @property
@@ -307,8 +312,8 @@ class Adaptive(FixedTotal):
         return share_of_best(ranking.per_head(lost), ranking.per_head(positions), total).flatten()
 
 
-def get_budget(spec: "int | dict[str, Any] | Budget", calibrated: bool = False) -> Budget:
-    """A budget from a mean number of tokens (TopK; Adaptive if calibrated), from `budget_to_dict`'s, or as given.
+def get_budget(spec: "int | dict[str, Any] | Budget", of_int: Callable[[int], Budget] = TopK) -> Budget:
+    """A budget from a mean number of tokens (by `of_int`), from `budget_to_dict`'s, or as given.
 
     Raises:
         ValueError: unknown name or bad value. TypeError: anything else.
@@ -326,10 +331,10 @@ def get_budget(spec: "int | dict[str, Any] | Budget", calibrated: bool = False) 
         except TypeError as error:
             raise ValueError(f"budget {name!r}: {error}") from error
     if isinstance(spec, int) and not isinstance(spec, bool):
-        return Adaptive(spec) if calibrated else TopK(spec)
+        return of_int(spec)
     raise TypeError(
         f"budget={spec!r} must be an integer (mean tokens per head) or a budget object: TopK(n), TopP(p), Adaptive(n), "
-        "AdaKV(n, alpha), Pyramid(n, beta) from hardkv.selectors"
+        "AdaKV(n, alpha), Pyramid(n, beta), Risk(n) from hardkv.selectors"
     )
 
 

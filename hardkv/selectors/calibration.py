@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hardkv.selectors.checks import check_name
+
+SOLVERS = ("adam", "bisect")
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 _LIMIT = math.log(MAX_TEMPERATURE)  # log T lives in [-_LIMIT, _LIMIT]
 _DEAD = -1e30  # log-score of what is not in the softmax: exp gives 0 at every T and, unlike -inf, a gradient of 0
@@ -104,8 +107,7 @@ def fit_temperatures(
     >>> temperatures  # 0.25 eight times
     ```
     """
-    if solver not in ("adam", "bisect"):
-        raise ValueError(f'solver is {solver!r}; allowed are "adam" and "bisect".')
+    check_name("solver", solver, SOLVERS)
     if max_steps < 1 or not tolerance > 0:
         raise ValueError(
             f"max_steps is {max_steps} and tolerance is {tolerance}; give at least one step and a tolerance above 0."

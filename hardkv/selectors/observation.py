@@ -30,6 +30,7 @@ class Observation:
     scale: float
     window: int  # the newest tokens of a row that count as its window
     softcap: float | None = None
+    seen: Tensor | None = None  # int64 [B], tokens of each sequence so far, evicted ones too; None: its longest row's
 
     @property
     def batch_size(self) -> int:
@@ -52,6 +53,11 @@ class Observation:
     def buckets(self) -> list[Bucket]:
         """The rows as the PyTorch kernels take them."""
         return bucket_rows(self.cu_seqlens)
+
+    @cached_property
+    def context(self) -> Tensor:
+        """`seen`, int64 `[B]`."""
+        return self.lengths.view(self.batch_size, -1).amax(1) if self.seen is None else self.seen
 
     @property
     def max_length(self) -> int:
@@ -166,6 +172,7 @@ class Observation:
             queries=queries,
             query_positions=torch.arange(columns - num_queries, columns, device=keys.device),
             query_valid=query_valid,
+            seen=mask.any(1).sum(1),
             protected=protected[present],
             scale=head_dim**-0.5 if scale is None else scale,
             window=window,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hardkv.kernels.rows import bucket_rows
 from hardkv.kernels.scoring import window_attention
 
-REDUCTIONS = ["mean", "max", "max_logits"]
+REDUCTIONS = ["mean", "max", "max_logits", "mean_square"]
 
 
 def make_case(seed, lengths, *, batch=1, group=2, queries=3, dim=3, columns=None):
@@ -25,10 +25,11 @@ def make_case(seed, lengths, *, batch=1, group=2, queries=3, dim=3, columns=None
         "positions": np.concatenate(held).astype(np.int32),
         "lengths": lengths,
         "exclude": rng.random(sum(lengths)) < 0.3,
+        "sinks": rng.normal(size=len(lengths) // batch * group),
     }
 
 
-def run(case, reduce, *, exclude=False, softcap=None, dtype=torch.float64):
+def run(case, reduce, *, exclude=False, softcap=None, sinks=False, dtype=torch.float64):
     return window_attention(
         torch.tensor(case["queries"], dtype=dtype),
         torch.tensor(case["query_positions"]),
@@ -41,10 +42,11 @@ def run(case, reduce, *, exclude=False, softcap=None, dtype=torch.float64):
         softcap=softcap,
         reduce=reduce,
         exclude=torch.tensor(case["exclude"]) if exclude else None,
+        sinks=torch.tensor(case["sinks"], dtype=dtype) if sinks else None,
     )
 
 
-def expected(case, reduce, *, exclude=False, softcap=None):
+def expected(case, reduce, *, exclude=False, softcap=None, sinks=False):
     queries, lengths = case["queries"], case["lengths"]
     batch, num_heads, window, _ = queries.shape
     heads = len(lengths) // batch
@@ -70,7 +72,11 @@ def expected(case, reduce, *, exclude=False, softcap=None):
             if reduce == "max_logits":
                 logits = logits.max(0, keepdims=True)
             weights = np.exp(logits)
-            shares[:, seen] += weights / weights.sum(1, keepdims=True) / len(valid)
+            total = weights.sum(1, keepdims=True)
+            if sinks:
+                total += np.exp(case["sinks"][h * group : (h + 1) * group, None])
+            power = 2 if reduce == "mean_square" else 1
+            shares[:, seen] += (weights / total) ** power / len(valid)
         received += shares.max(0) if reduce == "max" else shares.mean(0)
     return torch.tensor(received)
 
@@ -91,6 +97,39 @@ def test_ragged(reduce, seed, lengths, group, queries, exclude, softcap):
     assert found.dtype == torch.float64
     reference = expected(case, reduce, exclude=exclude, softcap=softcap)
     torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max", "mean_square"])
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    lengths=st.lists(st.integers(0, 8), min_size=3, max_size=3),
+    group=st.integers(1, 4),
+    exclude=st.booleans(),
+    softcap=st.sampled_from([None, 1.5]),
+)
+def test_learned_sinks(reduce, seed, lengths, group, exclude, softcap):
+    """One logit a query head that takes its part of every softmax and receives nothing."""
+    case = make_case(seed, lengths * 2, batch=2, group=group)
+    found = run(case, reduce, exclude=exclude, softcap=softcap, sinks=True)
+    reference = expected(case, reduce, exclude=exclude, softcap=softcap, sinks=True)
+    torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("reduce", ["mean", "mean_square"])
+def test_sinks_of_every_size(reduce, dtype):
+    """A sink far below every logit is none; far above, it takes everything."""
+    case = make_case(6, [7, 5, 6, 4], batch=2)
+    case["sinks"][:] = -1e4
+    torch.testing.assert_close(run(case, reduce, sinks=True, dtype=dtype), run(case, reduce, dtype=dtype))
+    case["sinks"][:] = 1e4
+    assert torch.all(run(case, reduce, sinks=True, dtype=dtype) == 0)
+    case["sinks"][:4] = [1e4, 1e4, -1e4, -1e4]  # of both heads of the first KV head only
+    mixed = run(case, reduce, sinks=True, dtype=dtype)
+    first = torch.tensor([True] * 7 + [False] * 5 + [True] * 6 + [False] * 4)
+    assert torch.all(mixed[first] == 0)
+    torch.testing.assert_close(mixed[~first], run(case, reduce, dtype=dtype)[~first])
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

@@ -1,0 +1,199 @@
+"""What a calibration found: temperatures and risk curves of every KV head, saved with where they come from."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hardkv.selectors.risk import RiskCurves
+from hardkv.selectors.scorer import Scorer, scorer_to_dict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = "1"
+# What of a model's config decides whether a calibration fits it.
+GEOMETRY = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+def geometry(config: Any) -> dict[str, Any]:
+    """What a calibration remembers of a model's config."""
+    text = config.get_text_config(decoder=True)
+    return {name: getattr(text, name, None) for name in GEOMETRY}
+
+
+def model_name(config: Any) -> str:
+    """The checkpoint's folder or hub id, empty for a model made from a config."""
+    return str(getattr(config, "_name_or_path", "") or "")
+
+
+def describe_scorer(scorer: Scorer) -> dict[str, Any]:
+    """A scorer as plain values: its JSON form, or the path of its class when it has none."""
+    try:
+        return scorer_to_dict(scorer)
+    except ValueError:
+        return {"class": f"{type(scorer).__module__}.{type(scorer).__qualname__}"}
+
+
+@dataclass(eq=False)
+class Calibration:
+    """What `calibrate` measured about a model and a scorer; L compressed layers, H KV heads.
+
+    Args:
+        temperatures: float32 `[L, H]`, what `TopP` and `Adaptive` divide scores by (Logits Calibration).
+        residuals: float32 `[L, H]`, how far kept mass and reference mass are apart at these temperatures, root mean
+            square over the samples.
+        counts, risk: the risk curves that `Risk` spends its budget by: `risk [L, H, K]` is the loss of a head that
+            keeps `counts [K]` (int64) tokens; see `hardkv.selectors.RiskCurves`. None: temperatures only.
+        kept: int64 `[3, L, H]`, median tokens that Top-p keeps: by raw attention, by the scores as they are, by the
+            calibrated scores.
+        provenance: model ("name", "geometry", "config_hash"), "layers", "scorer", "window", "sinks", "interval", "p",
+            "texts_hash", "tokens", "length", "versions".
+        path: the file it was loaded from or saved to.
+    """
+
+    temperatures: Tensor
+    residuals: Tensor
+    counts: Tensor | None = None
+    risk: Tensor | None = None
+    kept: Tensor | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def curves(self) -> RiskCurves:
+        """The risk curves as budgets take them.
+
+        Raises:
+            ValueError: the calibration has none.
+        """
+        if self.counts is None or self.risk is None:
+            raise ValueError("this calibration holds no risk curves: make one with hardkv.calibrate(model)")
+        if "_curves" not in self.__dict__:
+            self._curves = RiskCurves(self.counts, self.risk)
+        return self._curves
+
+    def save(self, path: "str | PathLike[str]") -> Path:
+        """Write a safetensors file (no pickle), its folder made if needed; the path.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": FORMAT, "provenance": json.dumps(self.provenance)}
+        partial = path.with_name(path.name + ".partial")  # never half a file under the final name
+        try:
+            copies = {name: tensor.cpu().contiguous().clone() for name, tensor in self._tensors().items()}
+            save_file(copies, partial, metadata)  # copies, since it refuses tensors that share memory
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        self.path = path
+        return path
+
+    @classmethod
+    def load(cls, path: "str | PathLike[str]") -> "Calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: it holds something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no calibration at {str(path)!r}: make one with hardkv.calibrate(model)")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is not a calibration file: {error}") from error
+        if (
+            metadata.get("format") != FORMAT
+            or "provenance" not in metadata
+            or not {"temperatures", "residuals"} <= set(tensors)
+        ):
+            raise ValueError(f"{str(path)!r} is not a calibration file of this version of hardkv: calibrate again")
+        known = {name: tensors.get(name) for name in ("temperatures", "residuals", "counts", "risk", "kept")}
+        return cls(**known, provenance=json.loads(metadata["provenance"]), path=path)  # type: ignore[arg-type]
+
+    def summary(self, budget: int = 512) -> str:
+        """A table for the terminal: where it comes from, and what it found for every layer.
+
+        Args:
+            budget: n of the `Risk(n)` whose counts at the calibrated length are shown.
+        """
+        from hardkv.viz.calibration import summarize_calibration  # builds on this class
+
+        return summarize_calibration(self, budget)
+
+    def plot(self, path: "str | PathLike[str] | None" = None, budget: int = 512) -> "Figure":
+        """The picture of `hardkv.viz.plot_calibration`, which needs matplotlib.
+
+        Args:
+            path: where to save it; the suffix chooses the format. budget: as in `summary`.
+        """
+        from hardkv.viz import plot_calibration
+
+        return plot_calibration(self, path, budget)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {name: getattr(self, name) for name in ("temperatures", "residuals", "counts", "risk", "kept")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def check_settings(self, scorer: Scorer, window: int) -> None:
+        """Raise ValueError unless it was made for this scorer and window."""
+        ours = self.provenance
+        theirs = {"scorer": describe_scorer(scorer), "window": window}
+        self._compare("cache", ours, theirs)
+
+    def check_model(self, config: Any, layers: list[int]) -> str | None:
+        """Raise ValueError unless it was made for a model like this one; a warning when only its name differs.
+
+        Args:
+            config: the model's. layers: indices of the layers that the cache compresses.
+        """
+        ours = {**self.provenance.get("geometry", {}), "layers": self.provenance.get("layers")}
+        self._compare("model", ours, {**geometry(config), "layers": layers})
+        made_for, name = self.provenance.get("name"), model_name(config)
+        if made_for and name and Path(made_for).name != Path(name).name:
+            return f"the calibration was made for {made_for!r} and is used with {name!r}"
+        return None
+
+    def _compare(self, kind: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+        different = [
+            f"{key} {_json(ours.get(key))} here, {_json(value)} in the {kind}"
+            for key, value in theirs.items()
+            if _json(ours.get(key)) != _json(value)
+        ]
+        if different:
+            source = f"the calibration {str(self.path)!r}" if self.path is not None else "the calibration"
+            raise ValueError(
+                f"{source} does not fit the {kind} ({'; '.join(different)}): calibrate with these settings, "
+                "hardkv.calibrate(model, scorer=..., window=...), or pass calibration=None"
+            )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def config_hash(config: Any) -> str:
+    """A short hash of `geometry(config)`."""
+    return hashlib.sha256(_json(geometry(config)).encode()).hexdigest()[:16]

@@ -1,0 +1,304 @@
+"""What a calibration found, as a table and as a picture."""
+
+from itertools import product
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hardkv.calibration_file import Calibration
+from hardkv.extras import require
+from hardkv.selectors.risk import Risk
+from hardkv.viz.lengths import MAX_ANNOTATED_LAYERS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Layers named on a heat map's axis at most.
+MAX_TICKS = 40
+# Beyond this many heads a cell is too low for its number.
+MAX_ANNOTATED_HEADS = 16
+# Narrowest range of the temperatures' colours, [1 / r, r]: what lies within is as good as 1.
+NARROWEST = 1.25
+NO_KEPT = "no counts of top-p in this calibration"
+NO_RISK = "no risk curves in this calibration: temperatures only"
+
+
+def summarize_calibration(calibration: Calibration, budget: int = 512) -> str:
+    """The table of `Calibration.summary`: where it comes from, then one row a layer and one for all.
+
+    Args:
+        calibration: what it lacks is left out. budget: n of the `Risk(n)` whose counts are shown.
+    """
+    layers = _layers(calibration)
+    blocks = [_block("", ["layer"], [[str(layer)] for layer in layers] + [["all"]])]
+    temperatures = [[row.min(), row.quantile(0.5), row.max()] for row in _by_layer(calibration.temperatures)]
+    shown = [[_digits(value, 3) for value in row] for row in temperatures]
+    blocks.append(_block("temperature", ["min", "median", "max"], shown))
+    residuals = [[f"{row.max():.3f}"] for row in _by_layer(calibration.residuals)]
+    blocks.append(_block("residual", ["max"], residuals))
+    notes = []
+    if calibration.kept is None:
+        notes.append(NO_KEPT)
+    else:
+        columns = [[row.quantile(0.5) for row in _by_layer(kept)] for kept in calibration.kept]
+        shown = [[f"{value:,.0f}" for value in row] for row in zip(*columns, strict=True)]
+        blocks.append(_block("kept by top-p", ["raw", "before", "after"], shown))
+        notes.append(
+            "kept by top-p: median tokens of a head beyond the protected ones,\n"
+            "by raw attention and by scores before and after calibration"
+        )
+    allocation = _allocation(calibration, budget)
+    if allocation is None:
+        notes.append(NO_RISK)
+    else:
+        counts = [[row.min(), row.mean(), row.max()] for row in _by_layer(allocation)]
+        shown = [[f"{value:,.0f}" for value in row] for row in counts]
+        blocks.append(_block(f"Risk({budget})", ["min", "mean", "max"], shown))
+        notes.append(
+            f"Risk({budget}): tokens of a head, protected ones included, in a context of {_length(calibration):,}"
+        )
+    head = _head(calibration)
+    width = max((len(label) for label, _ in head), default=0)
+    lines = [f"{label:<{width}}  {text}" for label, text in head]
+    return "\n".join([*lines, "", *("   ".join(row).rstrip() for row in zip(*blocks, strict=True)), "", *notes])
+
+
+def plot_calibration(
+    calibration: Calibration, path: "str | PathLike[str] | None" = None, budget: int = 512
+) -> "Figure":
+    """Draw temperatures, counts of top-p before and after calibration, risk curves, and what `Risk(n)` makes of them.
+
+    Args:
+        calibration: a panel says what it lacks.
+        path: where to save the picture; the suffix chooses the format.
+        budget: n of the `Risk(n)` whose counts are drawn.
+
+    Returns:
+        The figure, closed: a notebook shows it once, as a cell's last value.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    require("viz", "matplotlib")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    heads = calibration.temperatures.shape[1]
+    high = min(max(0.9 + 0.25 * heads, 1.5), 5.0)
+    axes: dict[str, Axes]
+    figure, axes = plt.subplot_mosaic(
+        [["temperatures"] * 2, ["budgets"] * 2, ["kept", "risk"]],
+        figsize=(12, 2 * high + 5.2),
+        height_ratios=[high, high, 4.6],
+        layout="constrained",
+    )
+    figure.suptitle(_title(calibration), fontsize=12)
+    layers = _layers(calibration)
+
+    # A few heads may lie far out: the colours serve the others, and the numbers in the cells these.
+    spread = float(calibration.temperatures.double().log().abs().quantile(0.9).exp())
+    limit = max(spread, NARROWEST)
+    bar = _heat_map(axes["temperatures"], calibration.temperatures, layers, LogNorm(1 / limit, limit), "RdBu_r")
+    bar.set_label("temperature")
+    ticks = [1 / limit, limit**-0.5, 1, limit**0.5, limit]
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    axes["temperatures"].set_title("Temperatures (1: scores are as sharp as attention)", loc="left", fontsize=11)
+
+    allocation = _allocation(calibration, budget)
+    axes["budgets"].set_title(f"Tokens kept under Risk({budget})", loc="left", fontsize=11)
+    axes["risk"].set_title("Risk: attention lost by keeping fewer tokens", loc="left", fontsize=11)
+    if allocation is None:
+        _say(axes["budgets"], NO_RISK)
+        _say(axes["risk"], NO_RISK)
+    else:
+        largest = max(int(allocation.max()), 1)
+        bar = _heat_map(axes["budgets"], allocation, layers, Normalize(0, largest), "viridis")
+        bar.set_label(f"tokens of {_length(calibration):,}\n(mean {float(allocation.double().mean()):,.0f})")
+        _draw_risk(axes["risk"], calibration, allocation)
+        axes["risk"].xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+
+    axes["kept"].set_title("Tokens that top-p keeps, a point a head", loc="left", fontsize=11)
+    if calibration.kept is None:
+        _say(axes["kept"], NO_KEPT)
+    else:
+        _draw_kept(axes["kept"], calibration.kept)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return figure
+
+
+# ---------------------------------------------------------------------- panels
+
+
+def _heat_map(axis: "Axes", values: Tensor, layers: list[int], norm: Any, colours: str) -> Any:
+    """`values [L, H]`, layers from left to right, heads from top to bottom; the colour bar."""
+    figure: Any = axis.figure
+    panel = values.T.cpu().numpy()  # [H, L]
+    image = axis.imshow(panel, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+    heads, count = panel.shape
+    every = -(-count // MAX_TICKS)
+    axis.set_xticks(range(0, count, every), labels=[str(layer) for layer in layers[::every]], fontsize=8)
+    every = -(-heads // MAX_ANNOTATED_HEADS)
+    axis.set_yticks(range(0, heads, every), labels=[str(head) for head in range(0, heads, every)], fontsize=8)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("KV head")
+    if count <= MAX_ANNOTATED_LAYERS and heads <= MAX_ANNOTATED_HEADS:
+        for head, layer in product(range(heads), range(count)):
+            red, green, blue, _ = image.to_rgba(panel[head, layer])
+            colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
+            text = _digits(panel[head, layer].item(), 2)
+            axis.text(layer, head, text, ha="center", va="center", fontsize=6, color=colour)
+    below, above = bool((values < norm.vmin).any()), bool((values > norm.vmax).any())
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
+    return figure.colorbar(image, ax=axis, pad=0.01, aspect=10, extend=extend)
+
+
+def _draw_kept(axis: "Axes", kept: Tensor) -> None:
+    """Counts by scores against counts by raw attention, both logarithmic from 1 on: 0 is a count too."""
+    raw, before, after = (counts.flatten().cpu().numpy() for counts in kept)
+    largest = max(int(kept.max()), 1) * 1.4
+    axis.plot([0, largest], [0, largest], color="0.6", linewidth=1, zorder=1)
+    small: dict[str, Any] = {"s": 22, "linewidth": 1.0}
+    axis.scatter(raw, before, facecolors="none", edgecolors="tab:orange", label="before calibration", zorder=3, **small)
+    axis.scatter(raw, after, color="tab:blue", alpha=0.7, label="after calibration", zorder=2, **small)
+    for scale, limit in ((axis.set_xscale, axis.set_xlim), (axis.set_yscale, axis.set_ylim)):
+        scale("symlog", linthresh=1, linscale=0.3)
+        limit(-0.3, largest)
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_formatter("{x:,.0f}")
+    axis.set_xlabel("by raw attention")
+    axis.set_ylabel("by the scores")
+    axis.grid(color="0.92")
+    axis.set_axisbelow(True)
+    axis.legend(loc="upper left", fontsize=8)
+
+
+def _draw_risk(axis: "Axes", calibration: Calibration, allocation: Tensor) -> None:
+    """One thin line a head, coloured by layer; the heads that get most and least of the budget stand out."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    assert calibration.counts is not None
+    assert calibration.risk is not None
+    figure: Any = axis.figure
+    layers = _layers(calibration)
+    counts = calibration.counts.cpu().numpy()
+    risk = calibration.risk.cpu().double()
+    drawn = risk.masked_fill(risk <= 0, torch.nan).numpy()  # 0, at the end of every curve, has no logarithm
+    scale = Normalize(min(layers), max(layers))
+    colours = colormaps["viridis"]
+    for (rank, layer), head in product(enumerate(layers), range(risk.shape[1])):
+        axis.plot(counts, drawn[rank, head], color=colours(scale(layer)), linewidth=0.6, alpha=0.7)
+    flat = allocation.flatten()
+    extremes = {int(flat.argmin()): "black", int(flat.argmax()): "tab:red"}  # one head when all are equal
+    for place, colour in extremes.items():
+        rank, head = divmod(place, risk.shape[1])
+        label = f"layer {layers[rank]}, head {head}: {int(flat[place]):,} tokens"
+        axis.plot(counts, drawn[rank, head], color=colour, linewidth=1.8, label=label)
+    mean = float(flat.double().mean())
+    axis.axvline(mean, color="0.4", linewidth=1, linestyle="--", label=f"the mean, {mean:,.0f} tokens")
+    axis.set_xscale("log")
+    if bool((risk > 0).any()):
+        axis.set_yscale("log")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter("")
+    axis.set_xlabel("tokens kept")
+    axis.set_ylabel("squared attention lost, per query")
+    axis.grid(color="0.92")
+    axis.legend(loc="lower left", fontsize=8)
+    if len(layers) > 1:
+        bar = figure.colorbar(ScalarMappable(scale, colours), ax=axis, pad=0.01, label="layer")
+        bar.ax.yaxis.get_major_locator().set_params(integer=True)
+
+
+def _say(axis: "Axes", text: str) -> None:
+    """A panel without data."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.text(0.5, 0.5, text, ha="center", va="center", color="0.4", transform=axis.transAxes)
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+def _layers(calibration: Calibration) -> list[int]:
+    """The model's indices of the calibrated layers; by default all there are."""
+    return list(calibration.provenance.get("layers", range(calibration.temperatures.shape[0])))
+
+
+def _length(calibration: Calibration) -> int:
+    return int(calibration.provenance.get("length", calibration.curves.length))
+
+
+def _allocation(calibration: Calibration, budget: int) -> Tensor | None:
+    """Counts `[L, H]` of `Risk(budget)` at the calibrated length, None without risk curves."""
+    if calibration.risk is None or calibration.counts is None:
+        return None
+    known = calibration.provenance
+    # Curves begin where only the protected tokens are left.
+    protected = known["window"] + known["sinks"] if {"window", "sinks"} <= set(known) else int(calibration.counts[0])
+    return Risk(budget).allocation(calibration.curves, _length(calibration), protected)
+
+
+def _head(calibration: Calibration) -> list[tuple[str, str]]:
+    """Labels and texts of what the provenance knows."""
+    known = calibration.provenance
+    geometry = known.get("geometry", {})
+    layers, heads = calibration.temperatures.shape
+    total = geometry.get("num_hidden_layers", layers)
+    of_all = f" of {total}" if total != layers else ""
+    settings = [f"{key} {known[key]}" for key in ("window", "sinks", "interval", "p") if key in known]
+    text = [f"{known['tokens']:,} tokens"] if "tokens" in known else []
+    text += [f"the longest {known['length']:,}"] if "length" in known else []
+    lines = [
+        ("model", known.get("name", "")),
+        ("layers", f"{layers}{of_all}, KV heads in each: {heads}"),
+        ("scorer", _scorer(known["scorer"]) if "scorer" in known else ""),
+        ("settings", ", ".join(settings)),
+        ("texts", ", ".join(text)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())),
+        ("file", str(calibration.path or "")),
+    ]
+    return [(label, text) for label, text in lines if text]
+
+
+def _scorer(described: dict[str, Any]) -> str:
+    """`{"name": "snapkv", "kernel_size": 7}` as snapkv(kernel_size=7)."""
+    parameters = [f"{key}={value!r}" for key, value in described.items() if key not in ("name", "class")]
+    name = str(described.get("name") or described.get("class"))
+    return f"{name}({', '.join(parameters)})" if parameters else name
+
+
+def _title(calibration: Calibration) -> str:
+    known = calibration.provenance
+    parts = [Path(known.get("name", "")).name]
+    parts += [_scorer(known["scorer"])] if "scorer" in known else []
+    parts += [f"{known['tokens']:,} tokens of text"] if "tokens" in known else []
+    return ", ".join(part for part in parts if part) or "Calibration"
+
+
+def _digits(value: "float | Tensor", digits: int) -> str:
+    """A number with so many digits, an integer with all of them."""
+    return str(value) if isinstance(value, int) else f"{value:#.{digits}g}".rstrip(".")
+
+
+def _by_layer(values: Tensor) -> list[Tensor]:
+    """`[H]` of each layer, then `[L * H]` of all, float64."""
+    values = values.double().cpu()
+    return [*values, values.flatten()]
+
+
+def _block(title: str, names: list[str], rows: list[list[str]]) -> list[str]:
+    """Right-aligned columns under one title, all lines equally wide."""
+    columns = [max(len(cell) for cell in column) for column in zip(names, *rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, columns, strict=True)) for row in [names, *rows]]
+    width = max(len(title), len(lines[0]))
+    return [title.rjust(width), *(line.rjust(width) for line in lines)]
