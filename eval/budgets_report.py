@@ -1,0 +1,158 @@
+"""Tables and picture of what `python -m eval.budgets run` measured."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hardkv.extras import require
+
+# Drawn in this order; the others stand in the tables only.
+DRAWN = ("TopK", "AdaKV", "Pyramid", "Adaptive", "TopP, calibrated", "DuoAttention style", "HeadKV style", "Risk")
+RESAMPLES = 10_000
+
+
+class Study:
+    """The records, by what they are compared with: section, texts, length and scorer, then label, then n."""
+
+    def __init__(self, records: list[dict[str, Any]]):
+        self.cells: dict[tuple, dict[str, dict[int, list[dict[str, Any]]]]] = defaultdict(
+            lambda: defaultdict(lambda: defaultdict(list))
+        )
+        for record in records:
+            group = (record["section"], record["texts"], record["length"], record["scorer"])
+            self.cells[group][label(record)][record["n"]].append(record)
+
+    def excess(self, group: tuple, name: str, n: int) -> np.ndarray | None:
+        """Excess NLL of every text, mean over seeds; of TopP interpolated at the bytes of TopK(n)."""
+        cell = self.cells[group].get(name)
+        if cell is None:
+            return None
+        if not name.startswith("TopP"):
+            return np.mean([record["excess"] for record in cell[n]], 0) if n in cell else None
+        base = self.topk(group, n)
+        if base is None:
+            return None
+        points = sorted((np.log(record["nbytes"]), record["excess"]) for records in cell.values() for record in records)
+        at, rows = np.log(base["nbytes"]), np.array([excess for _, excess in points])
+        if not points[0][0] <= at <= points[-1][0]:
+            return None
+        return np.array([np.interp(at, [x for x, _ in points], text) for text in rows.T])
+
+    def topk(self, group: tuple, n: int) -> dict[str, Any] | None:
+        """TopK's record of the same texts, length, scorer and n, from any section."""
+        for other, labels in self.cells.items():
+            if other[1:] == group[1:] and n in labels.get("TopK", {}):
+                return labels["TopK"][n][0]
+        return None
+
+    def ratio(self, group: tuple, name: str, n: int) -> tuple[float, float, float, float] | None:
+        """Mean excess NLL, then as a fraction of TopK's: value and 95 % interval over texts (paired bootstrap)."""
+        ours, base = self.excess(group, name, n), self.topk(group, n)
+        if ours is None or base is None:
+            return None
+        reference = np.array(base["excess"])
+        pick = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
+        low, high = np.quantile(ours[pick].mean(1) / reference[pick].mean(1), [0.025, 0.975])
+        return float(ours.mean()), float(ours.mean() / reference.mean()), float(low), float(high)
+
+
+def label(record: dict[str, Any]) -> str:
+    """What a table calls a record."""
+    name, options = record["label"], record["options"]
+    if options.get("scope") == "layer" and record["section"] != "shares":
+        name += ", per layer"
+    return name + (f", calibrated at {options['from']:,}" if "from" in options else "")
+
+
+def tables(study: Study) -> str:
+    """Markdown: a table for every section, set of texts, length and scorer."""
+    lines = []
+    for group, labels in study.cells.items():
+        section, texts, length, scorer = group
+        counts = sorted({n for name, cell in labels.items() if not name.startswith("TopP") for n in cell})
+        lines += [f"\n### {section}: {scorer}, {length:,} tokens, set {texts}\n"]
+        lines += ["| | " + " | ".join(f"n = {n}" for n in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+        for name in labels:
+            row = []
+            for n in counts:
+                found, excess = study.ratio(group, name, n), study.excess(group, name, n)
+                if found is not None:
+                    mean, ratio, low, high = found
+                    row.append(f"{mean:.4f} = {ratio:.2f} [{low:.2f}, {high:.2f}]")
+                else:
+                    row.append("" if excess is None else f"{excess.mean():.4f}")
+            lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def patience(study: Study) -> str:
+    """What patience costs and gains at the bytes it really holds."""
+    lines = ["\n### patience, at the bytes held\n", "| | n | bytes of dense | excess NLL |", "|---|---|---|---|"]
+    for group, labels in study.cells.items():
+        if group[0] == "patience":
+            for name, cell in labels.items():
+                for n, (record, *_) in sorted(cell.items()):
+                    share = record["nbytes"] / record["dense_nbytes"]
+                    lines.append(f"| {name} | {n} | {share:.3f} | {np.mean(record['excess']):.4f} |")
+    return "\n".join(lines) if len(lines) > 3 else ""
+
+
+def draw(study: Study, path: Path) -> None:
+    """Excess NLL against n, a panel for every scorer and length of the set `report`."""
+    require("viz", "matplotlib")
+    import matplotlib.pyplot as plt
+
+    groups = [group for group in study.cells if group[1] == "report" and group[3] != "rkv"]
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(4.6 * len(groups), 4.4), squeeze=False, sharey=True, layout="constrained"
+    )
+    colours = plt.get_cmap("tab10")
+    for axis, group in zip(axes[0], groups, strict=True):
+        counts = sorted(study.cells[group]["TopK"])
+        for place, name in enumerate(DRAWN):
+            values = [(n, excess) for n in counts if (excess := study.excess(group, name, n)) is not None]
+            if not values:
+                continue
+            means = [excess.mean() for _, excess in values]
+            errors = [1.96 * excess.std(ddof=1) / len(excess) ** 0.5 for _, excess in values]
+            axis.errorbar(
+                [n * 1.02 ** (place - 3.5) for n, _ in values],
+                means,
+                errors,
+                label=name,
+                color=colours(place),
+                marker="o",
+                markersize=4,
+                linewidth=2.4 if name == "Risk" else 1.2,
+                capsize=2,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, [str(n) for n in counts])
+        axis.minorticks_off()
+        axis.set_yscale("log")
+        axis.grid(axis="y", which="both", alpha=0.25)
+        axis.set_title(f"scorer {group[3]}, {group[2]:,} tokens", fontsize=11)
+        axis.set_xlabel("mean tokens kept per KV head")
+    axes[0, 0].set_ylabel("NLL above the dense cache (nats a token)")
+    axes[0, -1].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def report(path: Path) -> None:
+    """Print the tables; write them and the picture beside the JSON."""
+    data = json.loads(path.read_text())
+    study = Study(data["records"])
+    head = f"{data['model']}, {data['device']}, torch {data['torch']}, transformers {data['transformers']}"
+    text = (
+        "# Ways to share a budget between heads\n\n"
+        f"Written by `python -m eval.budgets report`, from {path.name}. {head}.\n\n"
+        "Each cell: mean excess NLL over the dense cache = fraction of TopK's [95 % interval over texts]. TopP stands "
+        f"at TopK's bytes.\n{tables(study)}\n{patience(study)}\n"
+    )
+    path.with_suffix(".md").write_text(text)
+    draw(study, path.with_suffix(".png"))
+    print(text)

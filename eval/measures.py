@@ -1,0 +1,118 @@
+"""Other measures of what eviction costs, to be compared with `hardkv.calibration.squared_attention`.
+
+Each is a function of a `Step`, as `hardkv.calibrate(measure=...)` takes it, and returns the loss between two counts,
+float64 `[R, K - 1]`. They need a Llama-like model: `model.model.layers[i].self_attn.o_proj`. One sequence at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hardkv.calibration import Step
+
+Measure = Callable[[Step], Tensor]
+
+
+@dataclass
+class _Parts:
+    """Attention of a step's queries, written out; H KV heads, G query heads each, q queries, n tokens."""
+
+    probability: Tensor  # [H, G, q, n]
+    values: Tensor  # [H, n, D]
+    output: Tensor  # [H, G, q, D]
+    order: Tensor  # [H, C]
+
+    @classmethod
+    def of(cls, step: Step) -> "_Parts":
+        observation, heads = step.observation, step.observation.num_kv_heads
+        keys = observation.keys.view(heads, -1, observation.keys.shape[-1]).float()
+        values = observation.values.view(heads, -1, observation.values.shape[-1]).float()
+        queries = step.queries[0].float().unflatten(0, (heads, -1))
+        logits = torch.einsum("hgqd,hnd->hgqn", queries, keys) * observation.scale
+        future = torch.arange(keys.shape[1], device=keys.device) > step.positions[:, None]
+        probability = logits.masked_fill(future, -torch.inf).softmax(-1)
+        return cls(probability, values, torch.einsum("hgqn,hnd->hgqd", probability, values), step.order)
+
+    def ordered(self, per_query: Tensor) -> Tensor:
+        """`[H, G, q, n]` of the candidates, in their order: `[H, G, q, C]`."""
+        return per_query.gather(3, self.order[:, None, None].expand(*per_query.shape[:3], -1))
+
+
+def _between(per_token: Tensor, edges: Tensor) -> Tensor:
+    """Sums of `[H, C]` between edges."""
+    return F.pad(per_token.double().cumsum(1), (1, 0))[:, edges].diff(dim=1)
+
+
+def squared_value(step: Step) -> Tensor:
+    """Squared attention times the squared norm of the value it brings."""
+    parts = _Parts.of(step)
+    weight = parts.probability.square().mean((1, 2)) * parts.values.square().sum(-1)
+    return _between(weight.gather(1, step.order), step.edges)
+
+
+def output_error(model: Any, relative: bool) -> Measure:
+    """Squared error of the attention output after `o_proj`, the rest of the attention renormalised.
+
+    Args:
+        relative: over the squared norm of the head's part of the output.
+    """
+
+    def measure(step: Step) -> Tensor:
+        parts, edges = _Parts.of(step), step.edges.tolist()
+        heads, group, _, head_dim = parts.output.shape
+        weight = model.model.layers[step.layer_idx].self_attn.o_proj.weight.float().view(-1, heads, group, head_dim)
+        probability = parts.ordered(parts.probability)
+        values = parts.values.gather(1, step.order[..., None].expand(-1, -1, head_dim))
+        lost, mass = torch.zeros_like(parts.output), torch.zeros_like(parts.output[..., :1])
+
+        def squared(vector: Tensor) -> Tensor:  # [H], after o_proj, mean over queries and group
+            return torch.einsum("ihgd,hgqd->hgqi", weight, vector).square().sum(-1).mean((1, 2)).double()
+
+        losses = [torch.zeros(heads, dtype=torch.float64, device=lost.device)]
+        for low, high in reversed(list(pairwise(edges))):
+            lost = lost + torch.einsum("hgqn,hnd->hgqd", probability[..., low:high], values[:, low:high])
+            mass = mass + probability[..., low:high].sum(-1, keepdim=True)
+            losses.append(squared((parts.output - lost) / (1 - mass).clamp_min(1e-6) - parts.output))
+        loss = torch.stack(losses[::-1], 1)
+        return -(loss / squared(parts.output)[:, None] if relative else loss).diff(dim=1)
+
+    return measure
+
+
+def gradient(model: Any, ids: Tensor) -> Measure:
+    """Squared first-order effect of each token on the loss of the text: `(P_j * g . (v_j - o))^2`, mean over queries.
+
+    g is the gradient of the text's negative log-likelihood by the head's output o: one backward pass of the model.
+
+    Args:
+        ids: the text that the steps come from, `[1, n]`.
+    """
+    outputs: list[Tensor] = []
+
+    def note(module: Any, inputs: tuple[Tensor]) -> None:
+        inputs[0].retain_grad()
+        outputs.append(inputs[0])
+
+    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(note) for layer in model.model.layers]
+    with torch.enable_grad():
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
+        F.cross_entropy(logits, ids[0, 1:], reduction="sum").backward(inputs=[embedded])
+    for hook in hooks:
+        hook.remove()
+
+    def measure(step: Step) -> Tensor:
+        parts = _Parts.of(step)
+        shape = parts.output.shape
+        slope = outputs[step.layer_idx].grad[0, step.positions]  # [q, Hq * D]
+        slope = slope.view(-1, shape[0] * shape[1], shape[3]).transpose(0, 1).reshape(shape).float()
+        effect = torch.einsum("hgqd,hnd->hgqn", slope, parts.values) - (slope * parts.output).sum(-1, keepdim=True)
+        effect = (parts.probability * effect).square().mean((1, 2))
+        return _between(effect.gather(1, step.order), step.edges)
+
+    return measure

@@ -1,0 +1,85 @@
+"""What compression costs a model on a given text: its loss token by token, dense and through compressed caches."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from hardkv import HardKVCache
+
+
+@dataclass
+class Result:
+    """One cache on a batch of B texts; every figure is a mean over the counted tokens."""
+
+    nll: list[float]  # [B], nats a token
+    dense_nll: list[float]
+    kl: list[float]  # [B], of the dense next-token distribution against the compressed one, nats
+    agreement: list[float]  # [B], how often both would choose the same next token
+    nbytes: float  # mean over events of what all sequences hold
+    dense_nbytes: float
+
+    @property
+    def excess(self) -> list[float]:
+        """NLL above the dense cache's, `[B]`."""
+        return [ours - dense for ours, dense in zip(self.nll, self.dense_nll, strict=True)]
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: Any,
+    ids: Tensor,
+    caches: Mapping[str, Callable[[], HardKVCache]],
+    *,
+    step: int = 128,
+    count_from: float = 1 / 4,
+) -> dict[str, Result]:
+    """Run texts through a model in steps, with a dense cache and with each compressed one, and compare.
+
+    Every step is one forward of `step` tokens, so with `interval=step` a cache compresses after each. Tokens count
+    from `count_from` of the text on.
+
+    Args:
+        ids: int64 `[B, n]`, no padding.
+        caches: by name, functions that make a new cache.
+    """
+    batch, length = ids.shape
+    dense, ours = DynamicCache(config=model.config), {name: make() for name, make in caches.items()}
+    sums = {name: torch.zeros(4, batch, dtype=torch.float64, device=ids.device) for name in ours}
+    held = dict.fromkeys(ours, 0.0)
+    counted = steps = dense_bytes = 0
+    for start in range(0, length - 1, step):
+        chunk, target = ids[:, start : start + step], ids[:, start + 1 : start + step + 1]
+        counts = start >= count_from * length
+        reference = _log_softmax(model, chunk, dense, counts)
+        for name, cache in ours.items():
+            log_q = _log_softmax(model, chunk, cache, counts)
+            if counts:
+                sums[name] += _compare(reference[:, : target.shape[1]], log_q[:, : target.shape[1]], target)
+                held[name] += cache.nbytes()
+        if counts:
+            counted += target.shape[1]
+            steps += 1
+            dense_bytes += sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
+    return {
+        name: Result(*(row.tolist() for row in total / counted), held[name] / steps, dense_bytes / steps)
+        for name, total in sums.items()
+    }
+
+
+def _log_softmax(model: Any, chunk: Tensor, cache: Any, whole: bool) -> Tensor:
+    """Float32 log-probabilities of the next tokens, `[B, q, V]`, or of the last one only."""
+    keep = 0 if whole else 1
+    logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    return logits.float().log_softmax(-1)
+
+
+def _compare(reference: Tensor, log_q: Tensor, target: Tensor) -> Tensor:
+    """Sums over tokens, float64 `[4, B]`: NLL, dense NLL, KL, agreement."""
+    picked = [-log_p.gather(-1, target[..., None])[..., 0].double().sum(1) for log_p in (log_q, reference)]
+    kl = (reference.exp() * (reference - log_q)).sum(-1).double().sum(1)
+    same = (reference.argmax(-1) == log_q.argmax(-1)).double().sum(1)
+    return torch.stack([*picked, kl, same])
