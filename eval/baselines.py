@@ -50,7 +50,7 @@ class HeadKV(_PerHead):
     """In the style of HeadKV (https://arxiv.org/abs/2410.19258): an even base, the rest in proportion to importance.
 
     Importance is measured here as `importance(curves)`, not by a retrieval test. What a sequence is too short for goes
-    to the other heads, so that totals are exact.
+    to the other heads; totals are exact but for what rounding down leaves.
     """
 
     def totals(self, length: int, num_protected: int) -> Tensor:
@@ -58,8 +58,8 @@ class HeadKV(_PerHead):
         base = min(num_protected + STREAMING, self.n)
         total = (self.n - base) * share.numel()
         room = max(length - base, 0)
-        low, high = 0.0, float(total) / float(share.max().clamp_min(1e-30)) * share.numel()
-        for _ in range(60):  # the factor at which the clipped counts sum to the total
+        low, high = 0.0, float(room) / float(share[share > 0].min()) if bool((share > 0).any()) else 0.0
+        for _ in range(120):  # the factor at which the clipped counts sum to the total
             middle = (low + high) / 2
             fits = (share * middle).clamp_max(room).sum() <= total
             low, high = (middle, high) if fits else (low, middle)
@@ -78,7 +78,7 @@ class DuoAttention(_PerHead):
         share = importance(self.curves)
         base = min(num_protected + STREAMING, self.n)
         mean_length = self.curves.length * (1 + 1 / 4) / 2
-        full = round((self.n - base) * share.numel() / (mean_length - base))
+        full = min(round((self.n - base) * share.numel() / (mean_length - base)), share.numel())
         counts = torch.full((share.numel(),), base, dtype=torch.int64)
         counts[share.flatten().topk(full).indices] = length
         return counts.view(share.shape)

@@ -154,5 +154,6 @@ def report(path: Path) -> None:
         f"at TopK's bytes.\n{tables(study)}\n{patience(study)}\n"
     )
     path.with_suffix(".md").write_text(text)
-    draw(study, path.with_suffix(".png"))
+    if any(group[1] == "report" for group in study.cells):
+        draw(study, path.with_suffix(".png"))
     print(text)

@@ -1,0 +1,220 @@
+"""Budgets to compare with: their counts against plain Python, alone and through a cache."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed, importance
+from hardkv import Calibration, HardKVCache
+from hardkv.calibration_file import describe_scorer, geometry
+from hardkv.selectors import Observation, Risk, RiskCurves, get_scorer
+from hardkv.selectors.ranking import Ranking
+
+
+def load_cache_helpers():
+    """The tiny models of tests/cache."""
+    path = Path(__file__).parents[1] / "cache" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("tiny_models", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny = load_cache_helpers()
+LAYERS, HEADS, PROTECTED = 3, 2, 10
+BASE = PROTECTED + 16
+WEIGHTS = [[1.0, 5.0], [3.0, 0.5], [8.0, 2.0]]  # of the heads
+
+
+def make_curves(weights=WEIGHTS, counts=(10, 20, 40, 60, 80, 120, 160), tilt=False):
+    """Loss falls as weight / n to 0 at the last count; with `tilt`, heads of small weight fall steeper."""
+    n, weight = torch.tensor(counts), torch.tensor(weights)[..., None]
+    power = 1 + (1 / weight if tilt else torch.zeros_like(weight))
+    loss = weight * ((10 / n) ** power - (10 / n[-1]) ** power)
+    return RiskCurves(n, loss)
+
+
+# ---------------------------------------------------------------- totals
+
+
+def test_importance_is_the_loss_at_the_last_count_up_to_64():
+    curves = make_curves(counts=(10, 40, 64, 80, 160))
+    assert importance(curves).tolist() == curves.loss[..., 2].double().tolist()
+    curves = make_curves(counts=(10, 40, 63, 65, 160))
+    assert importance(curves).tolist() == curves.loss[..., 2].double().tolist()
+
+
+def shares_with_limit(weights, total, limit):
+    """Real-valued shares in proportion to the weights, none above the limit: heads reach it one by one."""
+    full = set()
+    while True:
+        left = total - limit * len(full)
+        open_weight = sum(w for i, w in enumerate(weights) if i not in full)
+        shares = [limit if i in full else left * w / open_weight for i, w in enumerate(weights)]
+        over = {i for i, share in enumerate(shares) if share > limit} - full
+        if not over:
+            return shares
+        full |= over
+
+
+@pytest.mark.parametrize("length", [1000, 200, 90])  # no head is short of tokens, one is, several are
+@pytest.mark.parametrize("n", [30, 50, 80])
+def test_headkv_is_proportional_up_to_what_a_sequence_has(n, length):
+    curves = make_curves()
+    weights = importance(curves).flatten().tolist()
+    found = HeadKV(n, curves).totals(length, PROTECTED).flatten()
+    expected = shares_with_limit(weights, (n - BASE) * len(weights), length - BASE)
+    for count, share in zip(found.tolist(), expected, strict=True):
+        assert BASE + share - 1.001 < count < BASE + share + 0.001
+    assert n * len(weights) - len(weights) <= int(found.sum()) <= n * len(weights)
+
+
+def test_headkv_proportions_hold_to_the_token():
+    curves = make_curves([[1.0, 2.0], [3.0, 4.0]])
+    found = HeadKV(BASE + 1000, curves).totals(10**6, PROTECTED) - BASE  # 4,000 tokens for 10 parts
+    assert (found - torch.tensor([[400, 800], [1200, 1600]])).abs().max() <= 1
+
+
+def test_headkv_passes_on_what_a_very_important_head_has_no_tokens_for():
+    """The head that has it all takes 150 of 200 tokens; the other gets the 50 left, little as it matters."""
+    curves = make_curves([[1.0, 0.001]])
+    found = HeadKV(BASE + 100, curves).totals(BASE + 150, PROTECTED)
+    assert found[0, 0] == pytest.approx(BASE + 150, abs=1)
+    assert found[0, 1] == pytest.approx(BASE + 50, abs=1)
+
+
+def test_headkv_below_the_base_is_flat():
+    assert (HeadKV(20, make_curves()).totals(500, PROTECTED) == 20).all()
+
+
+@pytest.mark.parametrize("n", [26, 40, 60, 75])
+def test_duo_attention_gives_the_most_important_heads_everything(n):
+    curves = make_curves()
+    weights = importance(curves).flatten().tolist()
+    found = DuoAttention(n, curves).totals(140, PROTECTED).flatten().tolist()
+    full = {i for i, count in enumerate(found) if count == 140}
+    assert full == set(sorted(range(6), key=lambda i: -weights[i])[: len(full)])
+    assert {count for i, count in enumerate(found) if i not in full} == {BASE}
+    # the contexts of a text of 160 tokens, counted from a quarter on: one full head more or less is further from n
+    contexts = range(40, 161)
+    means = [sum(m * c + (6 - m) * BASE for c in contexts) / len(contexts) / 6 for m in range(7)]
+    assert len(full) == min(range(7), key=lambda m: abs(means[m] - n))
+
+
+@pytest.mark.parametrize("length", [70, 160, 400])
+@pytest.mark.parametrize("n", [30, 37, 65])
+def test_layer_shares_are_risks_layers_split_evenly(n, length):
+    curves = make_curves([[*row, 1.5] for row in WEIGHTS])  # three heads, so that most layers do not divide
+    risk = Risk(n).allocation(curves, length, PROTECTED)
+    found = LayerShares(n, curves).totals(length, PROTECTED)
+    assert found.sum(1).tolist() == risk.sum(1).tolist()
+    assert int(found.sum()) == n * 9
+    assert int((found.amax(1) - found.amin(1)).max()) <= 1
+    assert (found.diff(dim=1) <= 0).all()  # the first heads get what is over
+    assert found.tolist() != risk.tolist()
+
+
+def test_a_layer_gets_its_own_row():
+    curves = make_curves()
+    budget = Mixed(40, curves, dynamic=0.25)
+    layers = [budget.for_layer(layer, LAYERS, PROTECTED) for layer in range(LAYERS)]
+    assert [(layer.layer, layer.n, layer.dynamic) for layer in layers] == [(i, 40, 0.25) for i in range(LAYERS)]
+    assert all(layer.curves is curves for layer in layers)
+
+
+# ---------------------------------------------------------------- Mixed, against a loop over tokens
+
+
+def make_ranking(sharpness, length=60, temperature=None):
+    """One sequence of two heads; head h attends by keys scaled with `sharpness[h]`, 10 tokens protected."""
+    generator = torch.Generator().manual_seed(3)
+    keys, values = torch.randn(2, 1, HEADS, length, 8, dtype=torch.float64, generator=generator)
+    queries = torch.randn(1, 2 * HEADS, 4, 8, dtype=torch.float64, generator=generator)
+    keys = keys * torch.tensor(sharpness, dtype=torch.float64)[:, None, None]
+    observation = Observation.from_dense(keys, values, queries, window=8, sinks=2)
+    return Ranking.of(observation.attention.log(), observation, temperature)
+
+
+def mixed_counts(ranking, risk, dynamic, temperature):
+    """Candidates of every head: a fixed part of Risk's, then one at a time to the head that would lose most mass."""
+    observation, tails = ranking.observation, []
+    for head in range(HEADS):
+        row = slice(head * 60, head * 60 + 60)
+        attention, protected = observation.attention[row], observation.protected[row]
+        best = sorted(attention[~protected].tolist(), reverse=True)
+        shares = [a ** (1 / temperature[head]) for a in best]
+        outside = 1 - float(attention[protected].sum())
+        tails.append([outside * sum(shares[j:]) / sum(shares) for j in range(len(shares))])
+    counts = [int(r * (1 - dynamic)) for r in risk]
+    while sum(counts) < sum(risk):
+        open_heads = [h for h in range(HEADS) if counts[h] < len(tails[h])]
+        counts[max(open_heads, key=lambda h: tails[h][counts[h]])] += 1
+    return counts
+
+
+@pytest.mark.parametrize("temperature", [(1.0, 1.0), (3.0, 0.5)])
+@pytest.mark.parametrize("dynamic", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_mixed_gives_out_the_dynamic_part_by_mass(layer, dynamic, temperature):
+    curves = make_curves(tilt=True)
+    ranking = make_ranking((0.1, 2.0), temperature=torch.tensor(temperature, dtype=torch.float64))
+    risk = (Risk(24).allocation(curves, 60, PROTECTED)[layer] - PROTECTED).tolist()
+    found = Mixed(24, curves, dynamic=dynamic).for_layer(layer, LAYERS, PROTECTED).counts(ranking).tolist()
+    assert found == mixed_counts(ranking, risk, dynamic, temperature)
+    assert sum(found) == sum(risk)
+    assert all(count >= int(r * (1 - dynamic)) for count, r in zip(found, risk, strict=True))
+    if dynamic == 0:
+        assert found == risk
+    if dynamic >= 0.5 and temperature == (1.0, 1.0):
+        assert found != risk  # the flat head takes from the sharp one
+
+
+# ---------------------------------------------------------------- through a cache
+
+
+def run_cache(model, budget, length=160, calibration=None):
+    cache = HardKVCache(config=model.config, budget=budget, window=8, sinks=2, interval=16, calibration=calibration)
+    ids = tiny.make_prompts(2, length)["input_ids"].clamp_min(2)
+    with torch.no_grad():
+        for chunk in ids.split(16, 1):
+            model(input_ids=chunk, past_key_values=cache)
+    return cache
+
+
+def make_calibration(model, curves):
+    return Calibration(
+        temperatures=torch.ones(LAYERS, HEADS),
+        residuals=torch.zeros(LAYERS, HEADS),
+        counts=curves.counts,
+        risk=curves.loss,
+        provenance={
+            "geometry": geometry(model.config),
+            "layers": list(range(LAYERS)),
+            "scorer": describe_scorer(get_scorer("attention")),
+            "window": 8,
+        },
+    )
+
+
+@pytest.mark.parametrize("kind", [HeadKV, DuoAttention, LayerShares, Mixed])
+@pytest.mark.parametrize("length", [48, 160])
+def test_caches_hold_the_totals(kind, length):
+    model, curves = tiny.make_model("llama"), make_curves()
+    budget = kind(45, curves)
+    held = run_cache(model, budget, length).lengths()
+    totals = budget.totals(length, PROTECTED)
+    assert held.tolist() == totals[:, None].expand(-1, 2, -1).tolist()
+    assert int(held.amax()) > int(held.amin())
+
+
+def test_mixed_without_dynamic_is_risk_and_with_it_is_not():
+    model, curves = tiny.make_model("llama"), make_curves()
+    risk = run_cache(model, Risk(30), calibration=make_calibration(model, curves))
+    plain, mixed = (run_cache(model, Mixed(30, curves, dynamic=share)) for share in (0.0, 0.5))
+    for layer in range(LAYERS):
+        for ours, theirs in zip(plain.kept(layer), risk.kept(layer), strict=True):
+            assert [positions.tolist() for positions in ours] == [positions.tolist() for positions in theirs]
+    assert mixed.lengths().tolist() != risk.lengths().tolist()
+    assert mixed.lengths().sum(-1).tolist() == risk.lengths().sum(-1).tolist()
