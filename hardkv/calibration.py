@@ -130,6 +130,7 @@ def calibrate(
                 cache.begin(ids.shape[1])
                 for chunk in ids.split(interval, 1):
                     model(input_ids=chunk, past_key_values=cache, **arguments)
+                    cache.restack()
                     bar.update(chunk.numel())
             cache.reset()
             bar.set_description("fitting temperatures")
@@ -177,9 +178,7 @@ class Step:
     queries: Tensor  # [B, Hq, q, D], after RoPE
     positions: Tensor  # int64 [q], their columns
     sinks: Tensor | None  # [Hq], learned attention sinks
-    order: (
-        Tensor  # int64 [R, C], candidates of the last event by place in their row: a head that kept c has the first c
-    )
+    order: Tensor  # int64 [R, C], the last event's candidates, as places in the row; who kept c has the first c
     edges: Tensor  # int64 [K], the counts c, at most C
 
 
@@ -261,6 +260,7 @@ class _Survey(Budget):
         self.context_from = length * CONTEXT_FROM
         self.queries: list[tuple[Tensor, Tensor, Tensor | None]] = []  # queries, positions, attention sinks
         self.order: Tensor | None = None  # int64 [R, C], candidates, grouped by the least count that still holds them
+        self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # what `_restack` needs to make the next order
 
     def counts(self, ranking: Ranking) -> Tensor:
         observation = ranking.observation
@@ -275,7 +275,7 @@ class _Survey(Budget):
         rank = torch.empty_like(place).scatter_(1, place, torch.arange(length, device=place.device).expand_as(place))
         candidates = (~observation.protected.view(rows, length)[0]).nonzero()[:, 0].expand(rows, -1)
         old = candidates.new_empty(rows, 0) if self.order is None else self.order
-        self.order = _restack(old, candidates[:, old.shape[1] :], rank, self.record.edges)
+        self.pending = old, candidates[:, old.shape[1] :], rank
 
         if candidates.shape[1] and self.events % self.every == 0:
             self._sample(ranking)
@@ -351,6 +351,17 @@ class _SurveyCache(HardKVCache):
 
     def _new_layer(self, idx: int, budget: Budget) -> HardKVLayer:
         return _SurveyLayer(self.settings, self._survey(idx), idx)
+
+    def restack(self) -> None:
+        """After a forward: the next order of every layer that had an event, all at once, as each takes many steps."""
+        surveys = [layer.budget for layer in self._compressed if isinstance(layer.budget, _Survey)]
+        waiting = [(survey, survey.pending) for survey in surveys if survey.pending is not None]
+        if not waiting:
+            return
+        old, new, rank = (torch.cat(parts) for parts in zip(*(pending for _, pending in waiting), strict=True))
+        orders = _restack(old, new, rank, surveys[0].record.edges).split([rank.shape[0] for _, (_, _, rank) in waiting])
+        for (survey, _), order in zip(waiting, orders, strict=True):
+            survey.order, survey.pending = order, None
 
     @property
     def compressed_layers(self) -> list[int]:
