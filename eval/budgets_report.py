@@ -146,7 +146,8 @@ def report(path: Path) -> None:
     """Print the tables; write them and the picture beside the JSON."""
     data = json.loads(path.read_text())
     study = Study(data["records"])
-    head = f"{data['model']}, {data['device']}, torch {data['torch']}, transformers {data['transformers']}"
+    machines = "; ".join(sorted({record["machine"] for record in data["records"]}))
+    head = f"{data['model']}, on {machines}"
     text = (
         "# Ways to share a budget between heads\n\n"
         f"Written by `python -m eval.budgets report`, from {path.name}. {head}.\n\n"

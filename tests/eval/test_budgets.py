@@ -360,8 +360,7 @@ def test_the_baseline_may_come_from_another_section():
 
 
 def write_records(path, records):
-    head = {"model": "tiny", "device": "abacus", "torch": "0", "transformers": "0"}
-    path.write_text(json.dumps(head | {"records": records}))
+    path.write_text(json.dumps({"model": "tiny", "records": [record | {"machine": "abacus"} for record in records]}))
 
 
 @pytest.fixture
@@ -377,7 +376,7 @@ def test_report_writes_tables_and_picture(tmp_path, monkeypatch, capsys):
     report(path)
     text = (tmp_path / "budgets.md").read_text()
     assert text.strip() == capsys.readouterr().out.strip()
-    assert "tiny, abacus" in text
+    assert "tiny, on abacus" in text
     risk = next(line for line in text.splitlines() if line.startswith("| Risk |"))
     assert risk.split("|")[2].startswith(" 0.2000 = 0.50 [")
     assert "| Risk | 256 | 0.200 | 0.1000 |" in text  # patience, at the bytes held
