@@ -370,10 +370,10 @@ class HardKVLayer(CacheLayerMixin):
     # ------------------------------------------------------------------ introspection
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor held: keys, values, positions, spare capacity, queries, schedules."""
+        """Every tensor held: keys, values, positions, spare capacity, queries, schedules, what the budget needs."""
         if self.tiers is None or self.ring is None:
             return []
-        return [*self.tiers.tensors(), self.ring.buffer, self.ring.valid]
+        return [*self.tiers.tensors(), self.ring.buffer, self.ring.valid, *self.budget.tensors(self.device)]
 
     def dense_nbytes(self) -> int:
         """Bytes that DynamicCache would hold for the same columns."""

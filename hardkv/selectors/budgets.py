@@ -58,6 +58,10 @@ class Budget(ABC):
         """The count, with its name, that must exceed the protected tokens; None without one."""
         return None
 
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """What the budget itself holds on a cache's device, for counting bytes; layers may share it."""
+        return []
+
     def select(self, z: Tensor, observation: Observation, temperature: Tensor | None = None) -> Tensor:
         """The kept set.
 

@@ -114,6 +114,7 @@ class _Plan:
     middle: Tensor  # float64 [S]
     gains: Tensor  # float64 [S], as measured, for contexts up to `length`
     tail: Tensor  # float64 [S], of longer ones, before `reach`
+    copies: "dict[torch.device, _Plan]" = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, curves: RiskCurves, layers: slice) -> "_Plan":
@@ -130,12 +131,19 @@ class _Plan:
         start, stop, middle = (t.repeat_interleave(rows) for t in (start, counts[1:], middle))
         return cls(rows, curves.length, start, stop, middle, by_piece(gains), by_piece(tail))
 
-    def to(self, device: torch.device) -> "_Plan":
-        real = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        counts = [t.to(device) for t in (self.start, self.stop)]
-        return _Plan(
-            self.rows, self.length, *counts, *(t.to(device, real) for t in (self.middle, self.gains, self.tail))
-        )
+    def on(self, device: torch.device) -> "_Plan":
+        """The plan on a device, moved once for all layers."""
+        if self.start.device == device:
+            return self
+        if device not in self.copies:
+            real = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+            start, stop = self.start.to(device), self.stop.to(device)
+            middle, gains, tail = (t.to(device, real) for t in (self.middle, self.gains, self.tail))
+            self.copies[device] = _Plan(self.rows, self.length, start, stop, middle, gains, tail)
+        return self.copies[device]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.start, self.stop, self.middle, self.gains, self.tail]
 
     def counts(self, total: int, context: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Water-filling: tokens of every row, int64 `[B, rows]`, at least `low [B]`, at most `high [B]`.
@@ -224,10 +232,8 @@ class LayerRisk(Budget):
     def limit(self) -> int:
         return self.risk.limit
 
-    def _plan_on(self, device: torch.device) -> _Plan:
-        if self.plan.start.device != device:  # moved once, at the layer's first event
-            object.__setattr__(self, "plan", self.plan.to(device))
-        return self.plan
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        return self.plan.on(device).tensors()
 
     def totals(self, tokens: Tensor, protected: Tensor) -> Tensor:
         """Counts of the layer's heads, int64 `[B, H]`, for sequences of `tokens [B]` with `protected [B]` a head."""
@@ -237,7 +243,7 @@ class LayerRisk(Budget):
         else:
             low = protected.clamp_min(floor)
         high = tokens if cap is None else tokens.minimum(protected.clamp_min(cap))
-        counts = self._plan_on(tokens.device).counts(n * self.plan.rows, tokens, low, high)
+        counts = self.plan.on(tokens.device).counts(n * self.plan.rows, tokens, low, high)
         return counts[:, self.layer * self.heads : (self.layer + 1) * self.heads]
 
     def counts(self, ranking: Ranking) -> Tensor:

@@ -840,7 +840,7 @@ class TestThroughTheCache:
         torch.testing.assert_close(logits[exists], reference[exists], atol=2e-5, rtol=0)
 
     def test_bytes_are_those_of_topk(self):
-        """The same total as a uniform budget of n, in memory too, whatever the shares."""
+        """The same total as a uniform budget of n, in memory too, but for the curves, held once for all layers."""
         inputs, model = tiny.make_prompts(1, PROMPT, new=NEW), tiny.make_model("llama")
         calibration, _ = handmade(model, COUNTS)
         sizes = []
@@ -849,4 +849,6 @@ class TestThroughTheCache:
             for _ in tiny.feed(model, cache, **inputs, chunks=[PROMPT] + [1] * 25):
                 pass
             sizes.append((int(cache.lengths().sum()), cache.nbytes()))
-        assert sizes[0] == sizes[1]
+        curves = cache.layers[0].budget.tensors(torch.device("cpu"))
+        assert len({tensor.untyped_storage().data_ptr() for tensor in curves}) == 5
+        assert sizes[1] == (sizes[0][0], sizes[0][1] + sum(tensor.nbytes for tensor in curves))
