@@ -260,9 +260,10 @@ class Worker:
         path = self.folder / source.file
         if path.exists():
             return Calibration.load(path)
-        names = [name for name in default_texts() if source.texts == "all" or source.texts in name]
+        shipped = default_texts()
+        names = [name for name in shipped if source.texts == "all" or source.texts in name]
         names.sort(key=lambda name: name.split("-")[1])  # one of each kind first
-        texts = [default_texts()[name] for name in names[: source.count]]
+        texts = [shipped[name] for name in names[: source.count]]
         options: dict[str, Any] = {"scorer": source.scorer, "interval": INTERVAL, "progress": False}
         tokens = [
             torch.tensor([self.tokenizer(text, truncation=True, max_length=source.length).input_ids]) for text in texts

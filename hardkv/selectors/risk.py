@@ -117,9 +117,9 @@ class _Plan:
     copies: "dict[torch.device, _Plan]" = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, curves: RiskCurves, layers: slice) -> "_Plan":
-        """A plan for some layers."""
-        counts, tail = curves.continued()
+    def of(cls, curves: RiskCurves, continued: tuple[Tensor, Tensor], layers: slice) -> "_Plan":
+        """A plan for some layers; `continued` is `curves.continued()`, worked out once for all plans."""
+        counts, tail = continued
         gains = torch.nn.functional.pad(curves.gains, (0, tail.shape[2] - curves.gains.shape[2]))
         rows = tail[layers].flatten(0, 1).shape[0]
         start, middle = counts[:-1].clone(), _middle(counts)
@@ -202,9 +202,11 @@ class Risk(FixedTotal):
     def for_layers(self, curves: RiskCurves) -> "list[LayerRisk]":
         """The budgets of all layers, which share one plan."""
         layers, heads, _ = curves.loss.shape
+        continued = curves.continued()
         if self.scope == "layer":
-            return [LayerRisk(self, 0, heads, _Plan.of(curves, slice(layer, layer + 1))) for layer in range(layers)]
-        plan = _Plan.of(curves, slice(None))
+            plans = [_Plan.of(curves, continued, slice(layer, layer + 1)) for layer in range(layers)]
+            return [LayerRisk(self, 0, heads, plan) for plan in plans]
+        plan = _Plan.of(curves, continued, slice(None))
         return [LayerRisk(self, layer, heads, plan) for layer in range(layers)]
 
     def allocation(self, curves: RiskCurves, length: int, num_protected: int) -> Tensor:
