@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import importlib.util
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,18 +25,8 @@ from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.calibration import _restack, squared_attention
 from hardkv.calibration_file import describe_scorer, geometry
 from hardkv.selectors import Adaptive, Risk, TopP, fit_temperatures, get_scorer
+from tests.cache import conftest as tiny
 
-
-def load_cache_helpers():
-    """The tiny models of tests/cache."""
-    path = Path(__file__).parent / "cache" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_models", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load_cache_helpers()
 SIZES = {"window": 8, "sinks": 2, "interval": 16}
 QUIET = {"progress": False}
 HEADS = 2  # KV heads of the tiny models with grouped queries

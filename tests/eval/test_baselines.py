@@ -1,8 +1,5 @@
 """Budgets to compare with: their counts against plain Python, alone and through a cache."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,18 +8,8 @@ from hardkv import Calibration, HardKVCache
 from hardkv.calibration_file import describe_scorer, geometry
 from hardkv.selectors import Observation, Risk, RiskCurves, get_scorer
 from hardkv.selectors.ranking import Ranking
+from tests.cache import conftest as tiny
 
-
-def load_cache_helpers():
-    """The tiny models of tests/cache."""
-    path = Path(__file__).parents[1] / "cache" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_models", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load_cache_helpers()
 LAYERS, HEADS, PROTECTED = 3, 2, 10
 BASE = PROTECTED + 16
 WEIGHTS = [[1.0, 5.0], [3.0, 0.5], [8.0, 2.0]]  # of the heads

@@ -1,11 +1,9 @@
 """The study of budgets: its plan, its caches, resuming, and the arithmetic of its report. Nothing is downloaded."""
 
-import importlib.util
 import json
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,18 +18,7 @@ from eval.teacher_forced import teacher_forced
 from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.calibration_file import describe_scorer, geometry
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP, get_scorer
-
-
-def load_cache_helpers():
-    """The tiny models of tests/cache."""
-    path = Path(__file__).parents[1] / "cache" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_models", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load_cache_helpers()
+from tests.cache import conftest as tiny
 
 # ---------------------------------------------------------------- the plan
 

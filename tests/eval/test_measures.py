@@ -1,8 +1,5 @@
 """Measures of loss, through calibrate(), against float64 loops over the attention of one plain forward."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,18 +8,8 @@ from transformers import AttentionInterface
 
 from eval import measures
 from hardkv import calibrate
+from tests.cache import conftest as tiny
 
-
-def load_cache_helpers():
-    """The tiny models of tests/cache."""
-    path = Path(__file__).parents[1] / "cache" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_models", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load_cache_helpers()
 LAYERS, HEADS, GROUP, HEAD_DIM = 2, 2, 2, 8
 WINDOW, SINKS, INTERVAL = 8, 2, 16
 LENGTH = 80  # of the text, what calibrate() uses: whole intervals

@@ -1,8 +1,5 @@
 """teacher_forced() against one plain forward, and against a loop that steps each cache by hand."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,18 +7,8 @@ import torch.nn.functional as F
 from eval.teacher_forced import Result, teacher_forced
 from hardkv import HardKVCache
 from hardkv.selectors import TopK
+from tests.cache import conftest as tiny
 
-
-def load_cache_helpers():
-    """The tiny models of tests/cache."""
-    path = Path(__file__).parents[1] / "cache" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_models", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load_cache_helpers()
 STEP = 16
 ELEMENT = 4 * 2 * 2 * 8 * 3  # bytes of a token: float32, keys and values, heads, head_dim, layers
 

@@ -1,12 +1,10 @@
 """Risk budgets against a convex hull, a greedy loop and a dynamic programme in plain Python."""
 
-import importlib.util
 import json
 import math
 from dataclasses import replace
 from fractions import Fraction
 from itertools import chain, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,18 +17,7 @@ from hardkv.calibration_file import describe_scorer, geometry
 from hardkv.selectors import Observation, Pyramid, Risk, RiskCurves, TopK, get_budget, get_scorer
 from hardkv.selectors.budgets import budget_to_dict
 from hardkv.selectors.ranking import Ranking
-
-
-def load_cache_helpers():
-    """The tiny models, the stepper and the masked oracle of tests/cache."""
-    path = Path(__file__).parents[1] / "cache" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_models", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load_cache_helpers()
+from tests.cache import conftest as tiny
 
 # ---------------------------------------------------------------- oracles: counts, losses as plain lists of ints
 
