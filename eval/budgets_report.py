@@ -142,8 +142,35 @@ def draw(study: Study, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_settings(study: Study, path: Path) -> None:
+    """Excess NLL as a fraction of TopK's for every setting tried on the set `choose`, a panel a section, at one n."""
+    require("viz", "matplotlib")
+    import matplotlib.pyplot as plt
+
+    groups = [group for group in study.cells if group[1] == "choose" and group[0] != "patience"]
+    rows = -(-len(groups) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(16, 2.6 * rows), squeeze=False, sharex=True, layout="constrained")
+    for axis in axes.flat[len(groups) :]:
+        axis.axis("off")
+    for axis, group in zip(axes.flat, groups, strict=False):
+        counts = sorted({n for cell in study.cells[group].values() for n in cell})
+        n = 256 if 256 in counts else counts[0]
+        found = {name: study.ratio(group, name, n) for name in study.cells[group] if name != "TopK"}
+        found = {name: ratio for name, ratio in found.items() if ratio is not None}
+        for place, (_, ratio, low, high) in enumerate(found.values()):
+            axis.plot([low, high], [place, place], color="tab:blue", linewidth=1.5)
+            axis.plot(ratio, place, "o", color="tab:blue", markersize=5)
+        axis.set_yticks(range(len(found)), list(found), fontsize=8)
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(f"{group[0]}: n = {n} of {group[2]:,}", fontsize=10)
+    figure.supxlabel("NLL above the dense cache, as a fraction of TopK's, with 95 % interval over texts", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def report(path: Path) -> None:
-    """Print the tables; write them and the picture beside the JSON."""
+    """Print the tables; write them and the pictures beside the JSON."""
     data = json.loads(path.read_text())
     study = Study(data["records"])
     machines = "; ".join(sorted({record["machine"] for record in data["records"]}))
@@ -157,4 +184,6 @@ def report(path: Path) -> None:
     path.with_suffix(".md").write_text(text)
     if any(group[1] == "report" for group in study.cells):
         draw(study, path.with_suffix(".png"))
+    if any(group[1] == "choose" and group[0] != "patience" for group in study.cells):
+        draw_settings(study, path.with_name(f"{path.stem}_settings.png"))
     print(text)
