@@ -15,6 +15,9 @@ ARGS ?=
 # Waiting threads give their core away instead of spinning, without which torch crawls on a busy machine of few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# What Triton's interpreter runs: every kernel, and a few models whose caches use them all.
+INTERPRETED := tests/kernels/triton tests/cache/test_oracle.py -k "triton or (Adaptive and qwen3-3-2)"
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
@@ -26,6 +29,8 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
+	@# The Triton kernels again, interpreted: in a process of its own, as the switch is read when they are defined.
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED))
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check

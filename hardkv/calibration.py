@@ -194,7 +194,7 @@ def squared_attention(step: Step) -> Tensor:
         torch.ones(step.queries.shape[0], step.queries.shape[2], dtype=torch.bool, device=step.queries.device),
         observation.keys,
         observation.positions,
-        observation.buckets,
+        observation.rows,
         num_kv_heads=observation.num_kv_heads,
         scale=observation.scale,
         softcap=observation.softcap,

@@ -6,7 +6,7 @@ from os import PathLike
 from typing import Any
 
 from hardkv.calibration_file import Calibration
-from hardkv.kernels.attention import resolve_backend
+from hardkv.kernels.attention import check_backend
 from hardkv.selectors.budgets import Adaptive, Budget, TopK, budget_to_dict, get_budget
 from hardkv.selectors.checks import check_count
 from hardkv.selectors.risk import Risk
@@ -34,7 +34,8 @@ class HardKVConfig:
             scorer, and keep the file (`hardkv.calibration.auto`); or "online": Logits Calibration, one temperature per
             KV head fitted at each sequence's first event (`hardkv.selectors.fit_temperatures`).
         refit: with "online", events after which temperatures are fitted again; 0: never.
-        attention: "auto" or the name of a backend.
+        attention: "auto", or a backend for tokens after the prompt: "triton" (GPUs; pip install 'hardkv[triton]'),
+            "flash_attn" (whichever flash_attn_varlen_func is installed, or PyTorch's) or "torch" (anywhere).
 
     Raises:
         ValueError, TypeError: a value that is not allowed, with what is. FileNotFoundError: no calibration there.
@@ -94,7 +95,7 @@ class HardKVConfig:
             raise ValueError(
                 f"refit={self.refit} is for calibration='online'; a calibration made before is not refitted"
             )
-        resolve_backend(self.attention)
+        check_backend(self.attention)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, such that `HardKVConfig(**d)` and `HardKVCache(config=model.config, **d)` rebuild it.

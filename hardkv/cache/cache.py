@@ -1,6 +1,7 @@
 """HardKVCache: what `generate(past_key_values=...)` takes."""
 
 import warnings
+from collections.abc import Callable
 from itertools import dropwhile
 from os import PathLike
 from typing import Any
@@ -17,7 +18,8 @@ from hardkv.cache.stats import Stats
 from hardkv.cache.tiers import Tiers, storage_nbytes
 from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
-from hardkv.kernels.attention import resolve_backend
+from hardkv.kernels.attention import backend_for
+from hardkv.kernels.backends import kernels_for
 from hardkv.selectors.budgets import Budget, Pyramid
 from hardkv.selectors.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE
 from hardkv.selectors.risk import Risk
@@ -157,7 +159,10 @@ class HardKVCache(DynamicCache):
             self._check_whole(layer)
             if not isinstance(layer, HardKVLayer):
                 self._check_shape(layer, layer_idx, key_states)
-        return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+        handles = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+        if isinstance(layer, HardKVLayer) and self.layer_class_to_replicate is None:
+            handles[0].new.group = self._compressed  # type: ignore[union-attr]
+        return handles
 
     @torch.compiler.disable
     def _check_whole(self, layer: CacheLayerMixin | None = None) -> None:
@@ -281,9 +286,14 @@ class HardKVCache(DynamicCache):
             events=first.events if first is not None else 0,
             scorer=str(self.settings.scorer),
             budget=str(self.settings.budget),
-            attention=resolve_backend(self.settings.attention),
+            attention=self._backends(lambda layer: backend_for(self.settings.attention, layer.device, layer.dtype)),
+            kernels=self._backends(lambda layer: kernels_for(layer.device, layer.dtype)),
             warnings=[*self.warnings, *_clamped(held)],
         )
+
+    def _backends(self, of: Callable[[HardKVLayer], str]) -> str:
+        """What the layers use, by what `of` says of one; "auto" before the first token."""
+        return ", ".join(sorted({of(layer) for layer in self._compressed if layer.seen})) or "auto"
 
 
 def _clamped(held: list[Tiers]) -> list[str]:

@@ -1,4 +1,8 @@
-"""A selection event: score every held token, apply the budget, condense. Pure: new tiers out, nothing changed."""
+"""A selection event: score every held token, apply the budget, condense. Pure: new tiers out, nothing changed.
+
+The first half leaves everything on the device; the second knows the sizes of the new tiers, which the host reads for as
+many layers at once as have an event.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +11,8 @@ import torch
 from torch import Tensor
 
 from hardkv.cache.queries import QueryRing
-from hardkv.cache.tiers import Merged, Tiers
+from hardkv.cache.tiers import Merged, Selection, Tiers
 from hardkv.config import HardKVConfig
-from hardkv.kernels.rows import row_ids
 from hardkv.selectors.budgets import Budget
 from hardkv.selectors.calibration import fit_temperatures
 from hardkv.selectors.observation import Observation
@@ -34,12 +37,23 @@ class Event:
     temperatures: Tensor | None = None
 
     def condense(self, tiers: Tiers, ring: QueryRing) -> Tiers:
-        """The tiers after the event; `tiers` and `ring` are only read, so that a failure loses nothing."""
+        """The tiers after the event; `tiers` and `ring` are only read, so that a failure loses nothing.
+
+        Raises:
+            ValueError: the scorer did not keep to its contract.
+        """
+        selection = self.select(tiers, ring)
+        sizes = selection.sizes.tolist()
+        self.check(sizes)
+        return self.finish(tiers, selection, sizes)
+
+    def select(self, tiers: Tiers, ring: QueryRing) -> Selection:
+        """What stays; the host does not wait for the device."""
         settings, scorer = self.settings, self.settings.scorer
         merged = tiers.merged(settings.window)
         observation = self._observe(tiers, ring, merged)
         z = scorer.score(observation)  # type: ignore[union-attr]
-        _check_scores(z, observation, scorer)
+        _check_shape(z, observation, scorer)
         temperatures = tiers.temperatures
         if settings.calibration == "online":
             if temperatures is None or (settings.refit and tiers.events % settings.refit == 0):
@@ -48,15 +62,19 @@ class Event:
         elif temperatures is None and self.temperatures is not None:
             temperatures = self.temperatures.to(z).repeat(observation.batch_size)
         keep = self.budget.select(z, observation, temperatures)
-        del observation  # its copy of the keys and values goes before the new tiers come
-        return tiers.condense(
-            merged,
-            keep,
-            window=settings.window,
-            interval=settings.interval,
-            patience=settings.patience,
-            temperatures=temperatures,
-        )
+        return Selection.of(tiers, merged, keep, torch.isfinite(z).all(), settings.patience, temperatures)
+
+    def check(self, sizes: list[int]) -> None:
+        """Raise ValueError if the scores behind a selection's `sizes` were not finite."""
+        if not sizes[-1]:
+            raise ValueError(
+                f"scorer {self.settings.scorer!r} returned NaN or infinite scores; return log-scores, such as "
+                "torch.log(s + 1e-38) for s >= 0"
+            )
+
+    def finish(self, tiers: Tiers, selection: Selection, sizes: list[int]) -> Tiers:
+        """The tiers after the event; `sizes` is the selection's, read on the host."""
+        return tiers.condense(selection, sizes, window=self.settings.window, interval=self.settings.interval)
 
     def _fit(self, z: Tensor, observation: Observation) -> Tensor | None:
         """Temperatures `[R]` at which this event's scores spread like its attention; None while all is protected."""
@@ -81,7 +99,8 @@ class Event:
             keys=keys,
             values=values,
             positions=merged.positions,
-            cu_seqlens=merged.cu_seqlens,
+            cu_seqlens=merged.rows.cu_seqlens,
+            longest=merged.rows.longest,
             queries=queries,
             query_positions=columns,
             query_valid=valid,
@@ -94,22 +113,17 @@ class Event:
 
     def _protected(self, merged: Merged) -> Tensor:
         """Tokens kept whatever their score, bool `[N]`: window, sinks, and a pinned prompt."""
-        start, stop = merged.cu_seqlens[:-1].long(), merged.cu_seqlens[1:].long()
-        row = row_ids(merged.cu_seqlens, merged.positions.shape[0])
+        bounds, row = merged.rows.cu_seqlens.long(), merged.rows.ids
+        start, stop = bounds[:-1], bounds[1:]
         token = torch.arange(row.shape[0], device=row.device)
         newest = token >= stop[row] - self.settings.window
         oldest = token < start[row] + self.settings.sinks
         return newest | oldest | (merged.positions < self.pinned)
 
 
-def _check_scores(z: Any, observation: Observation, scorer: Any) -> None:
-    """Raise ValueError unless the scorer kept to its contract."""
+def _check_shape(z: Any, observation: Observation, scorer: Any) -> None:
+    """Raise ValueError unless a scorer returned one number a token."""
     tokens = observation.keys.shape[0]
     if not isinstance(z, Tensor) or z.shape != (tokens,) or not z.is_floating_point():
         got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(f"scorer {scorer!r} returned {got}; expected one floating-point score per token, [{tokens}]")
-    if not bool(torch.isfinite(z).all()):
-        raise ValueError(
-            f"scorer {scorer!r} returned NaN or infinite scores; return log-scores, such as torch.log(s + 1e-38) "
-            "for s >= 0"
-        )

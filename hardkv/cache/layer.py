@@ -1,6 +1,7 @@
 """One layer of the cache: stores what attention brings, attends over the tiers, and compresses at events."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from transformers.cache_utils import CacheLayerMixin
 from hardkv.cache.event import Event
 from hardkv.cache.handles import KVHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.queries import QueryRing
-from hardkv.cache.tiers import DenseTier, Tiers
+from hardkv.cache.tiers import DenseTier, Selection, Tiers
 from hardkv.config import HardKVConfig
-from hardkv.kernels.attention import dense_allowed, tiered_attention
+from hardkv.kernels.attention import attend_tiers
 from hardkv.selectors.budgets import Budget
 
 
@@ -167,7 +168,7 @@ class HardKVLayer(CacheLayerMixin):
         Args:
             new: what `update()` wrapped. query: `[B, Hq, q, D]`.
             padding: bool `[B, columns so far]` or None. new_mask: bool `[B or 1, q, q]` or None (causal).
-            scale, softcap, sinks: as in `kernels.attention.tiered_attention`.
+            scale, softcap, sinks: as in `kernels.attention.attend_tiers`.
 
         Returns:
             `[B, Hq, q, Dv]`.
@@ -181,21 +182,30 @@ class HardKVLayer(CacheLayerMixin):
             self._store(new, tiers, self._observe(query.detach(), valid, self.ring, new), scale, softcap)
         assert self.tiers is not None
         condensed, dense = self.tiers.condensed, self.tiers.dense
-        bound = dense.bound
-        out, _ = tiered_attention(
+        out, _ = attend_tiers(
             query,
             condensed.keys,
             condensed.values,
-            condensed.buckets,
-            dense.keys[:, :, :bound],
-            dense.values[:, :, :bound],
-            dense_allowed(dense.positions[:, :bound], dense.fill, new.start, query.shape[2], new_mask),
+            condensed.rows,
+            dense.keys,
+            dense.values,
+            dense.positions,
+            dense.fill,
+            bound=dense.bound,
+            start=new.start,
             scale=scale,
             softcap=softcap,
             sinks=sinks,
+            new_mask=new_mask,
+            padded=not dense.even,
+            attention=self.settings.attention,
         )
-        if self.event_due and not self._event_held:
-            self.compress()
+        if self._ready:
+            # after the last layer's attention all events run together, so that the host waits for the device once
+            if not new.group:
+                self.compress()
+            elif self is new.group[-1]:
+                compress_together([layer for layer in new.group if layer._ready])
         return out
 
     # ------------------------------------------------------------------ storing
@@ -252,12 +262,14 @@ class HardKVLayer(CacheLayerMixin):
     def _event_held(self) -> bool:
         return self.record_past or self.shared
 
+    @property
+    def _ready(self) -> bool:
+        """Whether an event is due and nothing holds it."""
+        return self.event_due and not self._event_held
+
     def compress(self) -> None:
         """Run an event now: score every token, apply the budget, give back the bytes of what lost."""
-        assert self.tiers is not None
-        assert self.ring is not None
-        self.tiers = self._event(self.tiers, self.scale, self.softcap).condense(self.tiers, self.ring)
-        self.committed = self.seen
+        compress_together([self])
 
     def _event(self, tiers: Tiers, scale: float, softcap: float | None) -> Event:
         pinned = 0
@@ -381,6 +393,30 @@ class HardKVLayer(CacheLayerMixin):
             return 0
         columns = self.batch_size * self.num_kv_heads * self.seen
         return columns * (self.head_dim + self.value_dim) * self.dtype.itemsize
+
+
+def compress_together(layers: Sequence[HardKVLayer]) -> None:
+    """An event of each layer; the host waits for each device once.
+
+    A failure leaves every layer as it was before its own event or after it.
+
+    Raises:
+        ValueError: a scorer did not keep to its contract; nothing has changed then.
+    """
+    selected: dict[torch.device, list[tuple[HardKVLayer, Event, Selection]]] = {}
+    for layer in layers:
+        assert layer.tiers is not None
+        assert layer.ring is not None
+        event = layer._event(layer.tiers, layer.scale, layer.softcap)
+        selected.setdefault(layer.device, []).append((layer, event, event.select(layer.tiers, layer.ring)))
+    for group in selected.values():
+        sizes = torch.stack([selection.sizes for _, _, selection in group]).tolist()
+        for (_, event, _), each in zip(group, sizes, strict=True):
+            event.check(each)
+        for (layer, event, selection), each in zip(group, sizes, strict=True):
+            assert layer.tiers is not None
+            layer.tiers = event.finish(layer.tiers, selection, each)
+            layer.committed = layer.seen
 
 
 def _columns(padding: Tensor | None, new: NewTokens) -> Tensor | None:

@@ -21,10 +21,14 @@ class QueryRing:
     def append(self, queries: Tensor, valid: Tensor | None, start: int) -> None:
         """Store `queries [B, Hq, q, D]` of columns `start, start + 1, ...`; `valid [B, q]`, all when None."""
         capacity, q_len = self.capacity, queries.shape[2]
-        newest = slice(max(0, q_len - capacity), None)
-        slot = (start + torch.arange(q_len, device=queries.device)[newest]) % capacity
-        self.buffer[:, :, slot] = queries[:, :, newest]
-        self.valid[:, slot] = True if valid is None else valid[:, newest]
+        first = max(0, q_len - capacity)
+        while first < q_len:  # at most twice: to the buffer's end, and from its beginning
+            slot = (start + first) % capacity
+            length = min(q_len - first, capacity - slot)
+            new, place = slice(first, first + length), slice(slot, slot + length)
+            self.buffer[:, :, place] = queries[:, :, new]
+            self.valid[:, place] = True if valid is None else valid[:, new]
+            first += length
         self.size = min(capacity, self.size + q_len)
 
     def newest(self, count: int, end: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,9 @@ class Stats:
         lengths: tokens that attention reads, `[compressed layers][batch][kv_heads]`.
         temperatures: fitted ones, shaped alike; empty without a calibration.
         sparse: deselected tokens that are held but not read, over all rows. events: selection events per layer so far.
-        scorer, budget: what selects. attention: backend that computes attention. warnings: what the user should know.
+        scorer, budget: what selects. attention: backend that computes attention after the
+            prompt. kernels: "triton" or "torch", which scores, selects and compacts.
+        warnings: what the user should know.
     """
 
     nbytes: int
@@ -45,6 +47,7 @@ class Stats:
     scorer: str
     budget: str
     attention: str
+    kernels: str
     warnings: list[str]
 
     @property
@@ -66,7 +69,7 @@ class Stats:
             f"events          {self.events}, {self.sparse} tokens on probation",
             f"selection       {self.scorer}, {self.budget}",
             *([f"temperatures    {_range(self.temperatures)}"] if self.temperatures else []),
-            f"attention       {self.attention}",
+            f"attention       {self.attention}, other kernels {self.kernels}",
             *(f"warning         {warning}" for warning in self.warnings),
         ]
         return "HardKVCache stats\n  " + "\n  ".join(lines)

@@ -1,14 +1,14 @@
 """Storage of one cache layer: ragged tiers that change only at events, and the dense tier that grows every step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from hardkv.kernels.compaction import gather_tokens
-from hardkv.kernels.rows import Bucket, bucket_rows, count_per_row, cumulative, padded_index, row_ids
+from hardkv.kernels.append import append
+from hardkv.kernels.compaction import gather_tiers, gather_tokens
+from hardkv.kernels.rows import Rows, count_per_row, cumulative, padded_index
 
 
 def storage_nbytes(tensors: Iterable[Tensor]) -> int:
@@ -25,7 +25,7 @@ class RaggedTier:
     values: Tensor  # [N, Dv]
     positions: Tensor  # int32 [N]
     misses: Tensor  # uint8 [N], consecutive events that did not select the token
-    cu_seqlens: Tensor  # int32 [R + 1]
+    rows: Rows
 
     @classmethod
     def empty(cls, rows: int, keys: Tensor, values: Tensor) -> "RaggedTier":
@@ -35,18 +35,18 @@ class RaggedTier:
             values.new_empty(0, values.shape[-1]),
             torch.empty(0, dtype=torch.int32, device=keys.device),
             torch.empty(0, dtype=torch.uint8, device=keys.device),
-            torch.zeros(rows + 1, dtype=torch.int32, device=keys.device),
+            Rows(torch.zeros(rows + 1, dtype=torch.int32, device=keys.device), 0, 0),
         )
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Where rows begin and end, int32 `[R + 1]`."""
+        return self.rows.cu_seqlens
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of every row, int32 `[R]`."""
         return self.cu_seqlens.diff()
-
-    @cached_property
-    def buckets(self) -> list[Bucket]:
-        """The schedule the PyTorch kernels work by, made once."""
-        return bucket_rows(self.cu_seqlens)
 
     def select_rows(self, rows: Tensor) -> "RaggedTier":
         """A tier of the given rows (int64), in that order; a row may come several times or never."""
@@ -54,15 +54,12 @@ class RaggedTier:
         width = int(lengths.max()) if rows.numel() else 0
         index, valid = padded_index(self.cu_seqlens[:-1][rows], lengths, width)
         token = index[valid]
-        return RaggedTier(
-            self.keys[token], self.values[token], self.positions[token], self.misses[token], cumulative(lengths)
-        )
+        chosen = Rows(cumulative(lengths), token.shape[0], width)
+        return RaggedTier(self.keys[token], self.values[token], self.positions[token], self.misses[token], chosen)
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes; the schedule once it has been made."""
-        made = self.__dict__.get("buckets", ())
-        schedule = [t for bucket in made for t in (bucket.rows, bucket.starts, bucket.lengths)]
-        return [self.keys, self.values, self.positions, self.misses, self.cu_seqlens, *schedule]
+        """Everything held, for counting bytes; schedules once they have been made."""
+        return [self.keys, self.values, self.positions, self.misses, *self.rows.tensors()]
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,7 @@ class DenseTier:
     positions: Tensor  # int32 [B, C]
     fill: Tensor  # int64 [B]
     bound: int  # the host's upper bound on fill
+    even: bool = True  # whether every sequence's fill is the bound, as far as the host knows
 
     @classmethod
     def allocate(cls, keys: Tensor, values: Tensor, capacity: int) -> "DenseTier":
@@ -109,24 +107,10 @@ class DenseTier:
 
         The buffers are shared with this tier unless its capacity does not suffice.
         """
-        batch, _, q_len, _ = keys.shape
+        q_len = keys.shape[2]
         tier = self if self.bound + q_len <= self.capacity else self.grown(self.bound + q_len)
-        column = torch.arange(q_len, device=keys.device)
-        slot = tier.fill[:, None] + column  # [B, q]
-        sequence = torch.arange(batch, device=keys.device)[:, None]
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        order, fill = column.expand(batch, -1), tier.fill + q_len
-        if valid is not None:
-            # valid tokens first: what padding writes behind the new fill never counts, and is overwritten next time
-            order, fill = (
-                torch.argsort(valid.logical_not().to(torch.uint8), dim=1, stable=True),
-                tier.fill + valid.sum(1),
-            )
-            keys, values = keys[sequence, order], values[sequence, order]
-        tier.keys[sequence, :, slot] = keys
-        tier.values[sequence, :, slot] = values
-        tier.positions[sequence, slot] = (start + order).to(torch.int32)
-        return replace(tier, fill=fill, bound=tier.bound + q_len)
+        fill = append(tier.keys, tier.values, tier.positions, tier.fill, keys, values, start, valid)
+        return replace(tier, fill=fill, bound=tier.bound + q_len, even=tier.even and valid is None)
 
     def grown(self, capacity: int) -> "DenseTier":
         """A copy with room for `capacity` tokens."""
@@ -134,16 +118,17 @@ class DenseTier:
         tier.keys[:, :, : self.bound] = self.keys[:, :, : self.bound]
         tier.values[:, :, : self.bound] = self.values[:, :, : self.bound]
         tier.positions[:, : self.bound] = self.positions[:, : self.bound]
-        return replace(tier, fill=self.fill, bound=self.bound)
+        return replace(tier, fill=self.fill, bound=self.bound, even=self.even)
 
     def cropped(self, length: int) -> "DenseTier":
         """This tier without the tokens of column `length` and later."""
         held = torch.arange(self.capacity, device=self.fill.device) < self.fill[:, None]
         fill = (held & (self.positions < length)).sum(1)
-        return replace(self, fill=fill, bound=int(fill.max()))
+        least, most = torch.stack([fill.min(), fill.max()]).tolist()
+        return replace(self, fill=fill, bound=most, even=least == most)
 
-    def newest(self, count: int, capacity: int) -> "DenseTier":
-        """A new tier with the newest `count` tokens of every sequence at its front."""
+    def newest(self, count: int, capacity: int, least: int) -> "DenseTier":
+        """A new tier with the newest `count` tokens of every sequence, which has `least` at least, at its front."""
         tier = DenseTier.allocate(self.keys, self.values, capacity)
         fill, bound = self.fill.clamp_max(count), min(self.bound, count)
         slot = (self.fill - fill)[:, None] + torch.arange(bound, device=fill.device)
@@ -152,7 +137,7 @@ class DenseTier:
         tier.keys[:, :, :bound] = self.keys[sequence, :, slot].transpose(1, 2)
         tier.values[:, :, :bound] = self.values[sequence, :, slot].transpose(1, 2)
         tier.positions[:, :bound] = self.positions[sequence, slot]
-        return replace(tier, fill=fill, bound=bound)
+        return replace(tier, fill=fill, bound=bound, even=least >= bound)
 
     def select_sequences(self, indices: Tensor) -> "DenseTier":
         """A tier of the given batch rows, in that order."""
@@ -172,7 +157,51 @@ class Merged:
     misses: Tensor  # uint8 [N]
     address: Tensor  # int64 [N], over condensed, sparse and dense slots one behind the other
     in_window: Tensor  # bool [N], the newest tokens of the dense tier, which stay there
-    cu_seqlens: Tensor  # int32 [R + 1]
+    rows: Rows
+
+
+def _either(is_dense: Tensor, dense: Tensor, ragged: Tensor, place: Tensor) -> Tensor:
+    """`dense` where `is_dense`, else `ragged[place]`; `ragged` may be empty when all are dense."""
+    return torch.where(is_dense, dense, ragged[place] if ragged.shape[0] else dense)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What an event decided, all on the device: the sizes of the new tiers are read later, for all layers at once."""
+
+    merged: Merged
+    misses: Tensor  # uint8 [N], counted on
+    condensed: Tensor  # bool [N], selected tokens outside the window
+    sparse: Tensor  # bool [N], deselected ones on probation
+    cu_condensed: Tensor  # int32 [R + 1]
+    cu_sparse: Tensor  # int32 [R + 1]
+    temperatures: Tensor | None  # [R], what the event selected with, to be kept
+    sizes: Tensor  # int64 [6]: total and longest row of condensed and of sparse, least dense fill, whether sound
+
+    @classmethod
+    def of(
+        cls,
+        tiers: "Tiers",
+        merged: Merged,
+        keep: Tensor,
+        sound: Tensor,
+        patience: int,
+        temperatures: Tensor | None,
+    ) -> "Selection":
+        """Sort the tokens into tiers.
+
+        Args:
+            merged: from `tiers.merged(window)`. keep: bool `[N]`, the selected tokens; the window's must be among them.
+            sound: bool scalar, whether the selection can be trusted.
+            patience: misses a token survives in the sparse tier.
+        """
+        misses = torch.where(keep, 0, merged.misses + 1).to(torch.uint8)
+        condensed, sparse = keep & ~merged.in_window, ~keep & (misses <= patience)
+        lengths = [count_per_row(chosen, merged.rows.cu_seqlens) for chosen in (condensed, sparse)]
+        found = [size for each in lengths for size in (each.sum(), each.max())]
+        sizes = torch.stack([*found, tiers.dense.fill.min(), sound.long()])
+        cu_condensed, cu_sparse = (cumulative(each) for each in lengths)
+        return cls(merged, misses, condensed, sparse, cu_condensed, cu_sparse, temperatures, sizes)
 
 
 @dataclass(frozen=True)
@@ -198,7 +227,7 @@ class Tiers:
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> "Tiers":
         """Hold also the next columns; see `DenseTier.append`."""
         dense = self.dense.append(keys, values, valid, self.seen)
-        tokens = self.tokens + (dense.fill - self.dense.fill)
+        tokens = self.tokens + (keys.shape[2] if valid is None else dense.fill - self.dense.fill)
         return replace(self, dense=dense, tokens=tokens, seen=self.seen + keys.shape[2])
 
     def cropped(self, length: int) -> "Tiers":
@@ -210,81 +239,81 @@ class Tiers:
         """Whether attention reads a token of the marked columns, bool `[B, seen]`."""
         _, num_kv_heads = self.shape
         tier, dense = self.condensed, self.dense
-        sequence = row_ids(tier.cu_seqlens, tier.positions.shape[0]) // num_kv_heads
+        sequence = tier.rows.ids // num_kv_heads
         held = torch.arange(dense.capacity, device=columns.device) < dense.fill[:, None]
         recent = columns.gather(1, dense.positions.long().masked_fill(~held, 0)) & held
         return bool(columns[sequence, tier.positions.long()].any() | recent.any())
 
     def merged(self, window: int) -> Merged:
         """Lay out every held token by row and position."""
-        dense = self.dense
-        batch, num_kv_heads = self.shape
-        slot = torch.arange(dense.capacity, device=dense.fill.device)
-        held = (slot < dense.fill[:, None])[:, None].expand(-1, num_kv_heads, -1).reshape(-1)
-        newest = (slot >= (dense.fill - window)[:, None])[:, None].expand(-1, num_kv_heads, -1).reshape(-1)
-        address = held.nonzero()[:, 0]
-        positions = dense.positions[:, None].expand(-1, num_kv_heads, -1).reshape(-1)[address]
-        row = address // dense.capacity
-        ragged = [tier for tier in (self.condensed, self.sparse) if tier.keys.shape[0]]
-        offset = sum(tier.keys.shape[0] for tier in ragged)
-        in_window = newest[address]
-        misses = torch.zeros_like(positions, dtype=torch.uint8)
-        address = address + offset
-        if ragged:
-            older = torch.arange(offset, device=address.device)
-            address = torch.cat([older, address])
-            in_window = torch.cat([torch.zeros_like(older, dtype=torch.bool), in_window])
-            positions = torch.cat([*(tier.positions for tier in ragged), positions])
-            misses = torch.cat([*(tier.misses for tier in ragged), misses])
-            row = torch.cat([*(row_ids(tier.cu_seqlens, tier.keys.shape[0]) for tier in ragged), row])
-            order = torch.argsort((row << 32) + positions)
-            address, in_window, positions = address[order], in_window[order], positions[order]
-            misses = misses[order]
-        lengths = torch.zeros(batch * num_kv_heads, dtype=torch.int64, device=address.device)
-        lengths.scatter_add_(0, row, torch.ones_like(row))
-        return Merged(positions, misses, address, in_window, cumulative(lengths))
+        dense, device = self.dense, self.dense.fill.device
+        _, num_kv_heads = self.shape
+        # what is ragged comes first in every row, as all of it is older than the dense tier
+        ragged = [tier for tier in (self.condensed, self.sparse) if tier.rows.total]
+        offset = sum(tier.rows.total for tier in ragged)
+        older = sum((tier.rows.lengths for tier in ragged), torch.zeros_like(self.condensed.rows.lengths))  # [R]
+        positions = torch.cat([tier.positions for tier in ragged] or [dense.positions.new_empty(0)])
+        misses = torch.cat([tier.misses for tier in ragged] or [self.condensed.misses])
+        address = torch.arange(offset, device=device)
+        if len(ragged) == 2:
+            row = torch.cat([tier.rows.ids for tier in ragged])
+            address = torch.argsort((row << 32) + positions)
+
+        fill = dense.fill.repeat_interleave(num_kv_heads)
+        recent = older.shape[0] * dense.bound if dense.even else int(fill.sum())
+        longest = sum(tier.rows.longest for tier in ragged) + dense.bound
+        rows = Rows(cumulative(older + fill), offset + recent, longest)
+        row = rows.ids
+        slot = torch.arange(rows.total, device=device) - (rows.cu_seqlens[:-1] + older)[row]
+        is_dense = slot >= 0
+        before = cumulative(older)[1:].long()[row] + slot  # place among the ragged tokens
+        before = address[before.clamp(0, offset - 1)] if offset else before
+        sequence = row // num_kv_heads
+        held = slot.clamp_min(0)
+        return Merged(
+            positions=_either(is_dense, dense.positions[sequence, held], positions, before),
+            misses=_either(is_dense, torch.zeros((), dtype=torch.uint8, device=device), misses, before),
+            address=torch.where(is_dense, offset + row * dense.capacity + held, before),
+            in_window=slot >= (dense.fill - window).clamp_min(0)[sequence],
+            rows=rows,
+        )
+
+    @property
+    def sources(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of all tiers, in the order of addresses."""
+        return [(tier.keys, tier.values) for tier in (self.condensed, self.sparse, self.dense)]
 
     def gather(self, address: Tensor) -> tuple[Tensor, Tensor]:
         """Keys `[N, D]` and values `[N, Dv]` at the given addresses."""
-        dense = self.dense
-        return (
-            gather_tokens([self.condensed.keys, self.sparse.keys, dense.keys.flatten(0, 2)], address),
-            gather_tokens([self.condensed.values, self.sparse.values, dense.values.flatten(0, 2)], address),
-        )
+        keys, values = zip(*self.sources, strict=True)
+        return gather_tokens(keys, address), gather_tokens(values, address)
 
-    def condense(
-        self,
-        merged: Merged,
-        keep: Tensor,
-        *,
-        window: int,
-        interval: int,
-        patience: int,
-        temperatures: Tensor | None = None,
-    ) -> "Tiers":
+    def condense(self, selection: "Selection", sizes: Sequence[int], *, window: int, interval: int) -> "Tiers":
         """New, exactly sized tiers after an event.
 
         Args:
-            merged: from `merged(window)`. keep: bool `[N]`, the selected tokens; the window's must be among them.
-            temperatures: `[R]`, what the event selected with, to be kept.
-            window, interval: sizes of the new dense tier. patience: misses a token survives in the sparse tier.
+            selection: what stays. sizes: its `sizes`, read on the host.
+            window, interval: sizes of the new dense tier.
         """
-        misses = torch.where(keep, 0, merged.misses + 1).to(torch.uint8)
+        merged = selection.merged
+        total, longest, sparse_total, sparse_longest, least, _ = sizes
 
-        def tier(chosen: Tensor) -> RaggedTier:
-            keys, values = self.gather(merged.address[chosen])
-            cu_seqlens = cumulative(count_per_row(chosen, merged.cu_seqlens))
-            return RaggedTier(keys, values, merged.positions[chosen], misses[chosen], cu_seqlens)
+        def tier(chosen: Tensor, cu_seqlens: Tensor, total: int, longest: int) -> RaggedTier:
+            index = torch.nonzero_static(chosen, size=total)[:, 0]
+            return RaggedTier(
+                *gather_tiers(self.sources, merged.address, index, merged.positions, selection.misses),
+                Rows(cu_seqlens, total, longest),
+            )
 
         return Tiers(
-            condensed=tier(keep & ~merged.in_window),
-            sparse=tier(~keep & (misses <= patience)),
-            dense=self.dense.newest(window, window + interval),
+            condensed=tier(selection.condensed, selection.cu_condensed, total, longest),
+            sparse=tier(selection.sparse, selection.cu_sparse, sparse_total, sparse_longest),
+            dense=self.dense.newest(window, window + interval, least),
             tokens=self.tokens,
             seen=self.seen,
             compressed_at=self.seen,
             events=self.events + 1,
-            temperatures=temperatures,
+            temperatures=selection.temperatures,
         )
 
     def select_sequences(self, indices: Tensor) -> "Tiers":

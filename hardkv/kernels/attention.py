@@ -2,26 +2,54 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hardkv.kernels.rows import Bucket
+from hardkv.kernels.backends import has_triton, kernels_for, why_not_triton
+from hardkv.kernels.rows import Rows
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "triton", "flash_attn")
 
 
-def resolve_backend(attention: str) -> str:
-    """The backend that computes `tiered_attention` for "auto" or a backend's name.
+def _varlen() -> Any:
+    from hardkv.kernels import varlen  # builds on this module
 
-    Raises:
-        ValueError: no such backend here.
-    """
+    return varlen
+
+
+def check_backend(attention: str) -> None:
+    """Raise ValueError unless `attention` is "auto" or the name of a backend that is installed."""
     if attention not in ("auto", *BACKENDS):
         close = difflib.get_close_matches(str(attention).lower(), ("auto", *BACKENDS), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"attention={attention!r} is not available here.{hint} Allowed: 'auto', {', '.join(BACKENDS)}")
-    return BACKENDS[0] if attention == "auto" else attention
+        raise ValueError(f"attention={attention!r} is not available.{hint} Allowed: 'auto', {', '.join(BACKENDS)}")
+    if attention == "triton" and not has_triton():
+        raise ValueError("attention='triton' needs Triton: pip install 'hardkv[triton]', or take attention='auto'")
+    if attention == "flash_attn" and not _varlen().installed():
+        raise ValueError(
+            "attention='flash_attn' needs a flash_attn_varlen_func, of FlashAttention or of PyTorch's own "
+            "torch.nn.attention.varlen: pip install 'hardkv[flash-attn]', or take attention='auto'"
+        )
+
+
+def backend_for(attention: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that attends on a device, for "auto" or a backend's name.
+
+    Raises:
+        ValueError: the backend cannot run there.
+    """
+    if attention == "auto":
+        return kernels_for(device, dtype)
+    if attention == "triton" and (reason := why_not_triton(device, dtype)):
+        raise ValueError(f"attention='triton' cannot run here: {reason}; take attention='auto'")
+    if attention == "flash_attn" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
+        raise ValueError(
+            f"attention='flash_attn' needs float16 or bfloat16 on a GPU, got {dtype} on {device.type!r}: take "
+            "attention='auto'"
+        )
+    return attention
 
 
 # Logits that one block of the reference holds at a time (float32: 256 MB).
@@ -97,11 +125,70 @@ def dense_allowed(positions: Tensor, fill: Tensor, start: int, q_len: int, new_m
     return valid[:, None] & among_new
 
 
+def attend_tiers(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Rows,
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    dense_positions: Tensor,
+    fill: Tensor,
+    *,
+    bound: int,
+    start: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    new_mask: Tensor | None = None,
+    padded: bool = False,
+    attention: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of `q` new queries over a condensed ragged tier and a dense tier that already holds the new tokens.
+
+    Args:
+        query: `[B, Hq, q, D]`, after RoPE.
+        keys, values: condensed tier, `[N, D]` and `[N, Dv]`; rows: its rows, b * H + h for head h of sequence b.
+        dense_keys, dense_values: `[B, H, C, D]` and `[B, H, C, Dv]`; dense_positions: int32 `[B, C]`.
+        fill: int64 `[B]`, valid dense slots; bound: the host's upper bound on it.
+        start: column of the first new query.
+        scale: factor on the dot products. softcap: as in `attend`.
+        sinks: `[Hq]`, learned logits that take part in the softmax with zero output (GPT-OSS).
+        new_mask: bool `[B or 1, q, q]` among the new tokens, causal when None.
+        padded: whether some new tokens may not have been stored.
+        attention: "auto" or a backend.
+
+    Returns:
+        `out [B, Hq, q, Dv]` in the query's dtype and `lse [B, Hq, q]` in the accumulation dtype.
+
+    Raises:
+        ValueError: the backend cannot run on these tensors.
+    """
+    backend = backend_for(attention, query.device, query.dtype)
+    q_len = query.shape[2]
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    if backend == "torch" or new_mask is not None:
+        mask = dense_allowed(dense_positions[:, :bound], fill, start, q_len, new_mask)
+    if backend == "torch":
+        dense = dense_keys[:, :, :bound], dense_values[:, :, :bound]
+        return tiered_attention(query, keys, values, rows, *dense, mask, **options)
+    tail = dense_keys, dense_values, dense_positions, fill
+    options |= {"start": start, "bound": bound, "new_mask": None if new_mask is None else mask}
+    if backend == "triton":
+        from hardkv.kernels.triton.attention import ragged_attention
+
+        with torch.cuda.device_of(query):
+            return ragged_attention(query, keys, values, rows, *tail, **options)
+    return _varlen().varlen_attention(
+        query, keys, values, rows.cu_seqlens, rows.longest, *tail, padded=padded, **options
+    )
+
+
 def tiered_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    buckets: Sequence[Bucket],
+    rows: Rows,
     dense_keys: Tensor,
     dense_values: Tensor,
     dense_mask: Tensor,
@@ -110,12 +197,12 @@ def tiered_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `q` new queries over a condensed ragged tier and a dense tier.
+    """The PyTorch reference of `attend_tiers`: any device, any dtype, any mask.
 
     Args:
         query: `[B, Hq, q, D]`, after RoPE.
         keys, values: condensed tier, `[N, D]` and `[N, Dv]`; row b * H + h holds head h of sequence b.
-        buckets: the rows of the condensed tier, from `bucket_rows`.
+        rows: of the condensed tier.
         dense_keys, dense_values: `[B, H, C, D]` and `[B, H, C, Dv]`.
         dense_mask: bool `[B, q, C]`, from `dense_allowed`.
         scale: factor on the dot products. softcap: as in `attend`.
@@ -127,17 +214,17 @@ def tiered_attention(
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, value_dim = dense_keys.shape[1], dense_values.shape[-1]
     group = num_heads // num_kv_heads
-    rows = query.reshape(batch * num_kv_heads, group, q_len, head_dim)
+    queries = query.reshape(batch * num_kv_heads, group, q_len, head_dim)
     seen = dense_mask[:, None, None].expand(-1, num_kv_heads, -1, -1, -1).flatten(0, 1)  # [R, 1, q, C]
-    parts = [attend(rows, dense_keys.flatten(0, 1), dense_values.flatten(0, 1), seen, scale=scale, softcap=softcap)]
-    if buckets:
+    parts = [attend(queries, dense_keys.flatten(0, 1), dense_values.flatten(0, 1), seen, scale=scale, softcap=softcap)]
+    if rows.total:
         dtype = parts[0][0].dtype
-        out = torch.zeros(rows.shape[0], group, q_len, value_dim, dtype=dtype, device=query.device)
+        out = torch.zeros(queries.shape[0], group, q_len, value_dim, dtype=dtype, device=query.device)
         lse = torch.full(out.shape[:-1], -torch.inf, dtype=dtype, device=query.device)
-        for bucket in buckets:
+        for bucket in rows.buckets:
             index, valid = bucket.index()
             out[bucket.rows], lse[bucket.rows] = attend(
-                rows[bucket.rows], keys[index], values[index], valid[:, None, None], scale=scale, softcap=softcap
+                queries[bucket.rows], keys[index], values[index], valid[:, None, None], scale=scale, softcap=softcap
             )
         parts.append((out, lse))
     if sinks is not None:

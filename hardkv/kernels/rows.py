@@ -1,7 +1,9 @@
 """Index arithmetic over ragged rows: a flat buffer `[N, ...]` cut into R rows by `cu_seqlens [R + 1]`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,3 +74,38 @@ def bucket_rows(cu_seqlens: Tensor) -> list[Bucket]:
             rows_, starts, sizes = torch.tensor(host, device=cu_seqlens.device)
             buckets.append(Bucket(rows_, starts, sizes, max(host[2])))
     return buckets
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R ragged rows of a flat buffer, with what the host knows of them."""
+
+    cu_seqlens: Tensor  # int32 [R + 1]
+    total: int  # N
+    longest: int  # a bound on the longest row
+    schedules: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # of kernels, made once
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor) -> "Rows":
+        """Rows that are read on the host."""
+        return cls(cu_seqlens, int(cu_seqlens[-1]), int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of every row, int64 `[R]`."""
+        return self.cu_seqlens.diff().long()
+
+    @property
+    def ids(self) -> Tensor:
+        """The row of every token, int64 `[N]`."""
+        return row_ids(self.cu_seqlens, self.total)
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The rows as the PyTorch references take them, read on the host once."""
+        return bucket_rows(self.cu_seqlens)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes: what has been made so far."""
+        made = [t for bucket in self.__dict__.get("buckets", ()) for t in (bucket.rows, bucket.starts, bucket.lengths)]
+        return [self.cu_seqlens, *made, *(t for schedule in self.schedules.values() for t in schedule.tensors())]

@@ -1,13 +1,14 @@
 """How much the last queries attend to every held token: window queries x ragged keys -> one number a token."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hardkv.kernels.attention import accumulation_dtype
-from hardkv.kernels.rows import Bucket
+from hardkv.kernels.backends import kernels_for
+from hardkv.kernels.rows import Rows, padded_index
 
 Reduce = Literal["mean", "max", "max_logits", "mean_square"]
 
@@ -18,7 +19,7 @@ def window_attention(
     query_valid: Tensor,
     keys: Tensor,
     positions: Tensor,
-    buckets: Sequence[Bucket],
+    rows: Rows,
     *,
     num_kv_heads: int,
     scale: float,
@@ -32,7 +33,7 @@ def window_attention(
     Args:
         queries: `[B, Hq, W, D]`, after RoPE. query_positions: int64 `[W]`, their columns.
         query_valid: bool `[B, W]`; padded queries do not count.
-        keys: `[N, D]`; positions: int32 `[N]`; buckets: the rows, from `bucket_rows`.
+        keys: `[N, D]`; positions: int32 `[N]`; rows: their rows.
         num_kv_heads: H; row b * H + h holds head h of sequence b.
         scale, softcap: as in the model's attention.
         reduce: over the G query heads of a group: "mean" or "max" of the averaged probabilities, or "max_logits":
@@ -44,11 +45,45 @@ def window_attention(
     Returns:
         `[N]` in the accumulation dtype (float32 or float64).
     """
+    tensors = queries, query_positions, query_valid, keys, positions
+    if kernels_for(keys.device, keys.dtype) == "triton":
+        from hardkv.kernels.triton import scoring as kernel
+
+        with torch.cuda.device_of(keys):
+            return kernel.window_attention(
+                *tensors,
+                rows.cu_seqlens,
+                rows.longest,
+                num_kv_heads=num_kv_heads,
+                scale=scale,
+                softcap=softcap,
+                reduce=reduce,
+                exclude=exclude,
+                sinks=sinks,
+            )
+    return window_attention_reference(*tensors, rows, num_kv_heads, scale, softcap, reduce, exclude, sinks)
+
+
+def window_attention_reference(
+    queries: Tensor,
+    query_positions: Tensor,
+    query_valid: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    rows: Rows,
+    num_kv_heads: int,
+    scale: float,
+    softcap: float | None,
+    reduce: Reduce,
+    exclude: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The PyTorch reference of `window_attention`."""
     dtype = accumulation_dtype(queries.dtype)
     batch, num_heads, window, head_dim = queries.shape
     grouped = queries.reshape(batch * num_kv_heads, num_heads // num_kv_heads, window, head_dim)  # [R, G, W, D]
     received = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
-    for bucket in buckets:
+    for bucket in rows.buckets:
         index, valid = bucket.index()
         counted = query_valid[bucket.rows // num_kv_heads]  # [r, W]
         visible = valid[:, None] & (positions[index][:, None] <= query_positions[:, None]) & counted[..., None]
@@ -73,3 +108,31 @@ def window_attention(
         share = probability.sum(2) / counted.sum(-1).clamp_min(1)[:, None, None]  # [r, G or 1, n]
         received[index[valid]] = (share.amax(1) if reduce == "max" else share.mean(1))[valid]
     return received
+
+
+def pool_rows(score: Tensor, exclude: Tensor, rows: Rows, *, kernel_size: int, pooling: str) -> Tensor:
+    """Smooth scores along each row.
+
+    Args:
+        score: `[N]`, >= 0. exclude: bool `[N]`, tokens that count 0 and get 0. rows: of the tokens.
+        kernel_size: odd. pooling: "max" or "avg" (zeros beyond the row's ends count).
+
+    Returns:
+        `[N]` in score's dtype.
+    """
+    if kernels_for(score.device, score.dtype) == "triton":
+        from hardkv.kernels.triton import scoring as kernel
+
+        with torch.cuda.device_of(score):
+            return kernel.pool_rows(
+                score, exclude, rows.cu_seqlens, rows.longest, kernel_size=kernel_size, pooling=pooling
+            )
+    if rows.longest == 0:
+        return score
+    index, valid = padded_index(rows.cu_seqlens[:-1], rows.lengths, rows.longest)
+    padded = torch.where(valid & ~exclude[index], score[index], 0.0)[:, None]  # [R, 1, n]; 0 is neutral
+    pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    pooled = pool(padded, kernel_size, stride=1, padding=kernel_size // 2)[:, 0]
+    row = rows.ids
+    slot = torch.arange(score.shape[0], device=score.device) - rows.cu_seqlens[:-1].long()[row]
+    return pooled[row, slot].masked_fill(exclude, 0.0)

@@ -31,10 +31,10 @@ def sort_rows(values: Tensor, eligible: Tensor, cu_seqlens: Tensor, width: int) 
 def keep_best(token: Tensor, counts: Tensor, total: int) -> Tensor:
     """Bool `[N]` with the first `counts [R]` tokens of every sorted row `token [R, width]` set."""
     chosen = torch.arange(token.shape[1], device=token.device) < counts[:, None]
-    keep = torch.zeros(total, dtype=torch.bool, device=token.device)
-    # unchosen slots may repeat token 0, so only the chosen ones are written
-    keep[token[chosen]] = True
-    return keep
+    keep = torch.zeros(total + 1, dtype=torch.bool, device=token.device)
+    # unchosen slots may repeat token 0: they write to a place of their own
+    keep.scatter_(0, torch.where(chosen, token, total).flatten(), True)
+    return keep[:total]
 
 
 def share_of_best(values: Tensor, positions: Tensor, total: Tensor) -> Tensor:

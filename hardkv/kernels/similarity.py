@@ -1,18 +1,17 @@
 """Redundancy of keys within a row (R-KV): mean cosine to the other keys, the newest near-duplicate spared."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from hardkv.kernels.attention import accumulation_dtype
-from hardkv.kernels.rows import Bucket
+from hardkv.kernels.backends import kernels_for
+from hardkv.kernels.rows import Rows
 
 # Cosines that one tile of the reference holds at a time (float32: 128 MB).
 MAX_COSINES = 1 << 25
 
 
-def mean_cosine(keys: Tensor, buckets: Sequence[Bucket], *, threshold: float = 0.5, eps: float = 1e-8) -> Tensor:
+def mean_cosine(keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float = 1e-8) -> Tensor:
     """Mean over the row's tokens i of `cos(key_i, key_j)` for every token j, without the `n x n` matrix.
 
     The diagonal counts 0, and for every i the last j whose cosine exceeds `threshold` counts 0, so that the newest of
@@ -20,15 +19,25 @@ def mean_cosine(keys: Tensor, buckets: Sequence[Bucket], *, threshold: float = 0
     `n_j . sum_i n_i - |n_j|^2`; only the search for the last match needs cosines, and it runs by tiles.
 
     Args:
-        keys: `[N, D]`. buckets: the rows, from `bucket_rows`.
+        keys: `[N, D]`. rows: their rows.
         threshold: cosine above which two keys are near-duplicates. eps: lower bound on a key's norm.
 
     Returns:
         `[N]` in the accumulation dtype.
     """
+    if kernels_for(keys.device, keys.dtype) == "triton":
+        from hardkv.kernels.triton import similarity as kernel
+
+        with torch.cuda.device_of(keys):
+            return kernel.mean_cosine(keys, rows.cu_seqlens, rows.longest, threshold=threshold, eps=eps)
+    return mean_cosine_reference(keys, rows, threshold, eps)
+
+
+def mean_cosine_reference(keys: Tensor, rows: Rows, threshold: float, eps: float) -> Tensor:
+    """The PyTorch reference of `mean_cosine`."""
     dtype = accumulation_dtype(keys.dtype)
     redundancy = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
-    for bucket in buckets:
+    for bucket in rows.buckets:
         index, valid = bucket.index()
         unit = keys[index].to(dtype)
         unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(eps)  # [r, n, D]

@@ -145,15 +145,17 @@ class AdaKV(FixedTotal):
         # float32 where there is no float64 (MPS); rounded so that equal remainders are equal on every backend
         dtype = torch.float32 if base.device.type == "mps" else torch.float64
         target = best.to(dtype) * (1 - self.alpha) + self.alpha * base.to(dtype)
-        return round_to_total(target, ranking.per_head(ranking.num_candidates), total).flatten()
+        room = ranking.per_head(ranking.num_candidates)
+        return round_to_total(target, room, total, ranking.z.shape[1]).flatten()
 
 
-def round_to_total(target: Tensor, room: Tensor, total: Tensor) -> Tensor:
+def round_to_total(target: Tensor, room: Tensor, total: Tensor, most: int | None = None) -> Tensor:
     """Integers near `target [B, H]`, at most `room [B, H]`, that sum to `min(total [B], room)`: largest remainder.
 
-    One unit at a time goes to the head that lacks most of its target and has room; equals: the lower head.
+    One unit at a time goes to the head that lacks most of its target and has room; equals: the lower head. `most`: a
+    bound on `room`, read from the device when None.
     """
-    units = int(room.max()) if room.numel() else 0
+    units = (int(room.max()) if room.numel() else 0) if most is None else most
     unit = torch.arange(units, device=target.device)
     lack = (target[..., None] - unit).mul_(1 << 16).round_()
     lack = lack.masked_fill(unit >= room[..., None], -torch.inf)

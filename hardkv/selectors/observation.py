@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hardkv.kernels.rows import Bucket, bucket_rows, cumulative, padded_index, row_ids
+from hardkv.kernels.rows import Rows, cumulative, padded_index
 from hardkv.kernels.scoring import Reduce, window_attention
 
 
@@ -31,6 +31,7 @@ class Observation:
     window: int  # the newest tokens of a row that count as its window
     softcap: float | None = None
     seen: Tensor | None = None  # int64 [B], tokens of each sequence so far, evicted ones too; None: its longest row's
+    longest: int | None = None  # the longest row, or more, where the host knows; None: read from the device
 
     @property
     def batch_size(self) -> int:
@@ -45,14 +46,16 @@ class Observation:
         return self.num_rows // self.batch_size
 
     @cached_property
-    def lengths(self) -> Tensor:
-        """Tokens of every row, int64 `[R]`."""
-        return self.cu_seqlens.diff().long()
+    def rows(self) -> Rows:
+        """The rows as kernels take them."""
+        if self.longest is None:
+            return Rows.of(self.cu_seqlens)
+        return Rows(self.cu_seqlens, self.keys.shape[0], self.longest)
 
     @cached_property
-    def buckets(self) -> list[Bucket]:
-        """The rows as the PyTorch kernels take them."""
-        return bucket_rows(self.cu_seqlens)
+    def lengths(self) -> Tensor:
+        """Tokens of every row, int64 `[R]`."""
+        return self.rows.lengths
 
     @cached_property
     def context(self) -> Tensor:
@@ -61,13 +64,13 @@ class Observation:
 
     @property
     def max_length(self) -> int:
-        """The longest row."""
-        return max((bucket.width for bucket in self.buckets), default=0)
+        """The longest row, or more: the width of padded tensors."""
+        return self.rows.longest
 
     @cached_property
     def row(self) -> Tensor:
         """The row of every token, int64 `[N]`."""
-        return row_ids(self.cu_seqlens, self.keys.shape[0])
+        return self.rows.ids
 
     @cached_property
     def window_mask(self) -> Tensor:
@@ -88,7 +91,7 @@ class Observation:
             self.query_valid,
             self.keys,
             self.positions,
-            self.buckets,
+            self.rows,
             num_kv_heads=self.num_kv_heads,
             scale=self.scale,
             softcap=self.softcap,
@@ -97,12 +100,12 @@ class Observation:
         )
 
     def to_padded(self, z: Tensor, fill: float = -torch.inf) -> Tensor:
-        """Flat `z [N]` as `[B, H, longest row]`, every row left-aligned, `fill` behind its end."""
+        """Flat `z [N]` as `[B, H, max_length]`, every row left-aligned, `fill` behind its end."""
         index, valid = padded_index(self.cu_seqlens[:-1], self.lengths, self.max_length)
         return torch.where(valid, z[index], fill).unflatten(0, (self.batch_size, self.num_kv_heads))
 
     def to_flat(self, padded: Tensor) -> Tensor:
-        """The inverse of `to_padded`: `[B, H, longest row]` (or `[R, longest row]`) to `[N]`."""
+        """The inverse of `to_padded`: `[B, H, max_length]` (or `[R, max_length]`) to `[N]`."""
         padded = padded.reshape(self.num_rows, padded.shape[-1])
         slot = torch.arange(self.keys.shape[0], device=padded.device) - self.cu_seqlens[:-1].long()[self.row]
         return padded[self.row, slot]

@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from hardkv.kernels import scoring as kernels
 from hardkv.selectors.checks import check_name
 from hardkv.selectors.observation import Observation
 
@@ -122,15 +122,11 @@ def pool_rows(score: Tensor, observation: Observation, pooling: str, kernel_size
         score: `[N]`, >= 0. pooling: "max", "avg" (zeros beyond the row's ends count) or "none". kernel_size: odd.
 
     Returns:
-        `[N]`; 0 at excluded tokens. Excluded tokens must be the last of their rows.
+        `[N]`; 0 at excluded tokens.
     """
-    score = score.masked_fill(exclude, 0.0)
-    if pooling == "none" or observation.max_length == 0:
-        return score
-    padded = observation.to_padded(score, fill=0.0).flatten(0, 1)[:, None]  # [R, 1, n], scores >= 0: 0 is neutral
-    pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
-    pooled = pool(padded, kernel_size, stride=1, padding=kernel_size // 2)
-    return observation.to_flat(pooled[:, 0]).masked_fill(exclude, 0.0)
+    if pooling == "none":
+        return score.masked_fill(exclude, 0.0)
+    return kernels.pool_rows(score, exclude, observation.rows, kernel_size=kernel_size, pooling=pooling)
 
 
 def check_pooling(pooling: str, kernel_size: int) -> None:

@@ -5,6 +5,7 @@ nothing is shared between tests. Nothing here imports hardkv: the oracle cannot 
 can compute references without it.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +33,9 @@ PAD = 0
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # the models are too small to share
+# Where everything runs that does not say otherwise; HARDKV_TEST_DEVICE=cuda tests the kernels there.
+DEVICE = os.environ.get("HARDKV_TEST_DEVICE", "cpu")
+torch.set_default_device(DEVICE)
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -87,9 +91,10 @@ def make_model(
     model_class, config_class, arguments = MODELS[name]
     config = config_class(**(arguments | overrides))
     config._attn_implementation = attn
-    model = model_class(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.device("cpu"):  # the same weights everywhere
+        model = model_class(config).eval()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with torch.no_grad(), torch.device("cpu"):
         for path, parameter in model.named_parameters():
             if parameter.ndim < 2:  # norms and biases keep their initial 1 (0 in gemma) and 0
                 continue
@@ -103,7 +108,7 @@ def make_model(
             if embedding and not config.tie_word_embeddings:
                 scale = 1.0
             parameter.normal_(0, scale, generator=generator)
-    return model.to(dtype)
+    return model.to(DEVICE, dtype)
 
 
 def make_prompts(batch: int, length: int = 13, seed: int = 1, new: int = 0) -> dict[str, Tensor]:
@@ -111,8 +116,8 @@ def make_prompts(batch: int, length: int = 13, seed: int = 1, new: int = 0) -> d
 
     Row 0 loses a third and row 2 two thirds of its first `length` columns to padding, row 1 none.
     """
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(2, VOCABULARY, (batch, length + new), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    input_ids = torch.randint(2, VOCABULARY, (batch, length + new), generator=generator, device="cpu").to(DEVICE)
     attention_mask = torch.ones(batch, length + new, dtype=torch.long)
     for row in range(0, batch if batch > 1 else 0, 2):
         attention_mask[row, : length // 3 * (1 + row // 2 % 2)] = 0

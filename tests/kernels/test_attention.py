@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hardkv.kernels.attention import attend, dense_allowed, merge, tiered_attention
-from hardkv.kernels.rows import bucket_rows
+from hardkv.kernels.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Case:
             tensor(self.query),
             tensor(self.keys),
             tensor(self.values),
-            bucket_rows(torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int32)),
+            Rows.of(torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int32)),
             tensor(self.dense_keys),
             tensor(self.dense_values),
             dense_allowed(positions, fill, self.start, q_len, new_mask),
@@ -267,8 +267,8 @@ class TestTieredAttention:
         query, keys = torch.tensor(case.query), torch.tensor(case.keys)
         dense, mask = torch.tensor(case.dense_keys), torch.ones(1, 1, 7, dtype=torch.bool)
         before = [tensor.clone() for tensor in (query, keys, dense, mask)]
-        buckets = bucket_rows(torch.tensor([0, 3, 5]))
-        tiered_attention(query, keys, keys, buckets, dense, dense, mask, scale=1.0, softcap=2.0, sinks=torch.zeros(4))
+        rows = Rows.of(torch.tensor([0, 3, 5]))
+        tiered_attention(query, keys, keys, rows, dense, dense, mask, scale=1.0, softcap=2.0, sinks=torch.zeros(4))
         for tensor, expected in zip((query, keys, dense, mask), before, strict=True):
             assert torch.equal(tensor, expected)
 

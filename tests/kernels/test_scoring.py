@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardkv.kernels.rows import bucket_rows
+from hardkv.kernels.rows import Rows
 from hardkv.kernels.scoring import window_attention
 
 REDUCTIONS = ["mean", "max", "max_logits", "mean_square"]
@@ -36,7 +36,7 @@ def run(case, reduce, *, exclude=False, softcap=None, sinks=False, dtype=torch.f
         torch.tensor(case["query_valid"]),
         torch.tensor(case["keys"], dtype=dtype),
         torch.tensor(case["positions"]),
-        bucket_rows(torch.tensor([0, *np.cumsum(case["lengths"])], dtype=torch.int32)),
+        Rows.of(torch.tensor([0, *np.cumsum(case["lengths"])], dtype=torch.int32)),
         num_kv_heads=len(case["lengths"]) // len(case["queries"]),
         scale=0.7,
         softcap=softcap,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hardkv.kernels.rows import bucket_rows
+from hardkv.kernels.rows import Rows
 from hardkv.kernels.similarity import mean_cosine
 
 
@@ -15,7 +15,7 @@ def run(rows, threshold=0.5, dtype=torch.float64):
     """`rows`: arrays `[n, D]`."""
     cu_seqlens = torch.tensor([0, *np.cumsum([len(row) for row in rows])], dtype=torch.int32)
     keys = torch.tensor(np.concatenate(rows), dtype=dtype)
-    return mean_cosine(keys, bucket_rows(cu_seqlens), threshold=threshold)
+    return mean_cosine(keys, Rows.of(cu_seqlens), threshold=threshold)
 
 
 def expected(rows, threshold=0.5):

@@ -1,0 +1,53 @@
+"""Which kernels run where: Triton on GPUs it supports, the PyTorch references everywhere else."""
+
+import os
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+# What Triton supports since 3.4; older GPUs run the references.
+MIN_CAPABILITY = (8, 0)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on, which runs kernels on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device and dtype; None when they can."""
+    if not has_triton():
+        return "Triton is not installed: pip install 'hardkv[triton]'"
+    if dtype not in KERNEL_DTYPES:
+        return f"{dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in KERNEL_DTYPES)}"
+    if interpreted():
+        return "Triton's interpreter multiplies bfloat16 as if it were integers" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return f"Triton kernels run on GPUs, not on {device.type!r}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {MIN_CAPABILITY[0]}.0"
+    return None
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> str:
+    """The kernels for tensors of a device and dtype, "triton" or "torch"; a GPU without Triton is told of once."""
+    reason = why_not_triton(device, dtype)
+    if reason is None:
+        return "triton"
+    if device.type == "cuda":
+        _warn_once(reason)
+    return "torch"
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"hardkv runs its slower PyTorch kernels: {reason}", stacklevel=2)

@@ -1,0 +1,175 @@
+"""New tokens into the dense tier of a cache layer, in place: keys, values, positions and the fill in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Bytes of keys that one program writes at most.
+TILE_BYTES = 16384
+# Flags that a program counts at a time to learn how many valid tokens come before its own.
+SCAN = tl.constexpr(1024)
+
+
+@triton.jit(do_not_specialize=["start", "q_len", "heads", "capacity"])
+def _append_kernel(
+    dense_keys,
+    dense_values,
+    dense_positions,
+    fill,
+    new_fill,
+    keys,
+    values,
+    valid,
+    start,
+    q_len,
+    heads,
+    capacity,
+    dense_key_stride_b,
+    dense_key_stride_h,
+    dense_key_stride_c,
+    dense_value_stride_b,
+    dense_value_stride_h,
+    dense_value_stride_c,
+    position_stride_b,
+    key_stride_b,
+    key_stride_h,
+    key_stride_q,
+    value_stride_b,
+    value_stride_h,
+    value_stride_q,
+    valid_stride_b,
+    valid_stride_q,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    START_ON_DEVICE: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    sequence = tl.program_id(2).to(tl.int64)
+    token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
+    written = token < q_len
+    first_slot = tl.load(fill + sequence)
+    if HAS_VALID:
+        flags = valid + sequence * valid_stride_b
+        for scanned in range(0, tile * BLOCK_T, SCAN):
+            earlier = scanned + tl.arange(0, SCAN)
+            marks = tl.load(flags + earlier.to(tl.int64) * valid_stride_q, mask=earlier < tile * BLOCK_T, other=0)
+            first_slot += tl.sum(marks.to(tl.int32), 0)
+        marks = tl.load(flags + token.to(tl.int64) * valid_stride_q, mask=written, other=0).to(tl.int32)
+        written = marks != 0
+        slot = first_slot + tl.cumsum(marks, 0) - marks
+    else:
+        first_slot += tile * BLOCK_T
+        slot = first_slot + tl.arange(0, BLOCK_T)
+    stored = written & (slot < capacity)  # the caller sees to the capacity; other memory is safe all the same
+
+    # [BLOCK_H, BLOCK_T, BLOCK_D]; both tiles are asked for before one is written, to wait for memory once
+    mask = (head < heads)[:, None, None] & stored[None, :, None]
+    column, value_column = tl.arange(0, BLOCK_D)[None, None, :], tl.arange(0, BLOCK_DV)[None, None, :]
+    key_mask, value_mask = mask & (column < D), mask & (value_column < DV)
+    head, source, target = head[:, None, None], token.to(tl.int64)[None, :, None], slot[None, :, None]
+    key_source = keys + sequence * key_stride_b + head * key_stride_h + source * key_stride_q
+    value_source = values + sequence * value_stride_b + head * value_stride_h + source * value_stride_q
+    key_tile = tl.load(key_source + column, mask=key_mask)
+    value_tile = tl.load(value_source + value_column, mask=value_mask)
+    key_target = dense_keys + sequence * dense_key_stride_b + head * dense_key_stride_h + target * dense_key_stride_c
+    value_target = (
+        dense_values + sequence * dense_value_stride_b + head * dense_value_stride_h + target * dense_value_stride_c
+    )
+    tl.store(key_target + column, key_tile, mask=key_mask)
+    tl.store(value_target + value_column, value_tile, mask=value_mask)
+
+    if tl.program_id(1) == 0:
+        position = (tl.load(start) if START_ON_DEVICE else start) + token
+        tl.store(dense_positions + sequence * position_stride_b + slot, position.to(tl.int32), mask=stored)
+        if tile == tl.num_programs(0) - 1:
+            tl.debug_barrier()  # `new_fill` may be `fill`, which other warps of this program have to have read
+            tl.store(new_fill + sequence, first_slot + tl.sum(written.to(tl.int32), 0))
+
+
+def append(
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    dense_positions: Tensor,
+    fill: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int | Tensor,
+    valid: Tensor | None = None,
+    *,
+    out_fill: Tensor | None = None,
+) -> Tensor:
+    """Write the valid new tokens behind every sequence's fill, in their order; nothing else is touched.
+
+    Any strides will do where the last dimension is contiguous. There must be room: what is not known on the host cannot
+    be checked here, and a token without a slot is dropped.
+
+    Args:
+        dense_keys: `[B, H, C, D]`; dense_values: `[B, H, C, Dv]`; dense_positions: int32 `[B, C]`; written in place.
+        fill: int64 `[B]`. keys: `[B, H, q, D]`. values: `[B, H, q, Dv]`.
+        start: position of column 0, or an int64 device tensor of one element, for captured graphs.
+        valid: bool `[B, q]`, all when None.
+        out_fill: where to write the new fill, made when None; it may be `fill`.
+
+    Returns:
+        The new fill, int64 `[B]`.
+    """
+    batch, heads, q_len, dim = keys.shape
+    value_dim = values.shape[-1]
+    named = {
+        "dense_keys": dense_keys,
+        "dense_values": dense_values,
+        "dense_positions": dense_positions,
+        "keys": keys,
+        "values": values,
+    }
+    for name, tensor in named.items():
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}: its last dimension must be contiguous")
+    if not q_len or not batch:
+        return fill.clone() if out_fill is None else out_fill.copy_(fill)
+
+    block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
+    row = max(block_d, block_dv) * keys.element_size()
+    block_h = min(triton.next_power_of_2(heads), max(TILE_BYTES // row, 1))
+    block_t = min(triton.next_power_of_2(q_len), max(TILE_BYTES // (row * block_h), 1))
+    grid = (triton.cdiv(q_len, block_t), triton.cdiv(heads, block_h), batch)
+    # A program alone with its sequence may overwrite the fill it has read; beside others it would mislead them.
+    alone = grid[:2] == (1, 1)
+    new_fill = out_fill if out_fill is not None and alone else torch.empty_like(fill)
+    _append_kernel[grid](
+        dense_keys,
+        dense_values,
+        dense_positions,
+        fill,
+        new_fill,
+        keys,
+        values,
+        fill if valid is None else valid.view(torch.uint8),
+        start,
+        q_len,
+        heads,
+        dense_keys.shape[2],
+        *dense_keys.stride()[:3],
+        *dense_values.stride()[:3],
+        dense_positions.stride(0),
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        *((0, 0) if valid is None else valid.stride()),
+        D=dim,
+        DV=value_dim,
+        BLOCK_T=block_t,
+        BLOCK_H=block_h,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        HAS_VALID=valid is not None,
+        START_ON_DEVICE=isinstance(start, Tensor),
+        num_warps=4,
+    )
+    return new_fill if out_fill is None or alone else out_fill.copy_(new_fill)

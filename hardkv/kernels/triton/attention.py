@@ -1,0 +1,391 @@
+"""Attention of a few new queries over ragged condensed rows and the dense tail, in one launch.
+
+All rows' tokens, a row's condensed ones first and the dense tier's slots behind them, form one line that is cut into
+equal shares, one a program (`Schedule`): a program attends a row's queries over its part of the row, then goes on to
+the next row. Of the programs that share a row, the last to finish combines what they found. The line depends on the
+condensed tier only: who works on a row's end takes all its dense slots, whose number is read on the device, so a
+schedule, and a captured graph, stay valid until the next event.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hardkv.kernels.rows import Rows
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Rows of a matrix unit's smallest product: fewer queries are padded to it.
+MIN_QUERIES = 16
+MAX_QUERIES = 64
+# The line is cut at multiples of this.
+UNIT = 64
+# Fewest tokens that are worth a program.
+MIN_SHARE = 128
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which program works on which part of which row; made on the device, without asking it anything."""
+
+    row_start: Tensor  # int32 [R + 1], where rows begin on the line, in units
+    first_row: Tensor  # int32 [P], the row in which a program's share begins
+    share: Tensor  # int32 [1], units of a program
+    arrived: Tensor  # int32 [R * query blocks], programs that have finished; 0 between launches
+
+    @classmethod
+    def make(cls, cu_seqlens: Tensor, total: int, dense: int, programs: int, query_blocks: int = 1) -> "Schedule":
+        """Cut rows of `cu_seqlens` int32 `[R + 1]` (`total` tokens) into shares.
+
+        Args:
+            dense: dense tokens that a row is expected to have: right on average, the work is even.
+            programs: shares at most. query_blocks: blocks of queries that every share meets.
+        """
+        rows = cu_seqlens.shape[0] - 1
+        units = ((cu_seqlens.diff() + (dense + UNIT - 1)) // UNIT).clamp_min(1)
+        row_start = torch.zeros_like(cu_seqlens)
+        torch.cumsum(units, 0, out=row_start[1:])
+        programs = max(1, min(programs, (total + rows * dense) // MIN_SHARE + rows))
+        share = ((row_start[-1:] + (programs - 1)) // programs).clamp_min(MIN_SHARE // UNIT)
+        begins = torch.arange(programs, dtype=torch.int32, device=cu_seqlens.device) * share
+        first_row = torch.searchsorted(row_start[1:], begins, right=True, out_int32=True)
+        arrived = torch.zeros(rows * query_blocks, dtype=torch.int32, device=cu_seqlens.device)
+        return cls(row_start, first_row, share, arrived)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes."""
+        return [self.row_start, self.first_row, self.share, self.arrived]
+
+
+@triton.jit
+def _attend(
+    acc,
+    top,
+    norm,
+    query,
+    key_base,
+    value_base,
+    key_stride,
+    value_stride,
+    start,
+    stop,
+    limit,
+    last_seen,
+    position_base,
+    mask_base,
+    mask_stride,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over tokens `start` to `min(stop, limit)` of one contiguous row."""
+    d, dv, n = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
+    stop = tl.minimum(stop, limit)
+    for first in tl.range(start, stop, BN, num_stages=STAGES):
+        token = first + n
+        valid = token < stop
+        place = token.to(tl.int64)
+        key = tl.load(
+            key_base + place[None, :] * key_stride + d[:, None], mask=valid[None, :] & (d < D)[:, None], other=0.0
+        )
+        value = tl.load(
+            value_base + place[:, None] * value_stride + dv[None, :],
+            mask=valid[:, None] & (dv < DV)[None, :],
+            other=0.0,
+        )
+        logits = tl.dot(query, key, input_precision=PRECISION) * scale
+        if SOFTCAP:
+            logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2 * LOG2_E) / softcap) + 1.0))
+        logits = logits * LOG2_E
+        seen = valid[None, :]
+        if CAUSAL:
+            position = tl.load(position_base + token, mask=valid, other=0)
+            seen = seen & (position[None, :] <= last_seen[:, None])
+        if MASKED:
+            seen = seen & (tl.load(mask_base + mask_stride[:, None] + token[None, :], mask=seen, other=0) != 0)
+        logits = tl.where(seen, logits, -float("inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weight = tl.exp2(logits - shift[:, None])
+        decay = tl.exp2(top - shift)
+        norm = norm * decay + tl.sum(weight, 1)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+        top = new_top
+    return acc, top, norm
+
+
+@triton.jit
+def _ragged_attention(
+    out_ptr,
+    lse_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    arrived_ptr,
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    cu_ptr,
+    dense_keys_ptr,
+    dense_values_ptr,
+    dense_positions_ptr,
+    fill_ptr,
+    mask_ptr,
+    sinks_ptr,
+    row_start_ptr,
+    first_row_ptr,
+    share_ptr,
+    rows,
+    start_column,
+    q_len,
+    scale,
+    softcap,
+    query_b,
+    query_h,
+    query_q,
+    out_b,
+    out_h,
+    out_q,
+    keys_n,
+    values_n,
+    dense_keys_b,
+    dense_keys_h,
+    dense_keys_c,
+    dense_values_b,
+    dense_values_h,
+    dense_values_c,
+    positions_b,
+    mask_b,
+    mask_q,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BN: tl.constexpr,
+    UNIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row = tl.load(first_row_ptr + program)
+    share = tl.load(share_ptr)
+    begin = program * share
+    here, end = begin, begin + share
+
+    m = block * BM + tl.arange(0, BM)
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    member, column = m % G, m // G  # query head within the group, new token
+    exists = m < G * q_len
+    whole = exists[:, None] & (dv < DV)[None, :]
+
+    while (here < end) & (row < rows):
+        batch, head = row // H, row % H
+        fill = tl.load(fill_ptr + batch).to(tl.int32)
+        row_begin, row_end = tl.load(row_start_ptr + row), tl.load(row_start_ptr + row + 1)
+        offset = tl.load(cu_ptr + row)
+        length = tl.load(cu_ptr + row + 1) - offset
+        at_head = head * G + member
+        at_query = batch.to(tl.int64) * query_b + at_head * query_h + column * query_q
+        query = tl.load(query_ptr + at_query[:, None] + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
+        stop_here = tl.minimum(end, row_end)
+        start, stop = (here - row_begin) * UNIT, (stop_here - row_begin) * UNIT
+        stop = tl.where(stop_here == row_end, length + fill, stop)
+
+        top = tl.full([BM], -float("inf"), tl.float32)
+        norm = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, BDV], tl.float32)
+        acc, top, norm = _attend(
+            acc, top, norm, query,
+            keys_ptr + offset.to(tl.int64) * keys_n, values_ptr + offset.to(tl.int64) * values_n, keys_n, values_n,
+            start, stop, length, m, cu_ptr, cu_ptr, m, False, False,
+            scale, softcap, SOFTCAP, D, DV, BD, BDV, BN, STAGES, PRECISION,
+        )  # fmt: skip
+        if stop > length:
+            acc, top, norm = _attend(
+                acc, top, norm, query,
+                dense_keys_ptr + batch.to(tl.int64) * dense_keys_b + head.to(tl.int64) * dense_keys_h,
+                dense_values_ptr + batch.to(tl.int64) * dense_values_b + head.to(tl.int64) * dense_values_h,
+                dense_keys_c, dense_values_c,
+                tl.maximum(start - length, 0), stop - length, fill,
+                start_column + column, dense_positions_ptr + batch * positions_b,
+                mask_ptr + batch.to(tl.int64) * mask_b, column.to(tl.int64) * mask_q, CAUSAL, MASKED,
+                scale, softcap, SOFTCAP, D, DV, BD, BDV, BN, STAGES, PRECISION,
+            )  # fmt: skip
+        acc = tl.where(norm[:, None] > 0, acc / norm[:, None], 0.0)
+        lse = tl.where(norm > 0, top + tl.log2(norm), -float("inf"))  # base 2
+
+        done = True
+        if (here > row_begin) | (stop_here < row_end):
+            # a program has at most two partial rows: the one its share begins in, and the one it ends in
+            slot = ((program * 2 + (here > begin).to(tl.int32)) * blocks + block).to(tl.int64) * BM
+            slot += tl.arange(0, BM)
+            tl.store(partial_ptr + slot[:, None] * DV + dv[None, :], acc, mask=whole)
+            tl.store(partial_lse_ptr + slot, lse, mask=exists)
+            tl.debug_barrier()  # all of this program's stores come before its arrival
+            first, last = row_begin // share, (row_end - 1) // share
+            counter = arrived_ptr + row * blocks + block
+            done = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == last - first
+            if done:
+                tl.store(counter, 0)
+                top = tl.full([BM], -float("inf"), tl.float32)
+                norm = tl.zeros([BM], tl.float32)
+                acc = tl.zeros([BM, BDV], tl.float32)
+                for other in tl.range(first, last + 1, num_stages=STAGES):
+                    slot = ((other * 2 + (row_begin > other * share).to(tl.int32)) * blocks + block).to(tl.int64) * BM
+                    slot += tl.arange(0, BM)
+                    part_lse = tl.load(partial_lse_ptr + slot, mask=exists, other=-float("inf"), cache_modifier=".cg")
+                    part = tl.load(
+                        partial_ptr + slot[:, None] * DV + dv[None, :],
+                        mask=whole,
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    new_top = tl.maximum(top, part_lse)
+                    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+                    decay, weight = tl.exp2(top - shift), tl.exp2(part_lse - shift)
+                    acc = acc * decay[:, None] + part * weight[:, None]
+                    norm = norm * decay + weight
+                    top = new_top
+                acc = tl.where(norm[:, None] > 0, acc / norm[:, None], 0.0)
+                lse = tl.where(norm > 0, top + tl.log2(norm), -float("inf"))
+        if done:
+            if SINKS:
+                sink = tl.load(sinks_ptr + at_head, mask=exists, other=0.0).to(tl.float32) * LOG2_E
+                new_top = tl.maximum(lse, sink)
+                total = tl.exp2(lse - new_top) + tl.exp2(sink - new_top)
+                acc = acc * (tl.exp2(lse - new_top) / total)[:, None]
+                lse = new_top + tl.log2(total)
+            at_out = batch.to(tl.int64) * out_b + at_head * out_h + column * out_q
+            tl.store(
+                out_ptr + at_out[:, None] + dv[None, :],
+                acc.to(out_ptr.dtype.element_ty),
+                mask=whole,
+            )
+            at_lse = (batch.to(tl.int64) * H * G + at_head) * q_len + column
+            tl.store(lse_ptr + at_lse, lse / LOG2_E, mask=exists)
+        here = stop_here
+        row += 1
+
+
+# Programs per multiprocessor, and of each: warps, and pipeline stages of about 16 KB. Measured best on an H200 for
+# 60 MB of keys and values and more (eval/speed); three such programs fit on every GPU since sm_80 but sm_86 and sm_89.
+OCCUPANCY, WARPS, STAGES, STAGE_BYTES = 3, 4, 3, 16 << 10
+
+
+def block_tokens(head_dim: int, itemsize: int) -> tuple[int, int]:
+    """Tokens of a step and pipeline stages, so that a program needs at most 64 KB of shared memory for them."""
+    bytes_per_token = 2 * triton.next_power_of_2(max(head_dim, 16)) * itemsize  # key and value
+    tokens = max(16, min(64, STAGE_BYTES // bytes_per_token))
+    return tokens, STAGES if tokens * bytes_per_token * STAGES <= 48 << 10 else 2
+
+
+def ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Rows,
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    dense_positions: Tensor,
+    fill: Tensor,
+    *,
+    bound: int,
+    start: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    new_mask: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    schedule: Schedule | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over a condensed ragged tier and the dense tier; see `hardkv.kernels.attention.attend_tiers`.
+
+    Args:
+        query: `[B, Hq, q, D]`. keys, values: `[N, D]`, `[N, Dv]`. rows: their rows, where the schedule is kept.
+        dense_keys, dense_values: `[B, H, C, D]` and `[B, H, C, Dv]`, any strides with the last 1.
+        dense_positions: int32 `[B, C]`. fill: int `[B]`, valid slots, at most `bound`.
+        start: column of the first new query.
+        sinks: `[Hq]`. new_mask: bool `[B, q, C]`, dense slots that each query sees, instead of causality.
+        out: `[B, Hq, q, Dv]` and lse: float32 `[B, Hq, q]`, written when given.
+        schedule: another than the one kept with the rows, with `query_blocks(G, q)` blocks.
+
+    Returns:
+        `out` in the query's dtype and `lse`.
+    """
+    batch, num_heads, q_len, head_dim = query.shape
+    num_kv_heads, value_dim = dense_keys.shape[1], dense_values.shape[-1]
+    group = num_heads // num_kv_heads
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    if out is None:
+        out = query.new_empty(batch, q_len, num_heads, value_dim).transpose(1, 2)
+    if lse is None:
+        lse = query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
+    queries = queries_per_block(group, q_len)
+    blocks = triton.cdiv(group * q_len, queries)
+    tokens, stages = block_tokens(max(head_dim, value_dim), query.element_size())
+    if schedule is None:
+        schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks)
+    programs = schedule.first_row.shape[0]
+    partial = query.new_empty(2 * programs * blocks * queries, value_dim, dtype=torch.float32)
+    partial_lse = query.new_empty(2 * programs * blocks * queries, dtype=torch.float32)
+    masked = new_mask is not None
+    mask = new_mask.view(torch.uint8) if new_mask is not None else fill
+    _ragged_attention[(programs, blocks)](
+        out, lse, partial, partial_lse, schedule.arrived,
+        query, keys, values, rows.cu_seqlens,
+        dense_keys, dense_values, dense_positions, fill,
+        mask, sinks if sinks is not None else fill,
+        schedule.row_start, schedule.first_row, schedule.share,
+        batch * num_kv_heads, start, q_len, scale, softcap or 0.0,
+        *query.stride()[:3], *out.stride()[:3], keys.stride(0), values.stride(0),
+        *dense_keys.stride()[:3], *dense_values.stride()[:3], dense_positions.stride(0),
+        *(mask.stride()[:2] if masked else (0, 0)),
+        H=num_kv_heads, G=group, D=head_dim, DV=value_dim, BM=queries, BN=tokens, UNIT=UNIT,
+        BD=triton.next_power_of_2(max(head_dim, 16)), BDV=triton.next_power_of_2(max(value_dim, 16)),
+        CAUSAL=q_len > 1 and not masked, MASKED=masked, SOFTCAP=softcap is not None, SINKS=sinks is not None,
+        STAGES=stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=WARPS,
+    )  # fmt: skip
+    return out, lse
+
+
+def schedule_for(rows: Rows, bound: int, capacity: int, blocks: int) -> Schedule:
+    """The schedule of rows whose dense tier has `bound` of `capacity` slots filled; kept until the rows change."""
+    key = capacity, blocks
+    if key not in rows.schedules:
+        device = rows.cu_seqlens.device
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        programs = max(1, OCCUPANCY * processors // blocks)
+        # the tier fills up before the rows change: half of what is free is what it will hold on average
+        rows.schedules[key] = Schedule.make(rows.cu_seqlens, rows.total, (bound + capacity) // 2, programs, blocks)
+    return rows.schedules[key]
+
+
+def queries_per_block(group: int, q_len: int) -> int:
+    """Rows of queries that one program works on."""
+    return min(max(triton.next_power_of_2(group * q_len), MIN_QUERIES), MAX_QUERIES)
+
+
+def query_blocks(group: int, q_len: int) -> int:
+    """Blocks of queries that one row has."""
+    return triton.cdiv(group * q_len, queries_per_block(group, q_len))

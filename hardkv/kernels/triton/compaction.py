@@ -1,0 +1,309 @@
+"""Ragged gather from the tiers of a cache layer: keys, values, positions and misses of chosen tokens in one launch."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Bytes of keys that one program copies: with the values as much again, enough loads in flight for full bandwidth.
+TILE_BYTES = 8192
+MAX_TILE_TOKENS = 256
+# Counts change with every event, and a compiled variant for each would buy nothing.
+COUNTS = ["n", "n_first", "n_second"]
+
+
+@triton.jit
+def _copy_rows(
+    out,
+    token,
+    live,
+    address,
+    first,
+    second,
+    last,
+    heads,
+    capacity,
+    stride_b,
+    stride_h,
+    stride_c,
+    n_first,
+    n_second,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    """`out[token] = sources[address]` for a tile of tokens; `last` is `[B, H, C, D]`, the others `[n, D]`."""
+    slot = address - n_first - n_second
+    if FLAT:
+        offset = slot * D
+    else:
+        slot = slot.to(tl.int32)  # a division of 64 bits costs several times more; rows count their tokens in int32 too
+        row = slot // capacity
+        offset = (row // heads).to(tl.int64) * stride_b + (row % heads).to(tl.int64) * stride_h
+        offset += (slot - row * capacity).to(tl.int64) * stride_c
+    source = tl.where(slot < 0, second + (address - n_first) * D, last + offset)
+    source = tl.where(address < n_first, first + address * D, source)  # one load instead of three masked ones
+    column = tl.arange(0, BLOCK_D)
+    mask = live[:, None] & (column < D)[None, :]
+    data = tl.load(source[:, None] + column[None, :], mask=mask)
+    tl.store(out + token[:, None] * D + column[None, :], data, mask=mask)
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "key_heads", "key_capacity", "value_heads", "value_capacity"])
+def _gather_tiers_kernel(
+    keys_out,
+    values_out,
+    positions_out,
+    misses_out,
+    address,
+    index,
+    positions,
+    misses,
+    first_keys,
+    second_keys,
+    last_keys,
+    key_heads,
+    key_capacity,
+    key_stride_b,
+    key_stride_h,
+    key_stride_c,
+    first_values,
+    second_values,
+    last_values,
+    value_heads,
+    value_capacity,
+    value_stride_b,
+    value_stride_h,
+    value_stride_c,
+    n,
+    n_first,
+    n_second,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    KEYS_FLAT: tl.constexpr,
+    VALUES_FLAT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = token < n
+    merged = tl.load(index + token, mask=live, other=0)
+    where = tl.load(address + merged, mask=live, other=0)
+    tl.store(positions_out + token, tl.load(positions + merged, mask=live), mask=live)
+    tl.store(misses_out + token, tl.load(misses + merged, mask=live), mask=live)
+    _copy_rows(
+        keys_out,
+        token,
+        live,
+        where,
+        first_keys,
+        second_keys,
+        last_keys,
+        key_heads,
+        key_capacity,
+        key_stride_b,
+        key_stride_h,
+        key_stride_c,
+        n_first,
+        n_second,
+        D,
+        BLOCK_D,
+        KEYS_FLAT,
+    )
+    _copy_rows(
+        values_out,
+        token,
+        live,
+        where,
+        first_values,
+        second_values,
+        last_values,
+        value_heads,
+        value_capacity,
+        value_stride_b,
+        value_stride_h,
+        value_stride_c,
+        n_first,
+        n_second,
+        DV,
+        BLOCK_DV,
+        VALUES_FLAT,
+    )
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "heads", "capacity"])
+def _gather_keys_kernel(
+    out,
+    address,
+    first,
+    second,
+    last,
+    heads,
+    capacity,
+    stride_b,
+    stride_h,
+    stride_c,
+    n,
+    n_first,
+    n_second,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = token < n
+    where = tl.load(address + token, mask=live, other=0)
+    _copy_rows(
+        out,
+        token,
+        live,
+        where,
+        first,
+        second,
+        last,
+        heads,
+        capacity,
+        stride_b,
+        stride_h,
+        stride_c,
+        n_first,
+        n_second,
+        D,
+        BLOCK_D,
+        FLAT,
+    )
+
+
+def _buffers(sources: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]:
+    """Exactly three buffers, the last `[B, H, C, D]`, and the tokens that count of the first two."""
+    *flat, last = sources
+    last = last if last.dim() == 4 else last[None, None]
+    if len(flat) > 2 or any(source.dim() != 2 or not source.is_contiguous() for source in flat):
+        shapes = [tuple(source.shape) for source in sources]
+        raise ValueError(
+            f"sources of shapes {shapes} are not understood: at most three, contiguous [n, D], of which the last may "
+            "be [B, H, C, D] with any strides; make the others contiguous"
+        )
+    if last.shape[-1] > 1 and last.stride(-1) != 1:
+        raise ValueError(f"the last source has strides {last.stride()}: its last dimension must be contiguous")
+    if any(source.dtype != last.dtype or source.shape[-1] != last.shape[-1] for source in flat):
+        kinds = [(source.dtype, source.shape[-1]) for source in sources]
+        raise ValueError(f"sources must agree in dtype and in their last dimension, got {kinds}")
+    first, second = [*flat, last, last][:2]
+    n_first, n_second = [*(source.shape[0] for source in flat), 0, 0][:2]
+    return (first, second, last), (n_first, n_second)
+
+
+def _output(out: Tensor | None, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """`out` if it is fit to be written to, or a new tensor."""
+    if out is None:
+        return like.new_empty(shape)
+    if out.shape != shape or out.dtype != like.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out for the {name} is {out.dtype} {tuple(out.shape)} with strides {out.stride()}: "
+            f"it must be {like.dtype} {shape} and contiguous"
+        )
+    return out
+
+
+def _tile(*buffers: Tensor) -> int:
+    """Tokens that one program copies."""
+    row = max(triton.next_power_of_2(buffer.shape[-1]) * buffer.element_size() for buffer in buffers)
+    return min(max(TILE_BYTES // row, 1), MAX_TILE_TOKENS)
+
+
+def gather_tiers(
+    sources: Sequence[tuple[Tensor, Tensor]],
+    address: Tensor,
+    index: Tensor,
+    positions: Tensor,
+    misses: Tensor,
+    *,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Collect tokens and what is known of them, in one launch.
+
+    Args:
+        sources: up to three pairs of keys `[n_i, D]` and values `[n_i, Dv]`, contiguous. The last may be `[B, H, C, D]`
+            and `[B, H, C, Dv]` with any strides but the last: slot c of row b * H + h is its token (b * H + h) * C + c.
+        address: int64 `[N]`, where each token lies in the sources' concatenation.
+        index: int64 `[n]`, which of the N to take, in that order; may repeat and skip.
+        positions: int32 `[N]`. misses: uint8 `[N]`.
+        out: what to write to, contiguous; made when None.
+
+    Returns:
+        Keys `[n, D]`, values `[n, Dv]`, positions `[n]` and misses `[n]`.
+    """
+    keys, (n_first, n_second) = _buffers([keys for keys, _ in sources])
+    values, _ = _buffers([values for _, values in sources])
+    n, dim, value_dim = index.shape[0], keys[-1].shape[-1], values[-1].shape[-1]
+    given = (None,) * 4 if out is None else out
+    outs = (
+        _output(given[0], "keys", (n, dim), keys[-1]),
+        _output(given[1], "values", (n, value_dim), values[-1]),
+        _output(given[2], "positions", (n,), positions),
+        _output(given[3], "misses", (n,), misses),
+    )
+    if n:
+        tile = _tile(keys[-1], values[-1])
+        _gather_tiers_kernel[(triton.cdiv(n, tile),)](
+            *outs,
+            address,
+            index,
+            positions,
+            misses,
+            *keys,
+            *keys[-1].shape[1:3],
+            *keys[-1].stride()[:3],
+            *values,
+            *values[-1].shape[1:3],
+            *values[-1].stride()[:3],
+            n,
+            n_first,
+            n_second,
+            D=dim,
+            DV=value_dim,
+            BLOCK=tile,
+            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_DV=triton.next_power_of_2(value_dim),
+            KEYS_FLAT=keys[-1].is_contiguous(),
+            VALUES_FLAT=values[-1].is_contiguous(),
+            num_warps=4,
+        )
+    return outs
+
+
+def gather_keys(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Collect tokens of one kind of buffer, keys or values.
+
+    Args:
+        sources: as the keys, or the values, of `gather_tiers`. address: int64 `[n]`, into their concatenation.
+        out: what to write to, contiguous; made when None.
+
+    Returns:
+        `[n, D]`.
+    """
+    buffers, (n_first, n_second) = _buffers(sources)
+    n, dim = address.shape[0], buffers[-1].shape[-1]
+    out = _output(out, "keys", (n, dim), buffers[-1])
+    if n:
+        tile = _tile(buffers[-1])
+        _gather_keys_kernel[(triton.cdiv(n, tile),)](
+            out,
+            address,
+            *buffers,
+            *buffers[-1].shape[1:3],
+            *buffers[-1].stride()[:3],
+            n,
+            n_first,
+            n_second,
+            D=dim,
+            BLOCK=tile,
+            BLOCK_D=triton.next_power_of_2(dim),
+            FLAT=buffers[-1].is_contiguous(),
+            num_warps=4,
+        )
+    return out

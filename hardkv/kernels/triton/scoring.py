@@ -1,0 +1,498 @@
+"""Window queries x ragged keys -> one number a token, in two passes over the keys with nothing of size [N, G * W].
+
+Every row is cut into chunks, and the chunks of all rows are numbered so that `R + N // chunk` programs suffice however
+uneven the rows are: row r, whose first token is s, owns the slots from `r + s // chunk` on. So the grid follows from
+shapes alone, and every program finds its row by itself: nothing is read on the host.
+
+The first pass leaves the logarithm of a softmax's denominator for every (chunk, query), a small kernel combines those
+of a row, and the second pass turns logits into probabilities and sums them over the queries. Logarithms have base 2.
+
+In the kernels' names: G query heads of C columns each, in blocks of BG and BC (means take all heads as one of G * W
+columns), D the head dimension and BD the power of two above it.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hardkv.kernels.scoring import Reduce
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+# Rows that a program compares at once when it looks for its own.
+ROWS = tl.constexpr(1024)
+# A position behind every query's, for tokens that nobody sees.
+LATEST = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _chunk_of(slot, cu_seqlens, num_rows, chunk):
+    """The row of a slot, the row's bounds, and the chunk's first token, which lies past the row if there is no work."""
+    row = -1
+    for first_row in range(0, num_rows, ROWS):
+        index = first_row + tl.arange(0, ROWS)
+        starts = tl.load(cu_seqlens + index, mask=index < num_rows, other=0)
+        row += tl.sum(((index < num_rows) & (index + starts // chunk <= slot)).to(tl.int32))
+    start = tl.load(cu_seqlens + row)
+    return row, start, tl.load(cu_seqlens + row + 1), start + (slot - row - start // chunk) * chunk
+
+
+@triton.jit
+def _load_vectors(base, index, valid, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of a matrix `[..., D]`, zeros where not `valid` and from D on: `[len(index), BD]`."""
+    d = tl.arange(0, BD)
+    pointers = base + index.to(tl.int64)[:, None] * D + d[None, :]
+    return tl.load(pointers, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_positions(positions, exclude, begin, stop, TILE: tl.constexpr):
+    """Positions of a tile of tokens; those from `stop` on and the excluded ones lie behind every query."""
+    index = tl.arange(0, TILE)
+    mask = index < stop - begin
+    position = tl.load(positions + begin + index, mask=mask, other=LATEST)
+    if exclude is not None:
+        position = tl.where(tl.load(exclude + begin + index, mask=mask, other=1) != 0, LATEST, position)
+    return position
+
+
+@triton.jit
+def _load_queries(
+    base, offsets, group, column, G: tl.constexpr, C: tl.constexpr, BG, BC, D: tl.constexpr, BD: tl.constexpr, SHARED
+):
+    """A row's queries from (group, column) on, `[BG * BC, BD]`; the last ones stand in for those that do not exist.
+
+    With `offsets`, zeros for queries whose offset is infinite: whatever such queries hold, they give nothing.
+    """
+    index = tl.arange(0, BG * BC)
+    group = tl.minimum(group + index // BC, G - 1)
+    column = tl.minimum(column + index % BC, C - 1)
+    if offsets is None:
+        valid = index >= 0
+    else:
+        valid = tl.load(offsets + (column if SHARED else group * C + column)) < float("inf")
+    return _load_vectors(base, group * C + column, valid, D, BD)
+
+
+@triton.jit
+def _causal(logits, positions, exclude, begin, stop, query_positions, column, W: tl.constexpr, AXIS: tl.constexpr):
+    """Logits of tokens from `begin` on, -inf where one's position lies behind the query's; AXIS: that of the tokens."""
+    position = _load_positions(positions, exclude, begin, stop, logits.shape[AXIS])
+    last = tl.load(query_positions + column % W).to(tl.int32)
+    seen = tl.expand_dims(position, 1 - AXIS) <= tl.expand_dims(last, AXIS)
+    return tl.where(seen, logits, -float("inf"))
+
+
+@triton.jit
+def _earliest(query_positions, W: tl.constexpr, BW: tl.constexpr):
+    """Tokens up to this position are seen by all queries."""
+    w = tl.arange(0, BW)
+    return tl.min(tl.load(query_positions + w, mask=w < W, other=LATEST)).to(tl.int32)
+
+
+@triton.jit
+def _logits(left, right, scale, cap, PRECISION: tl.constexpr):
+    """Logits of `left [m, BD]` against `right [n, BD]`, in units of log(2), as `scale` and `cap` are."""
+    logits = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale
+    if cap is not None:
+        x = tl.abs(logits)
+        square = x * x
+        # tanh: near 0 the quotient would cancel
+        series = x * (1 - square * (0.33333333 - square * (0.13333333 - square * (0.053968254 - square * 0.021869489))))
+        decay = tl.exp2(x * (-2 * LOG2_E))
+        tanh = tl.where(x < 0.25, series, (1 - decay) / (1 + decay))
+        logits = tl.where(logits < 0, -tanh, tanh) * cap
+    return logits
+
+
+@triton.jit
+def _group_logits(
+    k, q, base, offsets, column, scale, cap, G: tl.constexpr, C: tl.constexpr, BG, BC, D: tl.constexpr, PRECISION
+):
+    """The group's largest logit for tokens k and columns from `column` on; q: the queries, when one block holds all."""
+    logits = tl.full([k.shape[0], BC], -float("inf"), tl.float32)
+    for group in range(0, G, BG):
+        if G > BG or C > BC:
+            block = _load_queries(base, offsets, group, column, G, C, BG, BC, D, k.shape[1], True)
+        else:
+            block = q
+        each = tl.reshape(_logits(k, block, scale, cap, PRECISION), [k.shape[0], BG, BC])
+        logits = tl.maximum(logits, tl.max(each, 1))
+    return logits
+
+
+@triton.jit
+def _denominator_of_chunk(
+    partial,  # float32 [slots, C]
+    queries,
+    query_positions,
+    keys,
+    positions,
+    exclude,
+    cu_seqlens,
+    num_rows,
+    chunk,
+    scale,
+    cap,
+    W: tl.constexpr,
+    BW: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    BG: tl.constexpr,
+    BC: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logarithm of the sum of exponentials of a block of columns over one chunk of a row."""
+    blocks = tl.cdiv(C, BC)
+    slot = tl.program_id(0) // blocks
+    first_column = tl.program_id(0) % blocks * BC
+    row, _, end, first = _chunk_of(slot, cu_seqlens, num_rows, chunk)
+    if first >= end:
+        return
+    stop = tl.minimum(first + chunk, end)
+    column = first_column + tl.arange(0, BC)
+    earliest = _earliest(query_positions, W, BW)
+    base = queries + row.to(tl.int64) * (G * C * D)
+    q = _load_queries(base, None, 0, first_column, G, C, BG, BC, D, BD, False)
+    top = tl.full([BC], -float("inf"), tl.float32)
+    total = tl.zeros([BC], tl.float32)
+    for begin in tl.range(first, stop, TILE):
+        token = begin + tl.arange(0, TILE)
+        k = _load_vectors(keys, token, token < stop, D, BD)
+        late = tl.max(_load_positions(positions, exclude, begin, stop, TILE)) > earliest
+        if G > 1:
+            each = _group_logits(k, q, base, None, first_column, scale, cap, G, C, BG, BC, D, PRECISION)
+            logits = tl.trans(each)
+        else:
+            logits = _logits(q, k, scale, cap, PRECISION)
+        if late:
+            logits = _causal(logits, positions, exclude, begin, stop, query_positions, column, W, AXIS=1)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+        top = new_top
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    tl.store(partial + slot.to(tl.int64) * C + column, shift + tl.log2(total), mask=column < C)
+
+
+@triton.jit
+def _denominator_of_row(
+    offsets,  # float32 [R, C]
+    partial,  # float32 [slots, C]
+    query_valid,
+    sinks,
+    cu_seqlens,
+    chunk,
+    HEADS: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BW: tl.constexpr,
+    GROUP: tl.constexpr,
+    POWER: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """What to subtract from POWER * logit before the exponential: the denominator and the count of queries to share."""
+    row = tl.program_id(0)
+    start = tl.load(cu_seqlens + row)
+    slot = (row + start // chunk).to(tl.int64)
+    chunks = tl.cdiv(tl.load(cu_seqlens + row + 1) - start, chunk)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if sinks is not None:
+        head = row % HEADS * GROUP + column // W
+        top = tl.load(sinks + head, mask=column < C, other=0.0).to(tl.float32) * LOG2_E
+        total = tl.full([COLUMNS], 1.0, tl.float32)
+    else:
+        top = tl.full([COLUMNS], -float("inf"), tl.float32)
+        total = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        index = first + tl.arange(0, CHUNKS)
+        mask = (index < chunks)[:, None] & (column < C)[None, :]
+        logs = tl.load(partial + (slot + index)[:, None] * C + column[None, :], mask=mask, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(logs, 0))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logs - shift[None, :]), 0)
+        top = new_top
+    query_valid += row // HEADS * W
+    w = tl.arange(0, BW)
+    divisor = tl.maximum(tl.sum(tl.load(query_valid + w, mask=w < W, other=0).to(tl.int32)), 1) * DIVISOR
+    # queries that do not count, that see nothing (0) or that overflowed (NaN) give nothing
+    given = (tl.load(query_valid + column % W) != 0) & (total > 0)
+    offset = tl.where(given, (top + tl.log2(total)) * POWER + tl.log2(divisor.to(tl.float32)), float("inf"))
+    tl.store(offsets + row.to(tl.int64) * C + column, offset, mask=column < C)
+
+
+@triton.jit
+def _load_offsets(offsets, group, column, G: tl.constexpr, C: tl.constexpr, BG, BC):
+    """Offsets of a block of a row's queries, infinite for those that do not exist."""
+    index = tl.arange(0, BG * BC)
+    group += index // BC
+    column += index % BC
+    return tl.load(offsets + group * C + column, mask=(group < G) & (column < C), other=float("inf"))
+
+
+@triton.jit
+def _received(
+    out,
+    offsets,  # float32 [R, G * C], [R, C] when SHARED
+    queries,
+    query_positions,
+    keys,
+    positions,
+    exclude,
+    cu_seqlens,
+    num_rows,
+    chunk,
+    scale,
+    cap,
+    SHARED: tl.constexpr,
+    POWER: tl.constexpr,
+    W: tl.constexpr,
+    BW: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    BG: tl.constexpr,
+    BC: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Probabilities of one chunk of a row, summed over columns; of the group's heads the largest sum."""
+    row, _, end, first = _chunk_of(tl.program_id(0), cu_seqlens, num_rows, chunk)
+    if first >= end:
+        return
+    stop = tl.minimum(first + chunk, end)
+    base = queries + row.to(tl.int64) * (G * C * D)
+    # SHARED: one softmax for the group
+    GS: tl.constexpr = 1 if SHARED else G
+    BGS: tl.constexpr = 1 if SHARED else BG
+    offsets += row.to(tl.int64) * (GS * C)
+    earliest = _earliest(query_positions, W, BW)
+    # what a single block needs is loaded once
+    ONE: tl.constexpr = G <= BG and C <= BC
+    q = _load_queries(base, offsets, 0, 0, G, C, BG, BC, D, BD, SHARED)
+    offset = _load_offsets(offsets, 0, 0, GS, C, BGS, BC)
+    for begin in tl.range(first, stop, TILE):
+        token = begin + tl.arange(0, TILE)
+        k = _load_vectors(keys, token, token < stop, D, BD)
+        late = tl.max(_load_positions(positions, exclude, begin, stop, TILE)) > earliest
+        received = tl.zeros([TILE], tl.float32)
+        for group in range(0, GS, BGS):
+            share = tl.zeros([TILE, BGS], tl.float32)
+            for column in range(0, C, BC):
+                if SHARED:
+                    logits = _group_logits(k, q, base, offsets, column, scale, cap, G, C, BG, BC, D, PRECISION)
+                elif ONE:
+                    logits = _logits(k, q, scale, cap, PRECISION)
+                else:
+                    block = _load_queries(base, offsets, group, column, G, C, BG, BC, D, BD, False)
+                    logits = _logits(k, block, scale, cap, PRECISION)
+                if late:
+                    index = column + tl.arange(0, BGS * BC) % BC
+                    logits = _causal(logits, positions, exclude, begin, stop, query_positions, index, W, AXIS=0)
+                if not ONE:
+                    offset = _load_offsets(offsets, group, column, GS, C, BGS, BC)
+                weight = tl.exp2(logits * POWER - offset[None, :])
+                share += tl.sum(tl.reshape(weight, [TILE, BGS, BC]), 2)
+            received = tl.maximum(received, tl.max(share, 1))
+        tl.store(out + token, tl.where(received == received, received, 0.0), mask=token < stop)
+
+
+@triton.jit
+def _pool(
+    out,
+    score,
+    exclude,
+    cu_seqlens,
+    num_rows,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    AVERAGE: tl.constexpr,
+):
+    """Mean or maximum over the neighbours of every token of one block of a row."""
+    _, start, end, first = _chunk_of(tl.program_id(0), cu_seqlens, num_rows, BLOCK)
+    if first >= end:
+        return
+    token = first + tl.arange(0, BLOCK)
+    pooled = tl.zeros([BLOCK], tl.float32)
+    for shift in range(-(SIZE // 2), SIZE // 2 + 1):
+        near = token + shift
+        inside = (near >= start) & (near < end)
+        value = tl.load(score + near, mask=inside, other=0.0)
+        value = tl.where(tl.load(exclude + near, mask=inside, other=1) != 0, 0.0, value)
+        pooled = pooled + value if AVERAGE else tl.maximum(pooled, value)
+    if AVERAGE:
+        pooled = pooled / SIZE
+    mask = token < end
+    pooled = tl.where(tl.load(exclude + token, mask=mask, other=1) != 0, 0.0, pooled)
+    tl.store(out + token, pooled, mask=mask)
+
+
+def _blocks(dim: int, keys: Tensor) -> tuple[int, int, int, int]:
+    """Tokens of a tile, queries of a block, warps and pipeline stages, within 99 KB of shared memory."""
+    if keys.dtype == torch.float32:  # no tensor cores
+        return (32, 32, 4, 2)
+    if dim > 128:
+        return (64, 64, 4, 2)
+    # Hopper's matrix units want wide tiles; elsewhere their operands would not fit the registers
+    hopper = keys.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(keys.device)[0] == 9
+    return (128 if hopper else 64, 128, 8, 2 if dim > 64 else 3)
+
+
+def _chunk(tokens: int, tile: int) -> int:
+    """Tokens of a program: enough programs for a large GPU, but no more than loading the queries is worth."""
+    return min(max(triton.next_power_of_2(tokens // 512), tile), 1024)
+
+
+def _cut(heads: int, columns: int, most: int) -> dict[str, int]:
+    """Blocks of at most `most` queries."""
+    block = min(max(triton.next_power_of_2(columns), 16), most)
+    return {"G": heads, "C": columns, "BG": min(triton.next_power_of_2(heads), most // block), "BC": block}
+
+
+def window_attention(
+    queries: Tensor,
+    query_positions: Tensor,
+    query_valid: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    *,
+    num_kv_heads: int,
+    scale: float,
+    softcap: float | None = None,
+    reduce: Reduce = "mean",
+    exclude: Tensor | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`hardkv.kernels.scoring.window_attention` on a GPU; float16, bfloat16 or float32, all of the same type.
+
+    Args:
+        cu_seqlens: int32 `[R + 1]`. longest: as other kernels of rows take it; the work here is cut by N and R alone.
+        out: float32 `[N]` to write to.
+
+    Returns:
+        `[N]`, float32.
+
+    Raises:
+        ValueError: learned sinks of several heads with one softmax for all of them.
+    """
+    batch, num_heads, window, dim = queries.shape
+    num_rows = batch * num_kv_heads
+    group = num_heads // num_kv_heads
+    if group == 1 and reduce in ("max", "max_logits"):
+        reduce = "mean"  # the same
+    if reduce == "max_logits" and sinks is not None:
+        raise ValueError(
+            f"sinks {tuple(sinks.shape)} hold a logit a query head, reduce='max_logits' has one softmax for {group} of "
+            "them: leave out sinks or choose another reduce"
+        )
+    if out is None:
+        out = torch.empty(keys.shape[0], dtype=torch.float32, device=keys.device)
+    if not keys.shape[0] or not window:
+        return out.zero_()
+    tile, most_queries, num_warps, stages = _blocks(dim, keys)
+    chunk = _chunk(keys.shape[0], tile)
+    slots = num_rows + keys.shape[0] // chunk
+    inner, cap = (scale * LOG2_E.value, None) if softcap is None else (scale / softcap, softcap * LOG2_E.value)
+    query_valid = query_valid.contiguous().view(torch.uint8)
+    inputs = (
+        queries.contiguous(),
+        query_positions.contiguous(),
+        keys.contiguous(),
+        positions.contiguous(),
+        None if exclude is None else exclude.contiguous().view(torch.uint8),
+        cu_seqlens,
+        num_rows,
+        chunk,
+        inner,
+        cap,
+    )
+    settings = {
+        "W": window,
+        "BW": triton.next_power_of_2(window),
+        "D": dim,
+        "BD": max(triton.next_power_of_2(dim), 16),
+        "TILE": tile,
+        "PRECISION": "ieee" if keys.dtype == torch.float32 else None,
+        "num_warps": num_warps,
+        "num_stages": stages,
+    }
+    if not torch.version.hip:
+        settings["maxnreg"] = min(1024 // num_warps, 255)  # room for two programs a multiprocessor
+    shared, power = reduce == "max_logits", 2 if reduce == "mean_square" else 1
+    columns = window if shared else group * window
+    flat, grouped = _cut(1, group * window, most_queries), _cut(group, window, most_queries)
+
+    partial = torch.empty(slots, columns, dtype=torch.float32, device=keys.device)
+    first = grouped if shared else flat
+    _denominator_of_chunk[(slots * triton.cdiv(columns, first["BC"]),)](partial, *inputs, **first, **settings)
+    offsets = torch.empty(num_rows, columns, dtype=torch.float32, device=keys.device)
+    _denominator_of_row[(num_rows, triton.cdiv(columns, 32))](
+        offsets,
+        partial,
+        query_valid,
+        None if sinks is None else sinks.contiguous(),
+        cu_seqlens,
+        chunk,
+        HEADS=num_kv_heads,
+        W=window,
+        C=columns,
+        BW=settings["BW"],
+        GROUP=group,
+        POWER=power,
+        DIVISOR=group if reduce in ("mean", "mean_square") else 1,
+        COLUMNS=32,
+        CHUNKS=32,
+    )
+    second = grouped if reduce in ("max", "max_logits") else flat
+    _received[(slots,)](out, offsets, *inputs, SHARED=shared, POWER=power, **second, **settings)
+    return out
+
+
+def pool_rows(
+    score: Tensor,
+    exclude: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    *,
+    kernel_size: int,
+    pooling: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Smooth scores along each row over the tokens that `exclude` leaves: `hardkv.selectors.scorer.pool_rows` on a GPU.
+
+    Args:
+        score: float32 `[N]`, >= 0. exclude: bool `[N]`, the last tokens of their rows. cu_seqlens: int32 `[R + 1]`.
+        longest: as other kernels of rows take it; the work here is cut by N and R alone.
+        kernel_size: odd. pooling: "max" or "avg" (zeros beyond the row's ends count).
+        out: float32 `[N]` to write to.
+
+    Returns:
+        `[N]`, float32; 0 at excluded tokens.
+    """
+    if out is None:
+        out = torch.empty_like(score)
+    if score.shape[0]:
+        block = 512
+        num_rows = cu_seqlens.shape[0] - 1
+        _pool[(num_rows + score.shape[0] // block,)](
+            out,
+            score.contiguous(),
+            exclude.contiguous().view(torch.uint8),
+            cu_seqlens,
+            num_rows,
+            BLOCK=block,
+            SIZE=kernel_size,
+            AVERAGE=pooling == "avg",
+        )
+    return out

@@ -1,0 +1,91 @@
+"""Which kernels run where, and what one is told when they do not."""
+
+import warnings
+
+import pytest
+import torch
+
+from hardkv.kernels import backends
+from hardkv.kernels.attention import backend_for, check_backend
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backends._warn_once.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of the given capability, as far as dispatching looks."""
+
+    def pretend(capability, triton=True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        monkeypatch.setattr(backends, "has_triton", lambda: triton)
+
+    return pretend
+
+
+def test_cpu_takes_the_references_silently():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.kernels_for(CPU, torch.float32) == "torch"
+        assert backend_for("auto", CPU, torch.float32) == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gpus_take_triton(gpu, dtype):
+    gpu((8, 0))
+    assert backend_for("auto", GPU, dtype) == "triton"
+    assert backend_for("triton", GPU, dtype) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "dtype", "reason"),
+    [
+        ((7, 5), True, torch.float16, "Some GPU is older than compute capability 8.0"),
+        ((9, 0), False, torch.float16, r"Triton is not installed: pip install 'hardkv\[triton\]'"),
+        ((9, 0), True, torch.float64, "torch.float64 is not one of float16, bfloat16, float32"),
+    ],
+)
+def test_a_gpu_without_triton_is_told_of_once(gpu, capability, triton, dtype, reason):
+    gpu(capability, triton)
+    with pytest.warns(UserWarning, match=reason):
+        assert backend_for("auto", GPU, dtype) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend_for("auto", GPU, dtype) == "torch"
+
+
+def test_the_interpreter_runs_anywhere(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    assert backends.kernels_for(CPU, torch.float32) == "triton"
+    assert backends.kernels_for(CPU, torch.bfloat16) == "torch"
+
+
+def test_names_are_checked(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"attention='tritn' is not available. Did you mean 'triton'\?"
+    ):
+        check_backend("tritn")
+    monkeypatch.setattr("hardkv.kernels.attention.has_triton", lambda: False)
+    with pytest.raises(ValueError, match=r"attention='triton' needs Triton: pip install"):
+        check_backend("triton")
+    monkeypatch.setattr("hardkv.kernels.varlen.installed", lambda: ())
+    with pytest.raises(ValueError, match="attention='flash_attn' needs a flash_attn_varlen_func"):
+        check_backend("flash_attn")
+    check_backend("torch")
+    check_backend("auto")
+
+
+def test_a_backend_that_cannot_run_here():
+    with pytest.raises(ValueError, match="attention='triton' cannot run here: Triton .*; take attention='auto'"):
+        backend_for("triton", CPU, torch.float32)
+    with pytest.raises(
+        ValueError, match="attention='flash_attn' needs float16 or bfloat16 on a GPU"
+    ):
+        backend_for("flash_attn", CPU, torch.float32)

@@ -1,0 +1,659 @@
+"""Variable-length FlashAttention over both tiers, against one softmax over all tokens a query sees, in float64.
+
+Everything but the last class runs on the CPU, against *fakes*: functions in PyTorch with the signatures, layouts,
+checks and oddities of the real packages' `flash_attn_varlen_func`, as read from their sources. FlashAttention-2 and
+FlashAttention-3 are tested by these contracts only, since the project has no machine with either; PyTorch's own and
+FlashAttention-4 are also run on a GPU where there is one.
+"""
+
+import sys
+import warnings
+from dataclasses import replace
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from hardkv.kernels.attention import dense_allowed, tiered_attention
+from hardkv.kernels.rows import Rows, cumulative
+from hardkv.kernels.varlen import PACKAGES, installed, resolve_package, varlen_attention
+from tests.kernels.test_attention import make_case
+
+INF, NAN = float("inf"), float("nan")
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 3e-3}  # relative, of the whole output
+
+
+# ---------------------------------------------------------------------- fakes of the packages
+
+
+class Contract(NamedTuple):
+    """What every fake checks and does, and in what the packages differ."""
+
+    unseen_out: float  # written for queries that see no key
+    unseen_lse: float
+    any_value_dim: bool = False
+    tile: int = 0  # values behind a sequence's end that are multiplied by 0, not skipped
+    swaps: bool = False  # takes a single query of several heads for several queries of one head, as FlashAttention-2
+
+
+FLASH_2 = Contract(unseen_out=0.0, unseen_lse=INF, swaps=True)
+FLASH_3 = Contract(unseen_out=0.0, unseen_lse=-INF, tile=128)
+FLASH_4 = Contract(unseen_out=NAN, unseen_lse=NAN, any_value_dim=True, tile=128)
+
+
+def check(contract, q, k, v, cu_q, cu_k, max_q, max_k):
+    """What the packages' sources check, or rely on without checking."""
+    assert q.dtype in (torch.float16, torch.bfloat16)
+    assert k.dtype == v.dtype == q.dtype
+    assert q.dim() == k.dim() == v.dim() == 3
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    assert k.shape[:2] == v.shape[:2]
+    assert q.shape[1] % k.shape[1] == 0
+    assert k.shape[2] == q.shape[2]
+    assert v.shape[2] == q.shape[2] or contract.any_value_dim
+    for dim in (q.shape[2], v.shape[2]):
+        assert dim % 8 == 0
+        assert 0 < dim <= 256
+    assert cu_q.shape == cu_k.shape
+    for cu, tokens, longest in ((cu_q, q.shape[0], max_q), (cu_k, k.shape[0], max_k)):
+        assert cu.dtype == torch.int32
+        assert cu.is_contiguous()
+        assert cu[0] == 0
+        assert cu[-1] == tokens
+        assert type(longest) is int
+        assert cu.diff().min() >= 0
+        assert cu.diff().max() <= longest
+
+
+def fake_attention(contract, q, k, v, cu_q, cu_k, max_q, max_k, *, scale, causal, softcap):
+    """`out [total_q, G, Dv]` and `lse [G, total_q]`, one sequence after the other."""
+    with _disable_current_modes():  # what happens on a device
+        check(contract, q, k, v, cu_q, cu_k, max_q, max_k)
+        batch, (_, heads, head_dim), kv_heads = cu_q.shape[0] - 1, q.shape, k.shape[1]
+        if contract.swaps and max_q == 1 and heads > kv_heads:
+            q.reshape(batch, kv_heads, heads // kv_heads, head_dim)  # a sequence without a query does not fit
+        out = torch.full((*q.shape[:2], v.shape[2]), contract.unseen_out, dtype=q.dtype)
+        lse = torch.full((heads, q.shape[0]), contract.unseen_lse)
+        starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+        for sequence in range(batch):
+            first, last = starts_k[sequence : sequence + 2]
+            behind = v[last : last + contract.tile].double()  # [n, heads of k, Dv]
+            for at in range(*starts_q[sequence : sequence + 2]):
+                stop = last - (starts_q[sequence + 1] - 1 - at) if causal else last
+                if stop <= first:
+                    continue
+                for head in range(heads):
+                    kv_head = head // (heads // kv_heads)
+                    logits = k[first:stop, kv_head].double() @ q[at, head].double() * scale
+                    if softcap:
+                        logits = softcap * torch.tanh(logits / softcap)
+                    weights = torch.softmax(logits, 0)
+                    found = weights @ v[first:stop, kv_head].double() + (0.0 * behind[:, kv_head]).sum(0)
+                    out[at, head], lse[head, at] = found.to(q.dtype), torch.logsumexp(logits, 0)
+        return out, lse
+
+
+def flash_attn_2(calls):
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+        return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        calls.append(max_seqlen_q)
+        assert dropout_p == 0.0
+        assert window_size == (-1, -1)
+        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out, lse = fake_attention(FLASH_2, *tensors, scale=softmax_scale, causal=causal, softcap=softcap)
+        return (out, lse, None) if return_attn_probs else out
+
+    return {"flash_attn_varlen_func": flash_attn_varlen_func}
+
+
+def flash_attn_3(calls):
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+        softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+        sm_margin=0, return_attn_probs=False,
+    ):  # fmt: skip
+        calls.append(max_seqlen_q)
+        assert num_splits == 0
+        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out, lse = fake_attention(FLASH_3, *tensors, scale=softmax_scale, causal=causal, softcap=softcap)
+        return (out, lse) if return_attn_probs else out
+
+    return {"flash_attn_varlen_func": flash_attn_varlen_func}
+
+
+def flash_attn_3_early(calls, returns_lse=True):
+    """Before July 2025, with the lse always, or from then to August 2025, without."""
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+        softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+        sm_margin=0,
+    ):  # fmt: skip
+        calls.append(max_seqlen_q)
+        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out, lse = fake_attention(FLASH_3, *tensors, scale=softmax_scale, causal=causal, softcap=softcap)
+        return (out, lse) if returns_lse else out
+
+    return {"flash_attn_varlen_func": flash_attn_varlen_func}
+
+
+def flash_attn_4(calls):
+    def flash_attn_varlen_func(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+        min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None,
+        softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1,
+        pack_gqa=None, deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None,
+        block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None,
+        seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False,
+        gather_bwd_token_chunk=None,
+    ):  # fmt: skip
+        calls.append(max_seqlen_q)
+        assert qv is None
+        assert num_splits == 1
+        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out, lse = fake_attention(FLASH_4, *tensors, scale=softmax_scale, causal=causal, softcap=softcap)
+        return out, lse if return_lse else None
+
+    return {"flash_attn_varlen_func": flash_attn_varlen_func}
+
+
+class AuxRequest(NamedTuple):
+    lse: bool = False
+
+
+def torch_varlen(calls):
+    """PyTorch 2.12 and later."""
+
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+        enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+    ):  # fmt: skip
+        calls.append(max_q)
+        assert window_size in ((-1, -1), (-1, 0))
+        assert enable_gqa or query.shape[1] == key.shape[1]
+        tensors = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
+        out, lse = fake_attention(FLASH_2, *tensors, scale=scale, causal=window_size == (-1, 0), softcap=None)
+        return (out, lse) if return_aux is not None and return_aux.lse else out
+
+    return {"varlen_attn": varlen_attn, "AuxRequest": AuxRequest}
+
+
+def torch_varlen_2_11(calls):
+    """Without `enable_gqa`; fewer heads of k and v are taken as they come."""
+
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
+        calls.append(max_q)
+        tensors = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
+        out, lse = fake_attention(FLASH_2, *tensors, scale=scale, causal=window_size == (-1, 0), softcap=None)
+        return (out, lse) if return_aux is not None and return_aux.lse else out
+
+    return {"varlen_attn": varlen_attn, "AuxRequest": AuxRequest}
+
+
+FAKES = {
+    "flash_attn_2": flash_attn_2,
+    "flash_attn_3": flash_attn_3,
+    "flash_attn_3 before July 2025": flash_attn_3_early,
+    "flash_attn_4": flash_attn_4,
+    "torch_varlen": torch_varlen,
+    "torch_varlen 2.11": torch_varlen_2_11,
+}
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """`install(package, contents)` puts a module where the package is looked for; nothing is installed at first."""
+
+    def put(package, contents):
+        module = ModuleType(PACKAGES[package].module)
+        module.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, PACKAGES[package].module, module)
+        installed.cache_clear()
+
+    for package in PACKAGES.values():
+        monkeypatch.setitem(sys.modules, package.module, None)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    installed.cache_clear()
+    yield put
+    installed.cache_clear()
+
+
+@pytest.fixture(params=FAKES)
+def fake(request, install):
+    """The only package installed: its name, and its calls' bounds on the queries of a sequence."""
+    package, calls = request.param.split()[0], []
+    install(package, FAKES[request.param](calls))
+    return package, calls
+
+
+# ---------------------------------------------------------------------- cases
+
+
+def widened(case, dim=8, value_dim=8, dtype=torch.float16):
+    """The case with head dimensions that the packages take, and numbers that `dtype` can hold."""
+    rng = np.random.default_rng(0)
+
+    def draw(like, width):
+        return torch.tensor(rng.normal(size=(*like.shape[:-1], width))).to(dtype).double().numpy()
+
+    return replace(
+        case,
+        query=draw(case.query, dim),
+        keys=draw(case.keys, dim),
+        values=draw(case.values, value_dim),
+        dense_keys=draw(case.dense_keys, dim),
+        dense_values=draw(case.dense_values, value_dim),
+    )
+
+
+@cache
+def fixed_case(lengths, group, q_len):
+    """A case and what is expected of it: the same for every fake."""
+    case = widened(make_case(len(lengths) * group + q_len, lengths, batch=2, group=group, q_len=q_len))
+    return case, case.expected()
+
+
+def run(case, dtype=torch.float16, spare=0, mask=None, arrange=lambda *dense: dense, **options):
+    """`spare`: how far the bounds given for lengths and fill are from the truth. `arrange`: of dense keys, values."""
+
+    def tensor(array):
+        return torch.tensor(array, dtype=dtype)
+
+    positions, fill = torch.tensor(case.positions, dtype=torch.int32), torch.tensor(case.fill)
+    bound = int(fill.max()) + spare
+    if mask is None and case.new_mask is not None:
+        new_mask = torch.tensor(case.new_mask)
+        mask = dense_allowed(positions[:, :bound], fill, case.start, case.query.shape[2], new_mask)
+    return varlen_attention(
+        tensor(case.query),
+        tensor(case.keys),
+        tensor(case.values),
+        cumulative(torch.tensor(case.lengths, dtype=torch.int64)),
+        max(case.lengths) + spare if sum(case.lengths) else 0,
+        *arrange(tensor(case.dense_keys), tensor(case.dense_values)),
+        positions,
+        fill,
+        bound=bound,
+        start=case.start,
+        scale=case.scale,
+        softcap=case.softcap,
+        sinks=None if case.sinks is None else tensor(case.sinks),
+        new_mask=mask,
+        **options,
+    )
+
+
+def assert_matches(case, dtype=torch.float16, expected=None, **options):
+    (out, lse), (expected_out, expected_lse) = run(case, dtype, **options), expected or case.expected()
+    assert out.shape == expected_out.shape
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert (out.double() - expected_out).norm() <= TOLERANCE[dtype] * expected_out.norm()
+    assert torch.all(out[expected_lse == -torch.inf] == 0)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-6)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails when a tensor's content decides what the host does next."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.FORBIDDEN, func
+        return func(*args, **(kwargs or {}))
+
+
+class TestContract:
+    """Of every package; FlashAttention-2 and -3 are tested here alone."""
+
+    @pytest.mark.parametrize("q_len", [1, 2, 4])
+    @pytest.mark.parametrize("group", [1, 2, 3])
+    @pytest.mark.parametrize("lengths", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 13, 3), (5, 0, 0, 2)], ids=str)
+    def test_rows(self, fake, lengths, group, q_len):
+        case, expected = fixed_case(lengths, group, q_len)
+        assert_matches(case, expected=expected)
+
+    @pytest.mark.parametrize(("lengths", "group", "q_len"), [((0, 400, 1, 7), 2, 1), ((2, 0, 1, 3), 16, 2)], ids=str)
+    def test_giant_row_and_large_groups(self, fake, lengths, group, q_len):
+        case, expected = fixed_case(lengths, group, q_len)
+        assert_matches(case, expected=expected)
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_random(self, fake, data):
+        """Any fills, padding, masks, sinks, softcap where there is one."""
+        batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+        lengths = data.draw(st.lists(st.integers(0, 9), min_size=batch * heads, max_size=batch * heads))
+        group, q_len = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
+        seed = data.draw(st.integers(0, 2**32))
+        rng = np.random.default_rng(seed)
+        padding = data.draw(st.sampled_from([0.0, 0.4]))
+        case = make_case(
+            seed,
+            lengths,
+            batch,
+            group=group,
+            q_len=q_len,
+            padding=padding,
+            softcap=data.draw(st.sampled_from([None, 0.5, 20.0])) if PACKAGES[fake[0]].softcap else None,
+            sinks=rng.normal(size=heads * group).astype(np.float16).astype(float) if data.draw(st.booleans()) else None,
+            new_mask=rng.random((batch, q_len, q_len)) < 0.6 if data.draw(st.booleans()) else None,
+        )
+        assert_matches(widened(case), spare=data.draw(st.integers(0, 3)), padded=padding > 0)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_dtypes(self, fake, dtype):
+        assert_matches(widened(make_case(1, [9, 0, 1, 12], batch=2, q_len=2), dtype=dtype), dtype)
+
+    @pytest.mark.parametrize("dim", [16, 256])
+    def test_head_dims(self, fake, dim):
+        assert_matches(widened(make_case(2, [9, 0, 1, 12], batch=2), dim=dim, value_dim=dim))
+
+    @pytest.mark.parametrize("q_len", [1, 3])
+    @pytest.mark.parametrize("garbage", [NAN, INF])
+    def test_slots_behind_the_fill_may_hold_anything(self, fake, garbage, q_len):
+        """FlashAttention-3 and -4 would multiply values there by 0, and 0 * NaN is NaN."""
+        case = widened(make_case(3, [3, 0, 5, 1], batch=2, q_len=q_len, old=[1, 4]))
+        expected = case.expected()
+        for b in range(2):
+            case.dense_keys[b, :, case.fill[b] :] = garbage
+            case.dense_values[b, :, case.fill[b] :] = garbage
+        assert_matches(case, expected=expected)
+
+    @pytest.mark.parametrize("spare", [0, 2, 100])
+    def test_bounds_need_not_be_tight(self, fake, spare):
+        assert_matches(widened(make_case(4, [3, 0, 5, 1], batch=2, q_len=2, capacity=20, old=[1, 4])), spare=spare)
+
+    @pytest.mark.parametrize("which", ["keys", "values", "both"])
+    @pytest.mark.parametrize("q_len", [1, 3])
+    def test_dense_tier_that_is_not_contiguous(self, fake, which, q_len):
+        """Laid out as a model lays out its keys, or part of a buffer."""
+
+        def arrange(keys, values):
+            inside = keys.transpose(1, 2).contiguous().transpose(1, 2)
+            part = torch.cat([values, values], 2)[:, :, : values.shape[2]]
+            return inside if which != "values" else keys, part if which != "keys" else values
+
+        assert_matches(widened(make_case(5, [3, 0, 5, 1], batch=2, q_len=q_len, old=[1, 4])), arrange=arrange)
+
+    @pytest.mark.parametrize("width", ["bound", "capacity"])
+    def test_mask_says_nothing_of_slots_behind_the_fill(self, fake, width):
+        """They are not seen, whatever it says; and it may be as wide as the fill's bound, or as the whole tier."""
+        q_len = 3
+        new_mask = np.random.default_rng(0).random((2, q_len, q_len)) < 0.6
+        case = widened(make_case(14, [3, 0, 5, 1], batch=2, q_len=q_len, old=[1, 4], new_mask=new_mask))
+        bound = int(case.fill.max()) if width == "bound" else case.positions.shape[1]
+        mask = torch.ones(2, q_len, bound, dtype=torch.bool)
+        for b in range(2):
+            for c, position in enumerate(case.positions[b, : case.fill[b]]):
+                mask[b, :, c] = torch.tensor([case.sees(b, i, position) for i in range(q_len)])
+        assert_matches(case, mask=mask)
+
+    @pytest.mark.parametrize("q_len", [1, 2])
+    @pytest.mark.parametrize("sinks", [None, np.array([0.5, -1.0, 2.0, 0.0])], ids=["no sinks", "sinks"])
+    def test_nothing_stored(self, fake, sinks, q_len):
+        """No row has a token, and the dense tier has no slots: 0, and -inf or the sink."""
+        case = widened(make_case(6, [0, 0, 0, 0], batch=2, capacity=0, old=[0, 0], q_len=q_len, sinks=sinks))
+        case.fill[:] = 0
+        out, lse = run(case, padded=True)
+        assert torch.all(out == 0)
+        assert out.shape == case.query.shape
+        expected = torch.full((4,), -torch.inf) if sinks is None else torch.tensor(sinks).float()
+        assert torch.equal(lse, expected[None, :, None].expand(2, -1, q_len))
+
+    def test_one_sequence_without_dense_tokens(self, fake):
+        """Its gap is its whole buffer."""
+        case = widened(make_case(7, [4, 0, 2, 3], batch=2, old=[0, 5]))
+        case.fill[0] = 0
+        assert_matches(case, padded=True)
+
+    def test_fewer_tokens_than_new_queries(self, fake):
+        """Not what `padded=False` promises, but the first queries see nothing then, as the packages define it."""
+        case = widened(make_case(8, [0, 0], batch=1, q_len=3, old=[0]))
+        case.fill[0] = 2
+        out, lse = run(case)
+        assert torch.all(out[:, :, 0] == 0)
+        assert torch.all(lse[:, :, 0] == -torch.inf)
+        assert torch.all(lse[:, :, 1:].isfinite())
+
+    @pytest.mark.parametrize(
+        ("options", "calls"),
+        [
+            ({"q_len": 1}, [1, 2]),  # one query of two heads, then two queries of one head
+            ({"q_len": 3}, [3, 3]),
+            ({"q_len": 1, "padding": 0.5}, [1, 2]),  # a single query sees all there is
+            ({"q_len": 3, "padding": 0.5}, [3]),
+            ({"q_len": 3, "new_mask": np.ones((2, 3, 3), dtype=bool)}, [3]),
+        ],
+        ids=["one", "three", "one, padded", "three, padded", "masked"],
+    )
+    def test_what_the_package_computes(self, fake, options, calls):
+        """Both tiers, but the dense one only where it is causal as the package means it."""
+        case = widened(make_case(9, [3, 0, 5, 1], batch=2, old=[2, 4], **options))
+        assert_matches(case, padded="padding" in options)
+        assert fake[1] == calls
+
+    @pytest.mark.parametrize("options", [{"q_len": 1}, {"q_len": 3}, {"q_len": 3, "padding": 0.5}], ids=str)
+    def test_no_length_is_read_on_the_host(self, fake, options):
+        case = widened(make_case(10, [3, 0, 5, 1], batch=2, old=[2, 4], **options))
+        tensors = [torch.tensor(a).half() for a in (case.query, case.keys, case.values)]
+        dense = [torch.tensor(a).half() for a in (case.dense_keys, case.dense_values)]
+        cu_seqlens, positions = cumulative(torch.tensor(case.lengths)), torch.tensor(case.positions, dtype=torch.int32)
+        fill, sinks = torch.tensor(case.fill), torch.zeros(4)
+        bounds = {"bound": int(fill.max()), "start": case.start, "padded": "padding" in options}
+        resolve_package(None, torch.float16, 8, 8, None)
+        with NoHostReads():
+            varlen_attention(*tensors, cu_seqlens, 5, *dense, positions, fill, scale=0.6, sinks=sinks, **bounds)
+
+    def test_inputs_are_left_alone(self, fake):
+        case = widened(make_case(11, [3, 0, 5, 1], batch=2, old=[2, 4]))
+        dense = [torch.tensor(a).half() for a in (case.dense_keys, case.dense_values)]
+        before = [tensor.clone() for tensor in dense]
+        run(case, arrange=lambda keys, values: dense)
+        for tensor, expected in zip(dense, before, strict=True):
+            assert torch.equal(tensor, expected)
+
+
+def test_values_of_another_width(install):
+    """FlashAttention-4 alone takes them."""
+    install("flash_attn_4", flash_attn_4([]))
+    assert_matches(widened(make_case(12, [3, 0, 5, 1], batch=2, q_len=2), dim=24, value_dim=16))
+
+
+def test_flash_attn_3_without_lse(install):
+    install("flash_attn_3", flash_attn_3_early([], returns_lse=False))
+    with pytest.raises(RuntimeError, match="does not return the lse"):
+        run(widened(make_case(13, [3, 5], batch=1)))
+
+
+class TestInstalled:
+    def test_nothing(self, install):
+        assert installed() == ()
+
+    def test_order_of_preference(self, install):
+        for package in ("torch_varlen", "flash_attn_4", "flash_attn_2", "flash_attn_3"):
+            install(package, FAKES[package]([]))
+        assert installed() == tuple(PACKAGES) == ("flash_attn_3", "flash_attn_2", "flash_attn_4", "torch_varlen")
+
+    @pytest.mark.parametrize("error", [ImportError("undefined symbol"), OSError("no such file"), RuntimeError("ABI")])
+    def test_broken_package_is_warned_of_once(self, install, monkeypatch, tmp_path, error):
+        install("torch_varlen", torch_varlen([]))
+        (tmp_path / "flash_attn.py").write_text(f"raise {error!r}")
+        monkeypatch.delitem(sys.modules, "flash_attn")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        with pytest.warns(UserWarning, match="flash_attn_2 is installed but cannot be imported") as warned:
+            assert installed() == ("torch_varlen",)
+        assert len(warned) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert installed() == ("torch_varlen",)
+
+    def test_namespace_that_another_package_left(self, install):
+        """FlashAttention-4 is installed as `flash_attn.cute`; there is a `flash_attn` then, with nothing in it."""
+        install("flash_attn_2", {})
+        install("flash_attn_4", flash_attn_4([]))
+        assert installed() == ("flash_attn_4",)
+
+    @pytest.mark.parametrize("package", ["flash_attn_2", "flash_attn_4", "torch_varlen"])
+    def test_version_before_those_supported(self, install, package):
+        """FlashAttention-2 without softcap, a preview of FlashAttention-4 without lse, PyTorch 2.10."""
+        install(package, {PACKAGES[package].function: lambda q, k, v, causal=False: None})
+        assert installed() == ()
+
+    def test_pytorch_without_its_kernel(self, install, monkeypatch):
+        install("torch_varlen", torch_varlen([]))
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+        assert installed() == ()
+
+
+class TestResolvePackage:
+    def put(self, install, *packages):
+        for package in packages:
+            install(package, FAKES[package]([]))
+
+    def test_first_that_can(self, install):
+        self.put(install, *PACKAGES)
+        assert resolve_package(None, torch.bfloat16, 128, 128, None) == "flash_attn_3"
+        assert resolve_package(None, torch.bfloat16, 128, 64, None) == "flash_attn_4"
+        assert resolve_package("torch_varlen", torch.bfloat16, 128, 128, None) == "torch_varlen"
+
+    def test_unknown(self, install):
+        with pytest.raises(ValueError, match="package='flash' is not known. Allowed: None, 'flash_attn_3'"):
+            resolve_package("flash", torch.bfloat16, 128, 128, None)
+
+    def test_not_installed(self, install):
+        with pytest.raises(ValueError, match="package=None is not installed; installed: none. Install one"):
+            resolve_package(None, torch.bfloat16, 128, 128, None)
+        self.put(install, "torch_varlen")
+        with pytest.raises(ValueError, match="package='flash_attn_2' is not installed; installed: 'torch_varlen'"):
+            resolve_package("flash_attn_2", torch.bfloat16, 128, 128, None)
+
+    @pytest.mark.parametrize(
+        ("package", "inputs", "message"),
+        [
+            (
+                "flash_attn_2",
+                (torch.float32, 128, 128, None),
+                "takes torch.float16 and torch.bfloat16, .*dtype=torch.float32",
+            ),
+            ("flash_attn_2", (torch.float16, 12, 12, None), "multiples of 8 up to 256, but one is 12"),
+            ("flash_attn_3", (torch.float16, 264, 264, None), "multiples of 8 up to 256, but one is 264"),
+            ("flash_attn_4", (torch.float16, 64, 0, None), "multiples of 8 up to 256, but one is 0"),
+            ("flash_attn_2", (torch.float16, 192, 128, None), "keys have 192 and values 128 dimensions"),
+            ("flash_attn_3", (torch.float16, 192, 128, None), "keys have 192 and values 128 dimensions"),
+            ("torch_varlen", (torch.float16, 128, 128, 30.0), "has no softcap, but softcap=30.0"),
+        ],
+        ids=str,
+    )
+    def test_refusals(self, install, package, inputs, message):
+        self.put(install, package)
+        for named in (package, None):
+            with pytest.raises(ValueError, match=f"{package}.*{message}.* attention='torch'"):
+                resolve_package(named, *inputs)
+
+
+# ---------------------------------------------------------------------- the real packages
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("package", PACKAGES)
+class TestOnTheGPU:
+    """Every package that is really installed, in bf16, against the reference in float64."""
+
+    LENGTHS = (0, 1, 17, 128, 3000, 64, 0, 700)  # of two sequences
+
+    @pytest.fixture(autouse=True)
+    def really_installed(self, package):
+        if package not in installed():
+            pytest.skip(f"{package} is not installed")
+
+    def inputs(self, seed, *, group=4, q_len=1, dim=64, capacity=320, fill=(250, 37), dtype=torch.bfloat16):
+        """What `varlen_attention` takes, up to its keywords; the new tokens are the last of the dense tier."""
+        generator = torch.Generator("cuda").manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator, device="cuda", dtype=torch.float32).to(dtype)
+
+        heads, total = len(self.LENGTHS) // 2, sum(self.LENGTHS)
+        positions = torch.full((2, capacity), 10_000, dtype=torch.int32, device="cuda")
+        for b, filled in enumerate(fill):
+            positions[b, :filled] = torch.arange(5000 - filled, 5000, device="cuda")
+        cu_seqlens = cumulative(torch.tensor(self.LENGTHS, device="cuda"))
+        return (
+            draw(2, heads * group, q_len, dim), draw(total, dim), draw(total, dim), cu_seqlens, max(self.LENGTHS),
+            draw(2, heads, capacity, dim), draw(2, heads, capacity, dim), positions, torch.tensor(fill, device="cuda"),
+        )  # fmt: skip
+
+    def assert_matches(self, package, inputs, **options):
+        query, keys, values, cu_seqlens, _, dense_keys, dense_values, positions, fill = inputs
+        start = 5000 - query.shape[2]
+        bound = int(fill.max())
+        out, lse = varlen_attention(*inputs, bound=bound, start=start, scale=0.125, package=package, **options)
+        expected_out, expected_lse = tiered_attention(
+            query.double(), keys.double(), values.double(), Rows.of(cu_seqlens),
+            dense_keys[:, :, :bound].double(), dense_values[:, :, :bound].double(),
+            dense_allowed(positions[:, :bound], fill, start, query.shape[2], None), scale=0.125, **options,
+        )  # fmt: skip
+        assert out.dtype == query.dtype
+        error = (out.double() - expected_out).flatten(0, 1).norm(dim=(1, 2)) / expected_out.flatten(0, 1).norm(
+            dim=(1, 2)
+        )
+        assert error.max() <= 3e-3, error  # of the worst head
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-3)
+
+    @pytest.mark.parametrize("q_len", [1, 2, 4])
+    @pytest.mark.parametrize("group", [1, 3, 4, 16])
+    def test_groups_and_queries(self, package, group, q_len):
+        self.assert_matches(package, self.inputs(group * 8 + q_len, group=group, q_len=q_len))
+
+    @pytest.mark.parametrize("dim", [64, 96, 128, 256])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_head_dims(self, package, dim, dtype):
+        self.assert_matches(package, self.inputs(dim, dim=dim, q_len=2, dtype=dtype))
+
+    def test_sinks_and_softcap(self, package):
+        softcap = 5.0 if PACKAGES[package].softcap else None
+        sinks = torch.linspace(-2, 3, 16, device="cuda")
+        self.assert_matches(package, self.inputs(1, q_len=2), sinks=sinks, softcap=softcap)
+
+    @pytest.mark.parametrize("q_len", [1, 3])
+    def test_slots_behind_the_fill_may_hold_anything(self, package, q_len):
+        inputs = self.inputs(2, q_len=q_len)
+        clean = varlen_attention(*inputs, bound=250, start=4999, scale=0.125, package=package)
+        for b, filled in enumerate(inputs[-1].tolist()):
+            for dense in inputs[5:7]:
+                dense[b, :, filled:] = torch.nan
+        found = varlen_attention(*inputs, bound=250, start=4999, scale=0.125, package=package)
+        for tensor, expected in zip(found, clean, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
+
+    def test_new_tokens_only(self, package):
+        """No condensed row yet, and a dense tier that the new tokens fill."""
+        inputs = list(self.inputs(3, q_len=40, capacity=40, fill=(40, 40)))
+        inputs[1:5] = inputs[1][:0], inputs[2][:0], torch.zeros_like(inputs[3]), 0
+        self.assert_matches(package, inputs)
+
+    @pytest.mark.parametrize("q_len", [1, 3])
+    def test_no_length_is_read_on_the_host(self, package, q_len):
+        inputs = self.inputs(4, q_len=q_len)
+        options = {"bound": 250, "start": 5000 - q_len, "scale": 0.125, "package": package}
+        varlen_attention(*inputs, **options)  # what a package does at its first call, such as compiling, is its own
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            varlen_attention(*inputs, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
