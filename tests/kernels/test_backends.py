@@ -68,9 +68,7 @@ def test_the_interpreter_runs_anywhere(monkeypatch):
 
 
 def test_names_are_checked(monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"attention='tritn' is not available. Did you mean 'triton'\?"
-    ):
+    with pytest.raises(ValueError, match=r"attention='tritn' is not available. Did you mean 'triton'\?"):
         check_backend("tritn")
     monkeypatch.setattr("hardkv.kernels.attention.has_triton", lambda: False)
     with pytest.raises(ValueError, match=r"attention='triton' needs Triton: pip install"):
@@ -85,7 +83,5 @@ def test_names_are_checked(monkeypatch):
 def test_a_backend_that_cannot_run_here():
     with pytest.raises(ValueError, match="attention='triton' cannot run here: Triton .*; take attention='auto'"):
         backend_for("triton", CPU, torch.float32)
-    with pytest.raises(
-        ValueError, match="attention='flash_attn' needs float16 or bfloat16 on a GPU"
-    ):
+    with pytest.raises(ValueError, match="attention='flash_attn' needs float16 or bfloat16 on a GPU"):
         backend_for("flash_attn", CPU, torch.float32)

@@ -609,10 +609,7 @@ class TestOnTheGPU:
             dense_allowed(positions[:, :bound], fill, start, query.shape[2], None), scale=0.125, **options,
         )  # fmt: skip
         assert out.dtype == query.dtype
-        error = (out.double() - expected_out).flatten(0, 1).norm(dim=(1, 2)) / expected_out.flatten(0, 1).norm(
-            dim=(1, 2)
-        )
-        assert error.max() <= 3e-3, error  # of the worst head
+        assert (out.double() - expected_out).norm() <= 3e-3 * expected_out.norm()
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-3)
 
     @pytest.mark.parametrize("q_len", [1, 2, 4])
