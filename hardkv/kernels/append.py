@@ -30,9 +30,11 @@ def append(
     """
     if kernels_for(keys.device, keys.dtype) == "triton":
         from hardkv.kernels.triton import append as kernel
+        from hardkv.kernels.triton import ops
 
+        run = ops.append if torch.compiler.is_compiling() else kernel.append
         with torch.cuda.device_of(keys):
-            return kernel.append(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
+            return run(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
     return append_reference(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
 
 

@@ -21,9 +21,11 @@ def gather_tokens(sources: Sequence[Tensor], address: Tensor) -> Tensor:
     """
     if kernels_for(sources[-1].device, sources[-1].dtype) == "triton":
         from hardkv.kernels.triton import compaction as kernel
+        from hardkv.kernels.triton import ops
 
+        run = ops.gather_tokens if torch.compiler.is_compiling() else kernel.gather_keys
         with torch.cuda.device_of(address):
-            return kernel.gather_keys(sources, address)
+            return run(list(sources), address)
     flat = [source.flatten(0, 2) if source.dim() == 4 else source for source in sources]
     filled = [source for source in flat if source.shape[0]]
     if len(filled) == 1:
@@ -47,8 +49,12 @@ def gather_tiers(
     first = sources[-1][0]
     if kernels_for(first.device, first.dtype) == "triton":
         from hardkv.kernels.triton import compaction as kernel
+        from hardkv.kernels.triton import ops
 
         with torch.cuda.device_of(address):
+            if torch.compiler.is_compiling():
+                tiers = [keys for keys, _ in sources], [values for _, values in sources]
+                return ops.gather_tiers(*tiers, address, index, positions, misses)
             return kernel.gather_tiers(sources, address, index, positions, misses)
     chosen = address[index]
     keys = gather_tokens([keys for keys, _ in sources], chosen)

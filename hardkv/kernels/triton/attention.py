@@ -313,38 +313,70 @@ def ragged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     new_mask: Tensor | None = None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-    schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a condensed ragged tier and the dense tier; see `hardkv.kernels.attention.attend_tiers`.
 
+    The schedule is made once and kept with the rows.
+
     Args:
-        query: `[B, Hq, q, D]`. keys, values: `[N, D]`, `[N, Dv]`. rows: their rows, where the schedule is kept.
+        query: `[B, Hq, q, D]`. keys, values: `[N, D]`, `[N, Dv]`. rows: of the condensed tier.
         dense_keys, dense_values: `[B, H, C, D]` and `[B, H, C, Dv]`, any strides with the last 1.
         dense_positions: int32 `[B, C]`. fill: int `[B]`, valid slots, at most `bound`.
         start: column of the first new query.
         sinks: `[Hq]`. new_mask: bool `[B, q, C]`, dense slots that each query sees, instead of causality.
-        out: `[B, Hq, q, Dv]` and lse: float32 `[B, Hq, q]`, written when given.
-        schedule: another than the one kept with the rows, with `query_blocks(G, q)` blocks.
 
     Returns:
-        `out` in the query's dtype and `lse`.
+        `out [B, Hq, q, Dv]` in the query's dtype and `lse`, float32 `[B, Hq, q]`.
     """
+    blocks = query_blocks(query.shape[1] // dense_keys.shape[1], query.shape[2])
+    schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks)
+    tensors = query, keys, values, rows.cu_seqlens, dense_keys, dense_values, dense_positions, fill
+    if torch.compiler.is_compiling():
+        from hardkv.kernels.triton import ops
+
+        return ops.ragged_attention(*tensors, *schedule.tensors(), start, scale, softcap, sinks, new_mask)
+    return launch(*tensors, schedule, start=start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask)
+
+
+def outputs(query: Tensor, dense_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Unwritten `out` and `lse`; `out` lies in memory as `[B, q, Hq, Dv]`, as models want it next."""
+    batch, num_heads, q_len, _ = query.shape
+    out = query.new_empty(batch, q_len, num_heads, dense_values.shape[-1]).transpose(1, 2)
+    return out, query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
+
+
+def launch(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    dense_positions: Tensor,
+    fill: Tensor,
+    schedule: Schedule,
+    *,
+    start: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    new_mask: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ragged_attention` with a schedule of `query_blocks(G, q)` blocks, into `out` and `lse` when both are given."""
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, value_dim = dense_keys.shape[1], dense_values.shape[-1]
     group = num_heads // num_kv_heads
     if query.stride(-1) != 1:
         query = query.contiguous()
-    if out is None:
-        out = query.new_empty(batch, q_len, num_heads, value_dim).transpose(1, 2)
-    if lse is None:
-        lse = query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
+    if out is None and lse is None:
+        out, lse = outputs(query, dense_values)
+    assert out is not None
+    assert lse is not None
     queries = queries_per_block(group, q_len)
-    blocks = triton.cdiv(group * q_len, queries)
+    blocks = query_blocks(group, q_len)
     tokens, stages = block_tokens(max(head_dim, value_dim), query.element_size())
-    if schedule is None:
-        schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks)
     programs = schedule.first_row.shape[0]
     partial = query.new_empty(2 * programs * blocks * queries, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(2 * programs * blocks * queries, dtype=torch.float32)
@@ -352,7 +384,7 @@ def ragged_attention(
     mask = new_mask.view(torch.uint8) if new_mask is not None else fill
     _ragged_attention[(programs, blocks)](
         out, lse, partial, partial_lse, schedule.arrived,
-        query, keys, values, rows.cu_seqlens,
+        query, keys, values, cu_seqlens,
         dense_keys, dense_values, dense_positions, fill,
         mask, sinks if sinks is not None else fill,
         schedule.row_start, schedule.first_row, schedule.share,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton")
 
 from hardkv.kernels.attention import dense_allowed  # noqa: E402
-from hardkv.kernels.rows import Rows, cumulative  # noqa: E402
-from hardkv.kernels.triton.attention import UNIT, Schedule, query_blocks, ragged_attention  # noqa: E402
+from hardkv.kernels.rows import cumulative  # noqa: E402
+from hardkv.kernels.triton.attention import UNIT, Schedule, launch, query_blocks  # noqa: E402
 from tests.kernels import test_attention as reference  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -52,17 +52,16 @@ def run(case, dtype=torch.float32, programs=5, schedule=None, **options):
         mask = dense_allowed(positions, fill, case.start, q_len, new_mask)
     schedule = schedule or Schedule.make(cu_seqlens, sum(case.lengths), capacity, programs, query_blocks(group, q_len))
     shape = (*case.query.shape[:3], case.values.shape[-1])
-    return ragged_attention(
+    return launch(
         tensor(case.query),
         tensor(case.keys),
         tensor(case.values),
-        Rows(cu_seqlens, sum(case.lengths), max(case.lengths, default=0)),
+        cu_seqlens,
         tensor(case.dense_keys),
         tensor(case.dense_values),
         positions,
         fill,
-        bound=int(case.fill.max()),
-        schedule=schedule,
+        schedule,
         start=case.start,
         scale=case.scale,
         softcap=case.softcap,
