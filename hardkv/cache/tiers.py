@@ -131,6 +131,11 @@ class DenseTier:
         """A new tier with the newest `count` tokens of every sequence, which has `least` at least, at its front."""
         tier = DenseTier.allocate(self.keys, self.values, capacity)
         fill, bound = self.fill.clamp_max(count), min(self.bound, count)
+        if self.even:
+            for new, old in ((tier.keys, self.keys), (tier.values, self.values)):
+                new[:, :, :bound] = old[:, :, self.bound - bound : self.bound]
+            tier.positions[:, :bound] = self.positions[:, self.bound - bound : self.bound]
+            return replace(tier, fill=fill, bound=bound)
         slot = (self.fill - fill)[:, None] + torch.arange(bound, device=fill.device)
         slot = slot.clamp_max(max(self.capacity - 1, 0))  # behind the fill of a short sequence: never counts
         sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]

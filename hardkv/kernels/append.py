@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hardkv.kernels.backends import kernels_for
+from hardkv.kernels.backends import current, kernels_for
 
 
 def append(
@@ -33,7 +33,7 @@ def append(
         from hardkv.kernels.triton import ops
 
         run = ops.append if torch.compiler.is_compiling() else kernel.append
-        with torch.cuda.device_of(keys):
+        with current(keys):
             return run(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
     return append_reference(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
 

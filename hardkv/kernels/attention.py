@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardkv.kernels.backends import has_triton, kernels_for, why_not_triton
+from hardkv.kernels.backends import current, has_triton, kernels_for, why_not_triton
 from hardkv.kernels.rows import Rows
 
 BACKENDS = ("torch", "triton", "flash_attn")
@@ -177,7 +177,7 @@ def attend_tiers(
     if backend == "triton":
         from hardkv.kernels.triton.attention import ragged_attention
 
-        with torch.cuda.device_of(query):
+        with current(query):
             return ragged_attention(query, keys, values, rows, *tail, **options)
     return _varlen().varlen_attention(
         query, keys, values, rows.cu_seqlens, rows.longest, *tail, padded=padded, **options

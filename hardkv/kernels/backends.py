@@ -2,10 +2,12 @@
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 # What Triton supports since 3.4; older GPUs run the references.
 MIN_CAPABILITY = (8, 0)
@@ -38,6 +40,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def kernels_for(device: torch.device, dtype: torch.dtype) -> str:
     """The kernels for tensors of a device and dtype, "triton" or "torch"; a GPU without Triton is told of once."""
     reason = why_not_triton(device, dtype)
@@ -46,6 +49,11 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         _warn_once(reason)
     return "torch"
+
+
+def current(tensor: Tensor) -> AbstractContextManager:
+    """Make the tensor's device the current one, on which Triton launches; a compiler's own code does so by itself."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(tensor)
 
 
 @cache

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hardkv.kernels.backends import kernels_for
+from hardkv.kernels.backends import current, kernels_for
 
 
 def gather_tokens(sources: Sequence[Tensor], address: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def gather_tokens(sources: Sequence[Tensor], address: Tensor) -> Tensor:
         from hardkv.kernels.triton import ops
 
         run = ops.gather_tokens if torch.compiler.is_compiling() else kernel.gather_keys
-        with torch.cuda.device_of(address):
+        with current(address):
             return run(list(sources), address)
     flat = [source.flatten(0, 2) if source.dim() == 4 else source for source in sources]
     filled = [source for source in flat if source.shape[0]]
@@ -51,7 +51,7 @@ def gather_tiers(
         from hardkv.kernels.triton import compaction as kernel
         from hardkv.kernels.triton import ops
 
-        with torch.cuda.device_of(address):
+        with current(address):
             if torch.compiler.is_compiling():
                 tiers = [keys for keys, _ in sources], [values for _, values in sources]
                 return ops.gather_tiers(*tiers, address, index, positions, misses)

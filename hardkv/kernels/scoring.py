@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardkv.kernels.attention import accumulation_dtype
-from hardkv.kernels.backends import kernels_for
+from hardkv.kernels.backends import current, kernels_for
 from hardkv.kernels.rows import Rows, padded_index
 
 Reduce = Literal["mean", "max", "max_logits", "mean_square"]
@@ -51,7 +51,7 @@ def window_attention(
         from hardkv.kernels.triton import scoring as kernel
 
         run = ops.window_attention if torch.compiler.is_compiling() else kernel.window_attention
-        with torch.cuda.device_of(keys):
+        with current(keys):
             return run(
                 *tensors,
                 rows.cu_seqlens,
@@ -127,7 +127,7 @@ def pool_rows(score: Tensor, exclude: Tensor, rows: Rows, *, kernel_size: int, p
         from hardkv.kernels.triton import scoring as kernel
 
         run = ops.pool_rows if torch.compiler.is_compiling() else kernel.pool_rows
-        with torch.cuda.device_of(score):
+        with current(score):
             return run(score, exclude, rows.cu_seqlens, rows.longest, kernel_size=kernel_size, pooling=pooling)
     if rows.longest == 0:
         return score

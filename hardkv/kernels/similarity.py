@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hardkv.kernels.attention import accumulation_dtype
-from hardkv.kernels.backends import kernels_for
+from hardkv.kernels.backends import current, kernels_for
 from hardkv.kernels.rows import Rows
 
 # Cosines that one tile of the reference holds at a time (float32: 128 MB).
@@ -29,7 +29,7 @@ def mean_cosine(keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float 
         from hardkv.kernels.triton import ops
         from hardkv.kernels.triton import similarity as kernel
 
-        with torch.cuda.device_of(keys):
+        with current(keys):
             if torch.compiler.is_compiling():
                 return ops.mean_cosine(keys, rows.cu_seqlens, rows.longest, threshold, eps)
             return kernel.mean_cosine(keys, rows.cu_seqlens, rows.longest, threshold=threshold, eps=eps)

@@ -1,0 +1,1 @@
+"""What hardkv's kernels and events cost in time: `python -m eval.speed.NAME --help`."""
