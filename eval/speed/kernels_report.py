@@ -264,7 +264,7 @@ def draw(records: list[Record], path: Path) -> None:
         axis.grid(alpha=0.25)
         if group:
             axis.legend(fontsize=8)
-    axes[0].set_ylim(0, 1.05)
+    axes[0].set_ylim(0)
     axes[0].set_ylabel("fraction of the copy bandwidth")
     figure.savefig(path, dpi=150)
     plt.close(figure)
