@@ -50,7 +50,7 @@ class Event:
     def select(self, tiers: Tiers, ring: QueryRing) -> Selection:
         """What stays; the host does not wait for the device."""
         settings, scorer = self.settings, self.settings.scorer
-        merged = tiers.merged(settings.window)
+        merged = tiers.merged(settings.window, settings.sinks, self.pinned)
         observation = self._observe(tiers, ring, merged)
         z = scorer.score(observation)  # type: ignore[union-attr]
         _check_shape(z, observation, scorer)
@@ -105,20 +105,11 @@ class Event:
             query_positions=columns,
             query_valid=valid,
             seen=tiers.tokens,
-            protected=self._protected(merged),
+            protected=merged.protected,
             scale=self.scale,
             window=self.settings.window,
             softcap=self.softcap,
         )
-
-    def _protected(self, merged: Merged) -> Tensor:
-        """Tokens kept whatever their score, bool `[N]`: window, sinks, and a pinned prompt."""
-        bounds, row = merged.rows.cu_seqlens.long(), merged.rows.ids
-        start, stop = bounds[:-1], bounds[1:]
-        token = torch.arange(row.shape[0], device=row.device)
-        newest = token >= stop[row] - self.settings.window
-        oldest = token < start[row] + self.settings.sinks
-        return newest | oldest | (merged.positions < self.pinned)
 
 
 def _check_shape(z: Any, observation: Observation, scorer: Any) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hardkv.kernels.append import append
 from hardkv.kernels.compaction import gather_tiers, gather_tokens
-from hardkv.kernels.rows import Rows, count_per_row, cumulative, padded_index
+from hardkv.kernels.layout import assign, layout
+from hardkv.kernels.rows import Rows, cumulative, padded_index
 
 
 def storage_nbytes(tensors: Iterable[Tensor]) -> int:
@@ -162,12 +163,8 @@ class Merged:
     misses: Tensor  # uint8 [N]
     address: Tensor  # int64 [N], over condensed, sparse and dense slots one behind the other
     in_window: Tensor  # bool [N], the newest tokens of the dense tier, which stay there
+    protected: Tensor  # bool [N], tokens kept whatever their score
     rows: Rows
-
-
-def _either(is_dense: Tensor, dense: Tensor, ragged: Tensor, place: Tensor) -> Tensor:
-    """`dense` where `is_dense`, else `ragged[place]`; `ragged` may be empty when all are dense."""
-    return torch.where(is_dense, dense, ragged[place] if ragged.shape[0] else dense)
 
 
 @dataclass(frozen=True)
@@ -200,13 +197,11 @@ class Selection:
             sound: bool scalar, whether the selection can be trusted.
             patience: misses a token survives in the sparse tier.
         """
-        misses = torch.where(keep, 0, merged.misses + 1).to(torch.uint8)
-        condensed, sparse = keep & ~merged.in_window, ~keep & (misses <= patience)
-        lengths = [count_per_row(chosen, merged.rows.cu_seqlens) for chosen in (condensed, sparse)]
-        found = [size for each in lengths for size in (each.sum(), each.max())]
-        sizes = torch.stack([*found, tiers.dense.fill.min(), sound.long()])
-        cu_condensed, cu_sparse = (cumulative(each) for each in lengths)
-        return cls(merged, misses, condensed, sparse, cu_condensed, cu_sparse, temperatures, sizes)
+        misses, condensed, sparse, lengths = assign(keep, merged.in_window, merged.misses, merged.rows, patience)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(1, dtype=torch.int32), (1, 0))
+        found = torch.stack([lengths.sum(1), lengths.amax(1)], 1).flatten()
+        sizes = torch.cat([found, tiers.dense.fill.min()[None], sound.long()[None]])
+        return cls(merged, misses, condensed, sparse, cu_seqlens[0], cu_seqlens[1], temperatures, sizes)
 
 
 @dataclass(frozen=True)
@@ -249,39 +244,36 @@ class Tiers:
         recent = columns.gather(1, dense.positions.long().masked_fill(~held, 0)) & held
         return bool(columns[sequence, tier.positions.long()].any() | recent.any())
 
-    def merged(self, window: int) -> Merged:
-        """Lay out every held token by row and position."""
+    def merged(self, window: int, sinks: int = 0, pinned: int = 0) -> Merged:
+        """Lay out every held token by row and position.
+
+        Args:
+            window, sinks: newest and first tokens of a row that are protected. pinned: so are columns below it.
+        """
         dense, device = self.dense, self.dense.fill.device
         _, num_kv_heads = self.shape
         # what is ragged comes first in every row, as all of it is older than the dense tier
-        ragged = [tier for tier in (self.condensed, self.sparse) if tier.rows.total]
-        offset = sum(tier.rows.total for tier in ragged)
-        older = sum((tier.rows.lengths for tier in ragged), torch.zeros_like(self.condensed.rows.lengths))  # [R]
-        positions = torch.cat([tier.positions for tier in ragged] or [dense.positions.new_empty(0)])
-        misses = torch.cat([tier.misses for tier in ragged] or [self.condensed.misses])
-        address = torch.arange(offset, device=device)
+        ragged = [tier for tier in (self.condensed, self.sparse) if tier.rows.total] or [self.condensed]
+        positions, misses, older, order = ragged[0].positions, ragged[0].misses, ragged[0].cu_seqlens, None
         if len(ragged) == 2:
-            row = torch.cat([tier.rows.ids for tier in ragged])
-            address = torch.argsort((row << 32) + positions)
-
-        fill = dense.fill.repeat_interleave(num_kv_heads)
-        recent = older.shape[0] * dense.bound if dense.even else int(fill.sum())
-        longest = sum(tier.rows.longest for tier in ragged) + dense.bound
-        rows = Rows(cumulative(older + fill), offset + recent, longest)
-        row = rows.ids
-        slot = torch.arange(rows.total, device=device) - (rows.cu_seqlens[:-1] + older)[row]
-        is_dense = slot >= 0
-        before = cumulative(older)[1:].long()[row] + slot  # place among the ragged tokens
-        before = address[before.clamp(0, offset - 1)] if offset else before
-        sequence = row // num_kv_heads
-        held = slot.clamp_min(0)
-        return Merged(
-            positions=_either(is_dense, dense.positions[sequence, held], positions, before),
-            misses=_either(is_dense, torch.zeros((), dtype=torch.uint8, device=device), misses, before),
-            address=torch.where(is_dense, offset + row * dense.capacity + held, before),
-            in_window=slot >= (dense.fill - window).clamp_min(0)[sequence],
-            rows=rows,
+            positions = torch.cat([tier.positions for tier in ragged])
+            misses = torch.cat([tier.misses for tier in ragged])
+            older = ragged[0].cu_seqlens + ragged[1].cu_seqlens
+            order = torch.argsort((torch.cat([tier.rows.ids for tier in ragged]) << 32) + positions)
+        if dense.even:
+            count = torch.arange(older.shape[0], dtype=torch.int32, device=device) * dense.bound
+        else:
+            count = cumulative(dense.fill.repeat_interleave(num_kv_heads))
+        total = positions.shape[0] + ((older.shape[0] - 1) * dense.bound if dense.even else int(count[-1]))
+        rows = Rows(older + count, total, sum(tier.rows.longest for tier in ragged) + dense.bound)
+        tokens = layout(
+            *(rows, older, order, positions, misses, dense.positions, dense.fill),
+            capacity=dense.capacity,
+            window=window,
+            sinks=sinks,
+            pinned=pinned,
         )
+        return Merged(*tokens, rows)
 
     @property
     def sources(self) -> list[tuple[Tensor, Tensor]]:

@@ -1,0 +1,107 @@
+"""Where every held token of a layer lies, and which tier it goes to."""
+
+import torch
+from torch import Tensor
+
+from hardkv.kernels.backends import current, kernels_for
+from hardkv.kernels.rows import Rows, count_per_row
+
+
+def layout(
+    rows: Rows,
+    older: Tensor,
+    order: Tensor | None,
+    positions: Tensor,
+    misses: Tensor,
+    dense_positions: Tensor,
+    fill: Tensor,
+    *,
+    capacity: int,
+    window: int,
+    sinks: int,
+    pinned: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Every row's ragged tokens, then its dense ones.
+
+    Args:
+        rows: of the result: N tokens, ragged and dense together.
+        older: int32 `[R + 1]`, where the rows of the M ragged tokens begin and end.
+        order: int64 `[M]`, which of the ragged tokens stands at each of their places; None: as they are.
+        positions: int32 `[M]`; misses: uint8 `[M]`.
+        dense_positions: int32 `[B, C]`; fill: int64 `[B]`, valid dense slots. capacity: C.
+        window, sinks: newest and first tokens of a row that are protected. pinned: positions below it are too.
+
+    Returns:
+        Of every token, `[N]`: position (int32), misses (uint8, 0 for dense ones), address over the ragged tokens and
+        then the dense slots (int64), whether it is among the newest `window` dense ones, and whether it is protected.
+    """
+    tensors = rows, older, order, positions, misses, dense_positions, fill
+    if kernels_for(positions.device, torch.float32) == "triton":
+        from hardkv.kernels.triton import layout as kernel
+
+        with current(positions):
+            return kernel.layout(*tensors, capacity, window, sinks, pinned)
+    return layout_reference(*tensors, capacity, window, sinks, pinned)
+
+
+def layout_reference(
+    rows: Rows,
+    older: Tensor,
+    order: Tensor | None,
+    positions: Tensor,
+    misses: Tensor,
+    dense_positions: Tensor,
+    fill: Tensor,
+    capacity: int,
+    window: int,
+    sinks: int,
+    pinned: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The PyTorch reference of `layout`."""
+    row, offset = rows.ids, positions.shape[0]
+    sequence = row // ((rows.cu_seqlens.shape[0] - 1) // fill.shape[0])
+    token = torch.arange(rows.total, device=row.device) - rows.cu_seqlens[:-1].long()[row]
+    slot = token - older.diff()[row]  # of the dense tier, negative for older tokens
+    is_dense, held = slot >= 0, slot.clamp_min(0)
+    place = (older[:-1].long()[row] + token).clamp_max(max(offset - 1, 0))
+    position, missed = dense_positions[sequence, held], torch.zeros_like(row, dtype=torch.uint8)
+    if offset:
+        place = place if order is None else order[place]
+        position = torch.where(is_dense, position, positions[place])
+        missed = torch.where(is_dense, missed, misses[place])
+    address = torch.where(is_dense, offset + row * capacity + held, place)
+    recent = slot >= (fill - window).clamp_min(0)[sequence]
+    protected = (token >= rows.lengths[row] - window) | (token < sinks) | (position < pinned)
+    return position, missed, address, recent, protected
+
+
+def assign(
+    keep: Tensor, recent: Tensor, misses: Tensor, rows: Rows, patience: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which tier every token goes to.
+
+    Args:
+        keep: bool `[N]`, selected tokens. recent: bool `[N]`, of these the ones that stay in the dense tier.
+        misses: uint8 `[N]`, events in a row that did not select the token before this one.
+        rows: of the tokens. patience: misses that a token survives, at most 254.
+
+    Returns:
+        Misses (uint8 `[N]`, counted on), tokens of the condensed and of the sparse tier (bool `[N]` each), and how many
+        of them each row has, int32 `[2, R]`.
+    """
+    if kernels_for(keep.device, torch.float32) == "triton":
+        from hardkv.kernels.triton import layout as kernel
+
+        with current(keep):
+            return kernel.assign(keep, recent, misses, rows, patience)
+    return assign_reference(keep, recent, misses, rows, patience)
+
+
+def assign_reference(
+    keep: Tensor, recent: Tensor, misses: Tensor, rows: Rows, patience: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The PyTorch reference of `assign`."""
+    counted = torch.where(keep, 0, misses + 1).to(torch.uint8)
+    condensed, sparse = keep & ~recent, ~keep & (counted <= patience)
+    lengths = [count_per_row(chosen, rows.cu_seqlens).to(torch.int32) for chosen in (condensed, sparse)]
+    return counted, condensed, sparse, torch.stack(lengths)
