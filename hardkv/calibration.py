@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hardkv.cache.cache import HardKVCache
-from hardkv.cache.handles import NewTokens
-from hardkv.cache.layer import HardKVLayer
 from hardkv.calibration_file import FORMAT, Calibration, config_hash, describe_scorer, geometry, model_name
 from hardkv.config import HardKVConfig
-from hardkv.kernels.scoring import window_attention
-from hardkv.selectors.budgets import Budget
-from hardkv.selectors.calibration import SOLVERS, fit_temperatures, kept_counts
+from hardkv.selectors.calibration import SOLVERS
 from hardkv.selectors.checks import check_count, check_fraction, check_name
-from hardkv.selectors.observation import Observation
-from hardkv.selectors.ranking import Ranking
-from hardkv.selectors.risk import CONTEXT_FROM
 from hardkv.selectors.scorer import Scorer, get_scorer
+from hardkv.survey import Record, Step, SurveyCache, curve_edges, squared_attention
 
 __all__ = ["Calibration", "auto", "cache_folder", "calibrate", "default_texts"]
 
@@ -110,10 +102,10 @@ def calibrate(
     if room is not None and longest > room:
         raise ValueError(f"a text has {longest} tokens and the model takes at most {room}: pass length={room} or less")
 
-    edges = _edges(longest - interval - window - sinks)  # what the last queries have before them
+    edges = curve_edges(longest - interval - window - sinks)  # what the last queries have before them
     total_events = sum(ids.shape[0] * (ids.shape[1] // interval) for ids in batches)
-    records: list[_Record] = []
-    cache = _SurveyCache(
+    records: list[Record] = []
+    cache = SurveyCache(
         model.config, records, edges, -(-total_events // SAMPLES), measure or squared_attention, checked
     )
     if not records:
@@ -164,214 +156,6 @@ def calibrate(
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         },
     )
-
-
-# ---------------------------------------------------------------------- collecting
-
-
-@dataclass(frozen=True)
-class Step:
-    """One layer between two events: what the new queries look for, and what would be gone by then."""
-
-    layer_idx: int
-    observation: Observation  # all tokens, those of the step's queries too; nothing is evicted, so rows are equal
-    queries: Tensor  # [B, Hq, q, D], after RoPE
-    positions: Tensor  # int64 [q], their columns
-    sinks: Tensor | None  # [Hq], learned attention sinks
-    order: Tensor  # int64 [R, C], the last event's candidates, as places in the row; who kept c has the first c
-    edges: Tensor  # int64 [K], the counts c, at most C
-
-
-def squared_attention(step: Step) -> Tensor:
-    """The squared attention that a step's queries pay to the candidates between two counts, float64 `[R, K - 1]`.
-
-    Mean over queries and the query heads of a group.
-    """
-    observation = step.observation
-    received = window_attention(
-        step.queries,
-        step.positions,
-        torch.ones(step.queries.shape[0], step.queries.shape[2], dtype=torch.bool, device=step.queries.device),
-        observation.keys,
-        observation.positions,
-        observation.rows,
-        num_kv_heads=observation.num_kv_heads,
-        scale=observation.scale,
-        softcap=observation.softcap,
-        reduce="mean_square",
-        sinks=step.sinks,
-    )
-    ordered = received.view(step.order.shape[0], -1).gather(1, step.order).double()
-    return torch.nn.functional.pad(ordered.cumsum(1), (1, 0))[:, step.edges].diff(dim=1)
-
-
-@dataclass
-class _Record:
-    """What all texts together say about one layer."""
-
-    edges: list[int]
-    lost: Tensor | None = None  # float64 [H, K - 1], the loss between two counts, summed over steps
-    steps: int = 0
-    samples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # z, A, candidates: each [H, n]
-
-    def curve(self) -> Tensor:
-        """Mean loss at every count, float32 `[H, K]`."""
-        assert self.lost is not None
-        tail = (self.lost / self.steps).flip(-1).cumsum(-1).flip(-1)
-        return torch.nn.functional.pad(tail, (0, 1)).float().cpu()
-
-    def fit(self, p: float, solver: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Temperatures and residuals `[H]`, and median kept counts `[3, H]`."""
-        width = max(z.shape[1] for z, _, _ in self.samples)
-
-        def stack(part: int, fill: Any) -> Tensor:
-            rows = [sample[part] for sample in self.samples]
-            return torch.stack([torch.nn.functional.pad(r, (0, width - r.shape[1]), value=fill) for r in rows], 1)
-
-        z, reference, mask = stack(0, -torch.inf), stack(1, 0.0), stack(2, False)
-        fit = fit_temperatures(z, reference, p, mask=mask, solver=solver)
-        before = kept_counts(z, None, reference, p, mask=mask)
-        after = kept_counts(z, fit.temperatures, reference, p, mask=mask)
-        kept = torch.stack([counts.median(1).values for counts in (fit.counts, before, after)])
-        return fit.temperatures.float().cpu(), fit.residuals.float().cpu(), kept.cpu()
-
-
-def _edges(most: int) -> list[int]:
-    """Counts of candidates at which curves are measured: 4 apart at first, then a sixteenth."""
-    edges = [0]
-    while edges[-1] < most:
-        edges.append(min(most, edges[-1] + max(4, edges[-1] // 16)))
-    return edges
-
-
-class _Survey(Budget):
-    """Keeps everything, and records what keeping less would have cost."""
-
-    def __init__(self, record: _Record, layer_idx: int, every: int, measure: "Callable[[Step], Tensor]"):
-        self.record = record
-        self.layer_idx = layer_idx
-        self.every = every  # events between two samples for the temperatures
-        self.measure = measure
-        self.events = 0  # of all texts
-        self.begin(0)
-
-    def begin(self, length: int) -> None:
-        """Get ready for a text of `length` tokens."""
-        self.context_from = length * CONTEXT_FROM
-        self.queries: list[tuple[Tensor, Tensor, Tensor | None]] = []  # queries, positions, attention sinks
-        self.order: Tensor | None = None  # int64 [R, C], candidates, grouped by the least count that still holds them
-        self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # what `_restack` needs to make the next order
-
-    def counts(self, ranking: Ranking) -> Tensor:
-        observation = ranking.observation
-        rows, length = observation.num_rows, int(observation.lengths[0])  # rows are equal: nothing was evicted
-        if self.order is not None and length - self.queries[0][0].shape[2] >= self.context_from:
-            self.record.steps += observation.batch_size
-            for query, positions, sinks in self.queries:
-                self._measure(observation, query, positions, sinks)
-        self.queries.clear()
-
-        place = ranking.token - torch.arange(rows, device=ranking.token.device)[:, None] * length
-        rank = torch.empty_like(place).scatter_(1, place, torch.arange(length, device=place.device).expand_as(place))
-        candidates = (~observation.protected.view(rows, length)[0]).nonzero()[:, 0].expand(rows, -1)
-        old = candidates.new_empty(rows, 0) if self.order is None else self.order
-        self.pending = old, candidates[:, old.shape[1] :], rank
-
-        if candidates.shape[1] and self.events % self.every == 0:
-            self._sample(ranking)
-        self.events += 1
-        return ranking.num_candidates
-
-    def _measure(self, observation: Observation, query: Tensor, positions: Tensor, sinks: Tensor | None) -> None:
-        assert self.order is not None
-        edges = torch.tensor(self.record.edges, device=query.device).clamp_max(self.order.shape[1])
-        step = Step(self.layer_idx, observation, query, positions, sinks, self.order, edges)
-        lost = self.measure(step).unflatten(0, (observation.batch_size, -1)).sum(0)
-        self.record.lost = lost if self.record.lost is None else self.record.lost + lost
-
-    def _sample(self, ranking: Ranking) -> None:
-        observation = ranking.observation
-        shape = (observation.batch_size, observation.num_kv_heads, -1)
-        flat = ranking.z.new_empty(observation.keys.shape[0]).scatter_(0, ranking.token.flatten(), ranking.z.flatten())
-        parts = (flat, observation.attention, ~observation.protected)
-        self.record.samples.extend(zip(*(part.view(shape).unbind() for part in parts), strict=True))
-
-
-def _restack(order: Tensor, new: Tensor, rank: Tensor, edges: Sequence[int]) -> Tensor:
-    """What heads that keep `edges[0], edges[1], ...` candidates hold after the next event, all at once.
-
-    A head that keeps c candidates holds the first c of `order` (for every c in `edges`) and meets the new ones; the c
-    best of these remain. The kept sets of two counts are nested before, so they are nested after: what the larger
-    count keeps beyond the smaller one is the best of what the smaller one leaves.
-
-    Args:
-        order: int64 `[R, C]`, candidates in groups between edges. new: int64 `[R, m]`.
-        rank: int64 `[R, n]`, 0 for the best. edges: ascending from 0.
-
-    Returns:
-        The next order, int64 `[R, C + m]`.
-    """
-    pool, parts = new, []
-    for low, high in zip(edges, [*edges[1:], order.shape[1] + new.shape[1]], strict=True):
-        pool = torch.cat([pool, order[:, low:high]], 1)
-        pool = pool.gather(1, rank.gather(1, pool).argsort(1))
-        parts.append(pool[:, : high - low])
-        pool = pool[:, high - low :]
-        if not pool.shape[1]:
-            break
-    return torch.cat(parts, 1)
-
-
-class _SurveyLayer(HardKVLayer):
-    """Hands the queries of each forward to its `_Survey`."""
-
-    def decode(self, new: NewTokens, query: Tensor, *args: Any, sinks: Tensor | None, **kwargs: Any) -> Tensor:
-        positions = torch.arange(new.start, new.stop, device=query.device)
-        assert isinstance(self.budget, _Survey)
-        self.budget.queries.append((query, positions, sinks))
-        return super().decode(new, query, *args, sinks=sinks, **kwargs)
-
-
-class _SurveyCache(HardKVCache):
-    """A cache that evicts nothing and fills one `_Record` a layer."""
-
-    def __init__(
-        self,
-        config: Any,
-        records: list[_Record],
-        edges: list[int],
-        every: int,
-        measure: "Callable[[Step], Tensor]",
-        settings: HardKVConfig,
-    ):
-        self._survey = lambda idx: _Survey(_Record(edges), idx, every, measure)
-        chosen = {name: getattr(settings, name) for name in ("scorer", "budget", "window", "sinks", "interval")}
-        super().__init__(config, **chosen)
-        records.extend(layer.budget.record for layer in self._compressed)  # type: ignore[attr-defined]
-
-    def _new_layer(self, idx: int, budget: Budget) -> HardKVLayer:
-        return _SurveyLayer(self.settings, self._survey(idx), idx)
-
-    def restack(self) -> None:
-        """After a forward: the next order of every layer that had an event, all at once, as each takes many steps."""
-        surveys = [layer.budget for layer in self._compressed if isinstance(layer.budget, _Survey)]
-        waiting = [(survey, survey.pending) for survey in surveys if survey.pending is not None]
-        if not waiting:
-            return
-        old, new, rank = (torch.cat(parts) for parts in zip(*(pending for _, pending in waiting), strict=True))
-        orders = _restack(old, new, rank, surveys[0].record.edges).split([rank.shape[0] for _, (_, _, rank) in waiting])
-        for (survey, _), order in zip(waiting, orders, strict=True):
-            survey.order, survey.pending = order, None
-
-    @property
-    def compressed_layers(self) -> list[int]:
-        return [layer.layer_idx for layer in self._compressed]
-
-    def begin(self, length: int) -> None:
-        """Forget the last text and get ready for one of `length` tokens."""
-        self.reset()
-        for layer in self._compressed:
-            layer.budget.begin(length)  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------- texts

@@ -21,10 +21,11 @@ from transformers import (
 )
 
 import hardkv.calibration
+import hardkv.survey
 from hardkv import Calibration, HardKVCache, calibrate
-from hardkv.calibration import _restack, squared_attention
 from hardkv.calibration_file import describe_scorer, geometry
 from hardkv.selectors import Adaptive, Risk, TopP, fit_temperatures, get_scorer
+from hardkv.survey import restack, squared_attention
 from tests.cache import conftest as tiny
 
 SIZES = {"window": 8, "sinks": 2, "interval": 16}
@@ -204,7 +205,7 @@ def test_restack_is_every_count_by_itself(seed, rows, arrivals, steps):
         new = list(range(total, total + count))
         total += count
         rank = np.stack([rng.permutation(total + 3) for _ in range(rows)])  # three more tokens that are no candidates
-        order = _restack(order, torch.tensor(new, dtype=torch.int64).expand(rows, -1), torch.tensor(rank), edges)
+        order = restack(order, torch.tensor(new, dtype=torch.int64).expand(rows, -1), torch.tensor(rank), edges)
         for row in range(rows):
             assert sorted(order[row].tolist()) == list(range(total))
             for i, keep in enumerate(edges):
@@ -360,7 +361,7 @@ class TestMeasurement:
             samples.append(scores.shape[1])
             return fit_temperatures(scores, *args, **kwargs)
 
-        monkeypatch.setattr(hardkv.calibration, "fit_temperatures", fit)
+        monkeypatch.setattr(hardkv.survey, "fit_temperatures", fit)
         calibrate(tiny.make_model("llama"), make_texts(16 * events), **SIZES, **QUIET)
         assert 8 <= max(samples) <= 16
 
