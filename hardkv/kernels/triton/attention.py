@@ -19,7 +19,7 @@ from hardkv.kernels.rows import Rows
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Rows of a matrix unit's smallest product: fewer queries are padded to it.
 MIN_QUERIES = 16
-MAX_QUERIES = 64
+MAX_QUERIES, QUERY_BYTES = 64, 16 << 10
 # The line is cut at multiples of this.
 UNIT = 64
 # Fewest tokens that are worth a program.
@@ -328,7 +328,8 @@ def ragged_attention(
     Returns:
         `out [B, Hq, q, Dv]` in the query's dtype and `lse`, float32 `[B, Hq, q]`.
     """
-    blocks = query_blocks(query.shape[1] // dense_keys.shape[1], query.shape[2])
+    size = max(query.shape[3], dense_values.shape[3]), query.element_size()
+    blocks = query_blocks(query.shape[1] // dense_keys.shape[1], query.shape[2], *size)
     schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks)
     tensors = query, keys, values, rows.cu_seqlens, dense_keys, dense_values, dense_positions, fill
     if torch.compiler.is_compiling():
@@ -364,7 +365,7 @@ def launch(
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ragged_attention` with a schedule of `query_blocks(G, q)` blocks, into `out` and `lse` when both are given."""
+    """`ragged_attention` with a schedule of `query_blocks(...)` blocks, into `out` and `lse` when both are given."""
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, value_dim = dense_keys.shape[1], dense_values.shape[-1]
     group = num_heads // num_kv_heads
@@ -374,9 +375,9 @@ def launch(
         out, lse = outputs(query, dense_values)
     assert out is not None
     assert lse is not None
-    queries = queries_per_block(group, q_len)
-    blocks = query_blocks(group, q_len)
-    tokens, stages = block_tokens(max(head_dim, value_dim), query.element_size())
+    size = max(head_dim, value_dim), query.element_size()
+    queries, blocks = queries_per_block(group, q_len, *size), query_blocks(group, q_len, *size)
+    tokens, stages = block_tokens(*size)
     programs = schedule.first_row.shape[0]
     partial = query.new_empty(2 * programs * blocks * queries, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(2 * programs * blocks * queries, dtype=torch.float32)
@@ -413,11 +414,12 @@ def schedule_for(rows: Rows, bound: int, capacity: int, blocks: int) -> Schedule
     return rows.schedules[key]
 
 
-def queries_per_block(group: int, q_len: int) -> int:
-    """Rows of queries that one program works on."""
-    return min(max(triton.next_power_of_2(group * q_len), MIN_QUERIES), MAX_QUERIES)
+def queries_per_block(group: int, q_len: int, head_dim: int, itemsize: int) -> int:
+    """Rows of queries that one program works on: 16 KB of them at most, or small GPUs run out of shared memory."""
+    fit = QUERY_BYTES // (triton.next_power_of_2(max(head_dim, 16)) * itemsize)
+    return min(max(triton.next_power_of_2(group * q_len), MIN_QUERIES), max(MIN_QUERIES, min(fit, MAX_QUERIES)))
 
 
-def query_blocks(group: int, q_len: int) -> int:
+def query_blocks(group: int, q_len: int, head_dim: int, itemsize: int) -> int:
     """Blocks of queries that one row has."""
-    return triton.cdiv(group * q_len, queries_per_block(group, q_len))
+    return triton.cdiv(group * q_len, queries_per_block(group, q_len, head_dim, itemsize))

@@ -50,7 +50,13 @@ def run(case, dtype=torch.float32, programs=5, schedule=None, **options):
     if case.new_mask is not None:
         new_mask = torch.tensor(case.new_mask, device=DEVICE)
         mask = dense_allowed(positions, fill, case.start, q_len, new_mask)
-    schedule = schedule or Schedule.make(cu_seqlens, sum(case.lengths), capacity, programs, query_blocks(group, q_len))
+    schedule = schedule or Schedule.make(
+        cu_seqlens,
+        sum(case.lengths),
+        capacity,
+        programs,
+        query_blocks(group, q_len, max(case.keys.shape[1], case.values.shape[1]), dtype.itemsize),
+    )
     shape = (*case.query.shape[:3], case.values.shape[-1])
     return launch(
         tensor(case.query),
@@ -135,6 +141,9 @@ class TestAgainstOneSoftmax:
 
     def test_more_queries_than_a_block_holds(self):
         assert_matches(make_case(0, [40, 3], 1, group=5, q_len=17, capacity=20))
+
+    def test_many_queries_of_large_heads(self):
+        assert_matches(make_case(6, [40, 3], 1, group=16, q_len=4, dim=256, capacity=5))
 
     def test_one_giant_row(self):
         assert_matches(make_case(1, [0, 700, 1, 0], 2))

@@ -1,0 +1,313 @@
+"""What the launchers launch compiles for GPUs that are not there, and fits them.
+
+A launcher gets the CPU's tensors and takes them for a GPU's. Triton specialises a kernel for its arguments and compiles
+it as for any launch; only the launch itself is left out.
+"""
+
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+from contextlib import contextmanager
+from itertools import cycle, product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+import hardkv.kernels.triton  # noqa: E402
+from hardkv.kernels.rows import Rows, cumulative  # noqa: E402
+from hardkv.kernels.triton import append, attention, compaction, layout, scoring, similarity  # noqa: E402
+from tests.kernels.test_scoring import REDUCTIONS  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # Triton brings its own
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+    pytest.mark.skipif(
+        not ((TOOLS / "ptxas").exists() and (TOOLS / "cuobjdump").exists()), reason="Triton has no CUDA assembler here"
+    ),
+]
+
+# Shared memory that a block may have.
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
+# Registers of a multiprocessor.
+REGISTERS = 1 << 16
+# A thread's variables that found no register, in bytes: a few cost little, beyond this ptxas has given up.
+SPILLED = 1 << 10
+
+DIMS = (64, 80, 96, 128, 256)
+# Every size where shared memory is scarcest, samples elsewhere; sm_89 differs from sm_86 in the last step alone.
+SHAPES = [
+    *(("sm_86", dim, dtype) for dim, dtype in zip(DIMS, cycle(["float16", "bfloat16"]), strict=False)),
+    *product(["sm_86"], [64, 128, 256], ["float32"]),
+    ("sm_80", 128, "bfloat16"),
+    ("sm_80", 64, "float32"),
+    ("sm_89", 256, "float16"),
+    ("sm_90", 64, "float16"),
+    ("sm_90", 256, "bfloat16"),
+    ("sm_90", 80, "float32"),
+]
+# Batch rows, KV heads, condensed tokens, dense slots.
+B, H, N, C = 2, 2, 640, 256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_STORE_BINARY_ONLY", "1")
+        yield
+
+
+@contextmanager
+def pretended(arch, launch):
+    """The CPU's tensors count as those of an `arch` GPU; `launch` stands in for `JITFunction.run`."""
+    capability = int(arch.removeprefix("sm_"))
+    driver = SimpleNamespace(
+        get_current_device=lambda: arch,  # compiled kernels are kept by device
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(triton.runtime.driver), "active", driver)
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10))
+        patch.setattr(JITFunction, "run", launch)
+        yield
+
+
+def usage(kernel, file):
+    """Registers and bytes of stack of every thread."""
+    file.write_bytes(kernel.asm["cubin"])
+    listed = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", listed.stdout).groups()
+    return int(registers), int(stack)
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Call a function, compile what it launches and compare what that needs with what `arch` has."""
+
+    def check(arch, launches, *case):
+        kernels = []
+        run = JITFunction.run
+
+        def compile_only(self, *args, grid, warmup, **settings):
+            kernels.append(run(self, *args, grid=grid, warmup=True, **settings))
+
+        with pretended(arch, compile_only):
+            launches(*case)
+        assert kernels
+        for kernel in kernels:
+            name, shared = kernel.name, kernel.metadata.shared
+            registers, stack = usage(kernel, tmp_path / "cubin")
+            assert shared <= SHARED_BYTES[arch], f"{name}: {shared} of {SHARED_BYTES[arch]} bytes of shared memory"
+            assert registers * 32 * kernel.metadata.num_warps <= REGISTERS, f"{name}: {registers} registers a thread"
+            assert stack <= SPILLED, f"{name}: {stack} bytes a thread in memory besides {registers} registers"
+
+    return check
+
+
+def cu_seqlens():
+    return cumulative(torch.tensor([300, 40, 0, 300]))
+
+
+def attend(dim, dtype, group, q_len, options):
+    dtype = getattr(torch, dtype)
+
+    def vectors(*shape):
+        return torch.empty(*shape, dim, dtype=dtype)
+
+    attention.ragged_attention(
+        vectors(B, H * group, q_len),
+        vectors(N),
+        vectors(N),
+        Rows(cu_seqlens(), N, 300),
+        vectors(B, H, C),
+        vectors(B, H, C),
+        torch.zeros(B, C, dtype=torch.int32),
+        torch.full((B,), 9),
+        bound=9,
+        start=1,
+        scale=0.1,
+        softcap=30.0 if "softcap" in options else None,
+        sinks=torch.empty(H * group, dtype=dtype) if "sinks" in options else None,
+        new_mask=torch.ones(B, q_len, C, dtype=torch.bool) if "new_mask" in options else None,
+    )
+
+
+def score(dim, dtype, group, reduce, options):
+    dtype, window = getattr(torch, dtype), 32
+    scoring.window_attention(
+        torch.empty(B, H * group, window, dim, dtype=dtype),
+        torch.arange(window),
+        torch.ones(B, window, dtype=torch.bool),
+        torch.empty(N, dim, dtype=dtype),
+        torch.zeros(N, dtype=torch.int32),
+        cu_seqlens(),
+        300,
+        num_kv_heads=H,
+        scale=0.1,
+        reduce=reduce,
+        softcap=30.0 if "softcap" in options else None,
+        exclude=torch.zeros(N, dtype=torch.bool) if "exclude" in options else None,
+        sinks=torch.empty(H * group, dtype=dtype) if "sinks" in options else None,
+    )
+
+
+def lay_out(order):
+    rows, older = Rows(cu_seqlens(), N, 300), cumulative(torch.tensor([260, 10, 0, 200]))
+    tokens = torch.zeros(N, dtype=torch.int32), torch.zeros(N, dtype=torch.uint8)
+    dense = torch.zeros(B, C, dtype=torch.int32), torch.zeros(B, dtype=torch.int64)
+    layout.layout(rows, older, order, *tokens, *dense, C, window=32, sinks=4, pinned=0)
+
+
+def assign():
+    keep, recent = torch.zeros(2, N, dtype=torch.bool)
+    layout.assign(keep, recent, torch.zeros(N, dtype=torch.uint8), Rows(cu_seqlens(), N, 300), patience=2)
+
+
+def pool(pooling):
+    excluded = torch.zeros(N, dtype=torch.bool)
+    scoring.pool_rows(torch.zeros(N), excluded, cu_seqlens(), 300, kernel_size=7, pooling=pooling)
+
+
+def compare(dim, dtype):
+    similarity.mean_cosine(torch.empty(N, dim, dtype=getattr(torch, dtype)), cu_seqlens(), 300)
+
+
+def sources(dim, dtype, layout):
+    dtype = getattr(torch, dtype)
+    first, second = torch.empty(2, N, dim, dtype=dtype)
+    dense = torch.empty(B, C, H, dim, dtype=dtype).transpose(1, 2)
+    return first, second, dense if layout == "strided" else first
+
+
+def gather_tiers(dim, dtype, layout):
+    both = sources(dim, dtype, layout)
+    address = torch.zeros(N, dtype=torch.int64)
+    known = torch.zeros(N, dtype=torch.int32), torch.zeros(N, dtype=torch.uint8)
+    compaction.gather_tiers(list(zip(both, both, strict=True)), address, address[:500], *known)
+
+
+def gather_keys(dim, dtype, layout):
+    compaction.gather_keys(sources(dim, dtype, layout), torch.zeros(N, dtype=torch.int64))
+
+
+def add(dim, dtype, q_len, options):
+    dense, new = (torch.empty(B, H, tokens, dim, dtype=getattr(torch, dtype)) for tokens in (C, q_len))
+    append.append(
+        dense,
+        dense.clone(),
+        torch.zeros(B, C, dtype=torch.int32),
+        torch.zeros(B, dtype=torch.int64),
+        new,
+        new.clone(),
+        torch.tensor([3]) if "graph" in options else 3,
+        torch.ones(B, q_len, dtype=torch.bool) if "valid" in options else None,
+    )
+
+
+# Architecture, head dimension, dtype, query heads of a KV head, new tokens, options.
+ATTENTION = [
+    # 16 queries a program
+    *product(["sm_86"], DIMS, ["float16"], [4], [1], ["softcap+sinks"]),
+    *product(["sm_86"], [64, 96, 256], ["float32"], [1], [1], ["plain"]),
+    ("sm_80", 128, "bfloat16", 16, 1, "plain"),
+    ("sm_90", 80, "float32", 1, 8, "plain"),
+    # 32
+    ("sm_86", 80, "bfloat16", 4, 8, "softcap+sinks+new_mask"),
+    ("sm_86", 256, "float32", 4, 8, "plain"),
+    ("sm_90", 128, "float16", 4, 8, "new_mask"),
+    # 64
+    *product(["sm_86"], [64, 256], ["bfloat16"], [16], [8], ["plain"]),
+    ("sm_86", 128, "bfloat16", 16, 8, "softcap+sinks+new_mask"),
+    ("sm_86", 128, "float32", 16, 8, "plain"),
+    ("sm_86", 256, "float32", 16, 8, "plain"),
+    ("sm_80", 256, "bfloat16", 16, 8, "plain"),
+    ("sm_89", 128, "float16", 16, 8, "plain"),
+    ("sm_90", 64, "bfloat16", 16, 8, "plain"),
+    ("sm_90", 256, "bfloat16", 16, 8, "softcap+sinks+new_mask"),
+]
+# Architecture, head dimension, dtype, query heads of a KV head, reduction, options.
+SCORING = [
+    *((*shape, 4, reduce, "plain") for shape, reduce in zip(SHAPES, cycle(REDUCTIONS), strict=False)),
+    *(("sm_86", 128, "bfloat16", group, "max_logits", "softcap+exclude") for group in (1, 16)),
+    *((arch, 128, "bfloat16", 16, "max", "softcap+exclude+sinks") for arch in ("sm_86", "sm_90")),
+]
+LAYOUTS = ("strided", "flat")
+# New tokens, options.
+APPENDS = [(1, "plain"), (8, "graph"), (512, "valid")]
+
+
+@pytest.mark.parametrize(("arch", "dim", "dtype", "group", "q_len", "options"), ATTENTION)
+def test_attention(check, arch, dim, dtype, group, q_len, options):
+    check(arch, attend, dim, dtype, group, q_len, options)
+
+
+@pytest.mark.parametrize(("arch", "dim", "dtype", "group", "reduce", "options"), SCORING)
+def test_window_attention(check, arch, dim, dtype, group, reduce, options):
+    check(arch, score, dim, dtype, group, reduce, options)
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_pool_rows(check, arch, pooling):
+    check(arch, pool, pooling)
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_layout(check, arch):
+    check(arch, lay_out, None)
+    check(arch, lay_out, torch.arange(N))
+    check(arch, assign)
+
+
+@pytest.mark.parametrize(("arch", "dim", "dtype"), SHAPES)
+def test_similarity(check, arch, dim, dtype):
+    check(arch, compare, dim, dtype)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "dtype", "layout"),
+    [(*shape, layout) for shape, layout in zip(SHAPES, cycle(LAYOUTS), strict=False)],
+)
+@pytest.mark.parametrize("gather", [gather_tiers, gather_keys])
+def test_compaction(check, arch, dim, dtype, layout, gather):
+    check(arch, gather, dim, dtype, layout)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "dtype", "q_len", "options"),
+    [(*shape, *case) for shape, case in zip(SHAPES, cycle(APPENDS), strict=False)],
+)
+def test_append(check, arch, dim, dtype, q_len, options):
+    check(arch, add, dim, dtype, q_len, options)
+
+
+def test_no_kernel_is_left_out():
+    """What the tests above launch is all there is: the functions of every file that no other function calls."""
+    package = hardkv.kernels.triton
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    functions = {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
+    called = {name for function in functions for name in function.fn.__code__.co_names}
+    launched = set()
+    with pretended("sm_86", lambda self, *args, grid, warmup, **options: launched.add(self.__name__)):
+        attend(64, "float16", 4, 1, "plain")
+        score(64, "float16", 4, "mean", "plain")
+        pool("max")
+        lay_out(None)
+        assign()
+        compare(64, "float16")
+        gather_tiers(64, "float16", "flat")
+        gather_keys(64, "float16", "flat")
+        add(64, "float16", 1, "plain")
+    assert launched == {function.__name__ for function in functions} - called
