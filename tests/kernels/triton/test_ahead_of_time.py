@@ -218,7 +218,7 @@ def add(dim, dtype, q_len, options):
 
 # Architecture, head dimension, dtype, query heads of a KV head, new tokens, options.
 ATTENTION = [
-    # 16 queries a program
+    # up to 16 queries a row
     *product(["sm_86"], DIMS, ["float16"], [4], [1], ["softcap+sinks"]),
     *product(["sm_86"], [64, 96, 256], ["float32"], [1], [1], ["plain"]),
     ("sm_80", 128, "bfloat16", 16, 1, "plain"),
@@ -227,7 +227,7 @@ ATTENTION = [
     ("sm_86", 80, "bfloat16", 4, 8, "softcap+sinks+new_mask"),
     ("sm_86", 256, "float32", 4, 8, "plain"),
     ("sm_90", 128, "float16", 4, 8, "new_mask"),
-    # 64
+    # 128, in blocks
     *product(["sm_86"], [64, 256], ["bfloat16"], [16], [8], ["plain"]),
     ("sm_86", 128, "bfloat16", 16, 8, "softcap+sinks+new_mask"),
     ("sm_86", 128, "float32", 16, 8, "plain"),
