@@ -35,9 +35,15 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton's interpreter multiplies bfloat16 as if it were integers" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
         return f"Triton kernels run on GPUs, not on {device.type!r}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+    if not _new_enough(device):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {MIN_CAPABILITY[0]}.0"
     return None
+
+
+@cache
+def _new_enough(device: torch.device) -> bool:
+    """Whether Triton supports a GPU; asked in every layer of every step, so the driver is asked once."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
 @torch.compiler.assume_constant_result

@@ -15,6 +15,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def fresh(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backends._warn_once.cache_clear()
+    backends._new_enough.cache_clear()
+    yield
+    backends._new_enough.cache_clear()  # of the GPUs that were pretended
 
 
 @pytest.fixture
