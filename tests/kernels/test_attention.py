@@ -110,6 +110,26 @@ def make_case(seed, lengths, batch, *, group=2, q_len=1, capacity=6, old=None, p
     )
 
 
+def draw_case(data, make, *, batch, longest, group, q_len):
+    """A case of `make` with anything that can vary, by hypothesis, up to the given sizes."""
+    batch, heads = data.draw(st.integers(1, batch)), data.draw(st.integers(1, 2))
+    lengths = data.draw(st.lists(st.integers(0, longest), min_size=batch * heads, max_size=batch * heads))
+    group, q_len = data.draw(st.integers(1, group)), data.draw(st.integers(1, q_len))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    return make(
+        data.draw(st.integers(0, 2**32)),
+        lengths,
+        batch,
+        group=group,
+        q_len=q_len,
+        padding=data.draw(st.sampled_from([0.0, 0.4])),
+        scale=data.draw(st.sampled_from([1.0, 0.3])),
+        softcap=data.draw(st.sampled_from([None, 0.5, 20.0])),
+        sinks=rng.normal(size=heads * group) if data.draw(st.booleans()) else None,
+        new_mask=rng.random((batch, q_len, q_len)) < 0.6 if data.draw(st.booleans()) else None,
+    )
+
+
 def assert_matches(case, tolerance=1e-9):
     (out, lse), (expected_out, expected_lse) = case.run(), case.expected()
     torch.testing.assert_close(out, expected_out, rtol=tolerance, atol=tolerance)
@@ -120,23 +140,7 @@ class TestTieredAttention:
     @settings(max_examples=80, deadline=None)
     @given(st.data())
     def test_against_one_softmax(self, data):
-        batch, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
-        lengths = data.draw(st.lists(st.integers(0, 9), min_size=batch * heads, max_size=batch * heads))
-        group, q_len = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 5))
-        rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-        case = make_case(
-            data.draw(st.integers(0, 2**32)),
-            lengths,
-            batch,
-            group=group,
-            q_len=q_len,
-            padding=data.draw(st.sampled_from([0.0, 0.4])),
-            scale=data.draw(st.sampled_from([1.0, 0.3])),
-            softcap=data.draw(st.sampled_from([None, 0.5, 20.0])),
-            sinks=rng.normal(size=heads * group) if data.draw(st.booleans()) else None,
-            new_mask=rng.random((batch, q_len, q_len)) < 0.6 if data.draw(st.booleans()) else None,
-        )
-        assert_matches(case)
+        assert_matches(draw_case(data, make_case, batch=3, longest=9, group=8, q_len=5))
 
     @pytest.mark.parametrize("group", range(1, 9))
     def test_group_sizes(self, group):

@@ -113,21 +113,7 @@ class TestAgainstOneSoftmax:
     @settings(max_examples=25 if not GPU else 60, deadline=None)
     @given(st.data())
     def test_anything_ragged(self, data):
-        batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
-        lengths = data.draw(st.lists(st.integers(0, 300), min_size=batch * heads, max_size=batch * heads))
-        group, q_len = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
-        rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-        case = make_case(
-            data.draw(st.integers(0, 2**32)),
-            lengths,
-            batch,
-            group=group,
-            q_len=q_len,
-            padding=data.draw(st.sampled_from([0.0, 0.4])),
-            softcap=data.draw(st.sampled_from([None, 0.5, 20.0])),
-            sinks=rng.normal(size=heads * group) if data.draw(st.booleans()) else None,
-            new_mask=rng.random((batch, q_len, q_len)) < 0.6 if data.draw(st.booleans()) else None,
-        )
+        case = reference.draw_case(data, make_case, batch=2, longest=300, group=6, q_len=4)
         assert_matches(case, programs=data.draw(st.sampled_from([1, 3, 5, 40])))
 
     @pytest.mark.parametrize("dtype", DTYPES)
