@@ -37,6 +37,7 @@ from torch import Tensor
 import hardkv
 from hardkv import HardKVConfig
 from hardkv.cache.layer import HardKVLayer, compress_together
+from hardkv.cache.merged import Merged
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
 from hardkv.kernels import append, attention, compaction, scoring, selection, similarity, varlen
@@ -275,9 +276,10 @@ class Attention(Operation):
         """The package alone, all tokens in one contiguous tier: what it could do without a dense tier."""
         if self.joined is None:
             query = self.query.unflatten(1, (self.setting.heads, -1)).transpose(2, 3)  # [B, H, q, G, D]
-            merged = self.tiers.merged(0)
+            merged = Merged.of([self.tiers], 0, 0, 0)
             cu_q = torch.arange(self.rows + 1, dtype=torch.int32, device=query.device) * self.queries
-            self.joined = query.flatten(0, 2).contiguous(), *self.tiers.gather(merged.address), cu_q, merged.rows
+            tokens = merged.gather([self.tiers], 0), merged.gather([self.tiers], 1)
+            self.joined = query.flatten(0, 2).contiguous(), *tokens, cu_q, merged.rows
         query, keys, values, cu_q, rows = self.joined
         out, _ = varlen.PACKAGES[package].attend(
             query, keys[:, None], values[:, None], cu_q, rows.cu_seqlens, self.queries, rows.longest,
@@ -499,7 +501,7 @@ class Compaction(Operation):
         fill = setting.capacity
         self.tiers = make_tiers(setting, (shape.draw(seed) - fill).clamp_min(1), fill, SEEN, seed)
         random = torch.Generator(setting.device).manual_seed(seed)
-        merged = self.tiers.merged(setting.window)
+        merged = Merged.of([self.tiers], setting.window, 0, 0)
         self.merged = replace(merged, misses=torch.empty_like(merged.misses).random_(0, 255, generator=random))
         chosen = torch.rand(self.merged.rows.total, generator=random, device=setting.device) < 0.85
         chosen |= self.merged.address >= self.tiers.condensed.rows.total

@@ -1,21 +1,28 @@
 """A selection event: score every held token, apply the budget, condense. Pure: new tiers out, nothing changed.
 
 The first half leaves everything on the device; the second knows the sizes of the new tiers, which the host reads for as
-many layers at once as have an event.
+many layers at once as have an event. Layers that are alike go through the first half together, as further sequences of
+a batch: what an event costs is launching kernels, unless the batch is large.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hardkv.cache.merged import Merged, Selection
 from hardkv.cache.queries import QueryRing
-from hardkv.cache.tiers import Merged, Selection, Tiers
+from hardkv.cache.tiers import Tiers
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
 from hardkv.selectors.calibration import fit_temperatures
 from hardkv.selectors.observation import Observation
+
+# Keys that layers in one event may copy for scoring: these bytes, or this share of the keys of all layers.
+TOGETHER_BYTES = 64 << 20
+TOGETHER_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -36,80 +43,143 @@ class Event:
     softcap: float | None
     temperatures: Tensor | None = None
 
-    def condense(self, tiers: Tiers, ring: QueryRing) -> Tiers:
-        """The tiers after the event; `tiers` and `ring` are only read, so that a failure loses nothing.
+    def kind(self, tiers: Tiers, ring: QueryRing) -> tuple[Any, ...]:
+        """What layers must have in common to be scored together."""
+        keys, values = tiers.dense.keys, tiers.dense.values
+        shape = *keys.shape[:2], keys.shape[-1], values.shape[-1], ring.buffer.shape[1]
+        queries = tiers.seen, min(ring.size, self.settings.window)
+        fitted = self.budget.calibration_p if self._fits(tiers) else None
+        given = self.temperatures is None, tiers.temperatures is None
+        return keys.device, keys.dtype, shape, queries, self.scale, self.softcap, self.pinned, fitted, given
 
-        Raises:
-            ValueError: the scorer did not keep to its contract.
-        """
-        selection = self.select(tiers, ring)
-        sizes = selection.sizes.tolist()
-        self.check(sizes)
-        return self.finish(tiers, selection, sizes)
+    def _fits(self, tiers: Tiers) -> bool:
+        """Whether temperatures are fitted now."""
+        if self.settings.calibration != "online":
+            return False
+        return tiers.temperatures is None or bool(self.settings.refit and tiers.events % self.settings.refit == 0)
 
-    def select(self, tiers: Tiers, ring: QueryRing) -> Selection:
-        """What stays; the host does not wait for the device."""
-        settings, scorer = self.settings, self.settings.scorer
-        merged = tiers.merged(settings.window, settings.sinks, self.pinned)
-        observation = self._observe(tiers, ring, merged)
-        z = scorer.score(observation)  # type: ignore[union-attr]
-        _check_shape(z, observation, scorer)
-        temperatures = tiers.temperatures
-        if settings.calibration == "online":
-            if temperatures is None or (settings.refit and tiers.events % settings.refit == 0):
-                fitted = self._fit(z, observation)
-                temperatures = temperatures if fitted is None else fitted
-        elif temperatures is None and self.temperatures is not None:
-            temperatures = self.temperatures.to(z).repeat(observation.batch_size)
-        keep = self.budget.select(z, observation, temperatures)
-        return Selection.of(tiers, merged, keep, torch.isfinite(z).all(), settings.patience, temperatures)
 
-    def check(self, sizes: list[int]) -> None:
-        """Raise ValueError if the scores behind a selection's `sizes` were not finite."""
-        if not sizes[-1]:
-            raise ValueError(
-                f"scorer {self.settings.scorer!r} returned NaN or infinite scores; return log-scores, such as "
-                "torch.log(s + 1e-38) for s >= 0"
-            )
+def groups(events: Sequence[Event], tiers: Sequence[Tiers], rings: Sequence[QueryRing]) -> Iterator[list[int]]:
+    """Which layers, by index, go through `select` together: neighbours that are alike, within the bounds on memory."""
+    sizes = [each.key_bytes for each in tiers]
+    most = max(TOGETHER_BYTES, sum(sizes) * TOGETHER_SHARE)
+    group: list[int] = []
+    for i, event in enumerate(events):
+        if group and not (
+            getattr(event.settings.scorer, "across_layers", False)
+            and event.kind(tiers[i], rings[i]) == events[group[0]].kind(tiers[group[0]], rings[group[0]])
+            and sum(sizes[j] for j in [*group, i]) <= most
+        ):
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
-    def finish(self, tiers: Tiers, selection: Selection, sizes: list[int]) -> Tiers:
-        """The tiers after the event; `sizes` is the selection's, read on the host."""
-        return tiers.condense(selection, sizes, window=self.settings.window, interval=self.settings.interval)
 
-    def _fit(self, z: Tensor, observation: Observation) -> Tensor | None:
-        """Temperatures `[R]` at which this event's scores spread like its attention; None while all is protected."""
-        if observation.max_length <= self.settings.window + self.settings.sinks:
-            return None
+def select(events: Sequence[Event], layers: Sequence[Tiers], rings: Sequence[QueryRing]) -> Selection:
+    """What stays in layers that are alike (`groups`); the host does not wait for the device."""
+    settings, scorer = events[0].settings, events[0].settings.scorer
+    merged = Merged.of(layers, settings.window, settings.sinks, events[0].pinned)
+    observation = _observe(events[0], layers, rings, merged)
+    z = scorer.score(observation)  # type: ignore[union-attr]
+    _check_shape(z, observation, scorer)
+    temperatures = [each.temperatures for each in layers]
+    if events[0]._fits(layers[0]):
+        fitted = _fit(events, z, observation)
+        temperatures = temperatures if fitted is None else [part.clone() for part in fitted.chunk(len(layers))]
+    elif settings.calibration != "online":
+        temperatures = [
+            old if old is not None or event.temperatures is None else event.temperatures.to(z).repeat(len(tiers.tokens))
+            for event, old, tiers in zip(events, temperatures, layers, strict=True)
+        ]
+    keep = _keep(events, z, observation, merged, temperatures)
+    return Selection.of(layers, merged, keep, torch.isfinite(z).all(), settings.patience, temperatures)
 
-        def sample(flat: Tensor, fill: float) -> Tensor:  # [R, 1, longest row]
-            return observation.to_padded(flat, fill).flatten(0, 1)[:, None]
 
-        return fit_temperatures(
-            sample(z, -torch.inf),
-            sample(observation.attention, 0.0),
-            self.budget.calibration_p,
-            mask=sample(~observation.protected, False),
-            solver="bisect",  # exact for one sample
-        ).temperatures
-
-    def _observe(self, tiers: Tiers, ring: QueryRing, merged: Merged) -> Observation:
-        keys, values = tiers.gather(merged.address)
-        queries, columns, valid = ring.newest(self.settings.window, tiers.seen)
-        return Observation(
-            keys=keys,
-            values=values,
-            positions=merged.positions,
-            cu_seqlens=merged.rows.cu_seqlens,
-            longest=merged.rows.longest,
-            queries=queries,
-            query_positions=columns,
-            query_valid=valid,
-            seen=tiers.tokens,
-            protected=merged.protected,
-            scale=self.scale,
-            window=self.settings.window,
-            softcap=self.softcap,
+def check(event: Event, sizes: Sequence[int]) -> None:
+    """Raise ValueError if the scores behind a layer's `Selection.sizes` were not finite."""
+    if not sizes[-1]:
+        raise ValueError(
+            f"scorer {event.settings.scorer!r} returned NaN or infinite scores; return log-scores, such as "
+            "torch.log(s + 1e-38) for s >= 0"
         )
+
+
+def condense(event: Event, tiers: Tiers, ring: QueryRing) -> Tiers:
+    """The tiers of one layer after its event; `tiers` and `ring` are only read, so that a failure loses nothing.
+
+    Raises:
+        ValueError: the scorer did not keep to its contract.
+    """
+    selection = select([event], [tiers], [ring])
+    sizes = selection.sizes.tolist()
+    check(event, sizes[0])
+    index = selection.index(sizes)[0]
+    return selection.finish(0, tiers, index, sizes[0], event.settings.window, event.settings.interval)
+
+
+def _keep(
+    events: Sequence[Event],
+    z: Tensor,
+    observation: Observation,
+    merged: Merged,
+    temperatures: Sequence[Tensor | None],
+) -> Tensor:
+    """The kept set, bool `[N]`: by one budget where all layers' can be one."""
+    if len(events) == 1:
+        return events[0].budget.select(z, observation, temperatures[0])
+    budget = events[0].budget.together([event.budget for event in events])
+    if budget is not None:
+        given = [each for each in temperatures if each is not None]
+        return budget.select(z, observation, torch.cat(given) if len(given) == len(events) else None)
+    parts = z.split([rows.total for rows in merged.layers])
+    observations = observation.split(merged.layers)
+    return torch.cat(
+        [event.budget.select(*each) for event, *each in zip(events, parts, observations, temperatures, strict=True)]
+    )
+
+
+def _fit(events: Sequence[Event], z: Tensor, observation: Observation) -> Tensor | None:
+    """Temperatures at which this event's scores spread like its attention; None while all is protected."""
+    settings = events[0].settings
+    if observation.max_length <= settings.window + settings.sinks:
+        return None
+
+    def sample(flat: Tensor, fill: float) -> Tensor:  # [R, 1, longest row]
+        return observation.to_padded(flat, fill).flatten(0, 1)[:, None]
+
+    return fit_temperatures(
+        sample(z, -torch.inf),
+        sample(observation.attention, 0.0),
+        events[0].budget.calibration_p,
+        mask=sample(~observation.protected, False),
+        solver="bisect",  # exact for one sample
+    ).temperatures
+
+
+def _observe(event: Event, layers: Sequence[Tiers], rings: Sequence[QueryRing], merged: Merged) -> Observation:
+    parts = [ring.newest(event.settings.window, tiers.seen) for ring, tiers in zip(rings, layers, strict=True)]
+    queries, valid, seen = (
+        each[0] if len(layers) == 1 else torch.cat(each)
+        for each in ([p[0] for p in parts], [p[2] for p in parts], [tiers.tokens for tiers in layers])
+    )
+    return Observation(
+        keys=merged.gather(layers, 0),
+        load_values=lambda: merged.gather(layers, 1),
+        positions=merged.positions,
+        cu_seqlens=merged.rows.cu_seqlens,
+        longest=merged.rows.longest,
+        queries=queries,
+        query_positions=parts[0][1],
+        query_valid=valid,
+        seen=seen,
+        protected=merged.protected,
+        newest=merged.newest,
+        scale=event.scale,
+        window=event.settings.window,
+        softcap=event.softcap,
+    )
 
 
 def _check_shape(z: Any, observation: Observation, scorer: Any) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hardkv.cache.event import Event
+from hardkv.cache.event import Event, check, condense, groups, select
 from hardkv.cache.handles import KVHandle, LogicalLen, NewTokens, UnroutedKVError
+from hardkv.cache.merged import Selection
 from hardkv.cache.queries import QueryRing
-from hardkv.cache.tiers import DenseTier, Selection, Tiers
+from hardkv.cache.tiers import DenseTier, Tiers
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import attend_tiers
 from hardkv.selectors.budgets import Budget
@@ -149,7 +150,7 @@ class HardKVLayer(CacheLayerMixin):
         ring = self._observe(query, valid, None, new)
         tiers = Tiers.of(dense, new.stop)
         if not self._event_held:
-            tiers = self._event(tiers, scale, softcap).condense(tiers, ring)
+            tiers = condense(self._event(tiers, scale, softcap), tiers, ring)
         self._store(new, tiers, ring, scale, softcap)
 
     def decode(
@@ -403,20 +404,36 @@ def compress_together(layers: Sequence[HardKVLayer]) -> None:
     Raises:
         ValueError: a scorer did not keep to its contract; nothing has changed then.
     """
-    selected: dict[torch.device, list[tuple[HardKVLayer, Event, Selection]]] = {}
+    events, tiers, rings = [], [], []
     for layer in layers:
         assert layer.tiers is not None
         assert layer.ring is not None
-        event = layer._event(layer.tiers, layer.scale, layer.softcap)
-        selected.setdefault(layer.device, []).append((layer, event, event.select(layer.tiers, layer.ring)))
-    for group in selected.values():
-        sizes = torch.stack([selection.sizes for _, _, selection in group]).tolist()
-        for (_, event, _), each in zip(group, sizes, strict=True):
-            event.check(each)
-        for (layer, event, selection), each in zip(group, sizes, strict=True):
-            assert layer.tiers is not None
-            layer.tiers = event.finish(layer.tiers, selection, each)
-            layer.committed = layer.seen
+        events.append(layer._event(layer.tiers, layer.scale, layer.softcap))
+        tiers.append(layer.tiers)
+        rings.append(layer.ring)
+
+    def of(parts: Sequence[Any], group: Sequence[int]) -> list[Any]:
+        return [parts[i] for i in group]
+
+    by_device: dict[torch.device, list[tuple[list[int], Selection]]] = {}
+    for group in groups(events, tiers, rings):
+        selection = select(of(events, group), of(tiers, group), of(rings, group))
+        by_device.setdefault(layers[group[0]].device, []).append((group, selection))
+    del tiers  # so that each layer's old bytes go as soon as it has new ones
+    for selected in by_device.values():
+        read = torch.cat([selection.sizes for _, selection in selected]).tolist()
+        sizes = [[read.pop(0) for _ in group] for group, _ in selected]
+        for (group, _), each in zip(selected, sizes, strict=True):
+            for i, size in zip(group, each, strict=True):
+                check(events[i], size)
+        for (group, selection), each in zip(selected, sizes, strict=True):
+            for place, (i, index) in enumerate(zip(group, selection.index(each), strict=True)):
+                layer, settings = layers[i], layers[i].settings
+                assert layer.tiers is not None
+                layer.tiers = selection.finish(
+                    place, layer.tiers, index, each[place], settings.window, settings.interval
+                )
+                layer.committed = layer.seen
 
 
 def _columns(padding: Tensor | None, new: NewTokens) -> Tensor | None:

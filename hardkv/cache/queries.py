@@ -32,10 +32,18 @@ class QueryRing:
         self.size = min(capacity, self.size + q_len)
 
     def newest(self, count: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Up to `count` queries before column `end`, oldest first: queries, columns `[w]` and validity `[B, w]`."""
-        columns = torch.arange(end - min(count, self.size), end, device=self.valid.device)
-        slot = columns % self.capacity
-        return self.buffer[:, :, slot], columns, self.valid[:, slot]
+        """Up to `count` queries before column `end`, oldest first: queries, columns `[w]` and validity `[B, w]`.
+
+        They may share memory with the ring.
+        """
+        count = min(count, self.size)
+        columns = torch.arange(end - count, end, device=self.valid.device)
+        first = (end - count) % max(self.capacity, 1)
+        spans = [slice(first, min(first + count, self.capacity)), slice(0, first + count - self.capacity)]
+        if spans[1].stop <= 0:
+            return self.buffer[:, :, spans[0]], columns, self.valid[:, spans[0]]
+        queries = torch.cat([self.buffer[:, :, span] for span in spans], 2)
+        return queries, columns, torch.cat([self.valid[:, span] for span in spans], 1)
 
     def grown(self, capacity: int, end: int) -> "QueryRing":
         """A copy with room for more columns; `end` is the column after the newest."""

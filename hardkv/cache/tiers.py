@@ -1,14 +1,13 @@
 """Storage of one cache layer: ragged tiers that change only at events, and the dense tier that grows every step."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hardkv.kernels.append import append
-from hardkv.kernels.compaction import gather_tiers, gather_tokens
-from hardkv.kernels.layout import assign, layout
+from hardkv.kernels.layout import layout
 from hardkv.kernels.rows import Rows, cumulative, padded_index
 
 
@@ -156,55 +155,6 @@ class DenseTier:
 
 
 @dataclass(frozen=True)
-class Merged:
-    """All tokens of all tiers, row by row in order of position, with the address each has in its tier."""
-
-    positions: Tensor  # int32 [N]
-    misses: Tensor  # uint8 [N]
-    address: Tensor  # int64 [N], over condensed, sparse and dense slots one behind the other
-    in_window: Tensor  # bool [N], the newest tokens of the dense tier, which stay there
-    protected: Tensor  # bool [N], tokens kept whatever their score
-    rows: Rows
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What an event decided, all on the device: the sizes of the new tiers are read later, for all layers at once."""
-
-    merged: Merged
-    misses: Tensor  # uint8 [N], counted on
-    condensed: Tensor  # bool [N], selected tokens outside the window
-    sparse: Tensor  # bool [N], deselected ones on probation
-    cu_condensed: Tensor  # int32 [R + 1]
-    cu_sparse: Tensor  # int32 [R + 1]
-    temperatures: Tensor | None  # [R], what the event selected with, to be kept
-    sizes: Tensor  # int64 [6]: total and longest row of condensed and of sparse, least dense fill, whether sound
-
-    @classmethod
-    def of(
-        cls,
-        tiers: "Tiers",
-        merged: Merged,
-        keep: Tensor,
-        sound: Tensor,
-        patience: int,
-        temperatures: Tensor | None,
-    ) -> "Selection":
-        """Sort the tokens into tiers.
-
-        Args:
-            merged: from `tiers.merged(window)`. keep: bool `[N]`, the selected tokens; the window's must be among them.
-            sound: bool scalar, whether the selection can be trusted.
-            patience: misses a token survives in the sparse tier.
-        """
-        misses, condensed, sparse, lengths = assign(keep, merged.in_window, merged.misses, merged.rows, patience)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(1, dtype=torch.int32), (1, 0))
-        found = torch.stack([lengths.sum(1), lengths.amax(1)], 1).flatten()
-        sizes = torch.cat([found, tiers.dense.fill.min()[None], sound.long()[None]])
-        return cls(merged, misses, condensed, sparse, cu_seqlens[0], cu_seqlens[1], temperatures, sizes)
-
-
-@dataclass(frozen=True)
 class Tiers:
     """Everything a layer stores, as one immutable value: a step or an event that fails leaves the old one whole."""
 
@@ -244,11 +194,14 @@ class Tiers:
         recent = columns.gather(1, dense.positions.long().masked_fill(~held, 0)) & held
         return bool(columns[sequence, tier.positions.long()].any() | recent.any())
 
-    def merged(self, window: int, sinks: int = 0, pinned: int = 0) -> Merged:
+    def merged(self, window: int, sinks: int = 0, pinned: int = 0) -> tuple[tuple[Tensor, ...], Rows]:
         """Lay out every held token by row and position.
 
         Args:
             window, sinks: newest and first tokens of a row that are protected. pinned: so are columns below it.
+
+        Returns:
+            What `kernels.layout.layout` tells of every token, and the rows.
         """
         dense, device = self.dense, self.dense.fill.device
         _, num_kv_heads = self.shape
@@ -273,44 +226,44 @@ class Tiers:
             sinks=sinks,
             pinned=pinned,
         )
-        return Merged(*tokens, rows)
+        return tokens, rows
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of the keys held."""
+        dense = self.dense.keys[:, :, : self.dense.bound]
+        return self.condensed.keys.nbytes + self.sparse.keys.nbytes + dense.numel() * dense.element_size()
 
     @property
     def sources(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of all tiers, in the order of addresses."""
         return [(tier.keys, tier.values) for tier in (self.condensed, self.sparse, self.dense)]
 
-    def gather(self, address: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys `[N, D]` and values `[N, Dv]` at the given addresses."""
-        keys, values = zip(*self.sources, strict=True)
-        return gather_tokens(keys, address), gather_tokens(values, address)
-
-    def condense(self, selection: "Selection", sizes: Sequence[int], *, window: int, interval: int) -> "Tiers":
-        """New, exactly sized tiers after an event.
+    def condense(
+        self,
+        condensed: RaggedTier,
+        sparse: RaggedTier,
+        least: int,
+        temperatures: Tensor | None,
+        *,
+        window: int,
+        interval: int,
+    ) -> "Tiers":
+        """After an event: new ragged tiers, and a dense one of the newest tokens.
 
         Args:
-            selection: what stays. sizes: its `sizes`, read on the host.
+            least: the host's lower bound on the dense tier's fill. temperatures: what the event selected with.
             window, interval: sizes of the new dense tier.
         """
-        merged = selection.merged
-        total, longest, sparse_total, sparse_longest, least, _ = sizes
-
-        def tier(chosen: Tensor, cu_seqlens: Tensor, total: int, longest: int) -> RaggedTier:
-            index = torch.nonzero_static(chosen, size=total)[:, 0]
-            return RaggedTier(
-                *gather_tiers(self.sources, merged.address, index, merged.positions, selection.misses),
-                Rows(cu_seqlens, total, longest),
-            )
-
         return Tiers(
-            condensed=tier(selection.condensed, selection.cu_condensed, total, longest),
-            sparse=tier(selection.sparse, selection.cu_sparse, sparse_total, sparse_longest),
-            dense=self.dense.newest(window, window + interval, least),
+            condensed,
+            sparse,
+            self.dense.newest(window, window + interval, least),
             tokens=self.tokens,
             seen=self.seen,
             compressed_at=self.seen,
             events=self.events + 1,
-            temperatures=selection.temperatures,
+            temperatures=temperatures,
         )
 
     def select_sequences(self, indices: Tensor) -> "Tiers":

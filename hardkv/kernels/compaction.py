@@ -8,29 +8,30 @@ from torch import Tensor
 from hardkv.kernels.backends import current, kernels_for
 
 
-def gather_tokens(sources: Sequence[Tensor], address: Tensor) -> Tensor:
+def gather_tokens(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Collect tokens by address over the concatenation of several buffers.
 
     Args:
         sources: up to three buffers `[n_i, D]` of one dtype, contiguous; the last may be `[B, H, C, D]` with any
             strides but the last: slot c of row b * H + h is its token (b * H + h) * C + c.
         address: int64 `[N]`, into their concatenation.
+        out: `[N, D]`, contiguous, to write to; made when None.
 
     Returns:
-        A new, exactly sized buffer `[N, D]`.
+        `[N, D]`.
     """
     if kernels_for(sources[-1].device, sources[-1].dtype) == "triton":
         from hardkv.kernels.triton import compaction as kernel
         from hardkv.kernels.triton import ops
 
-        run = ops.gather_tokens if torch.compiler.is_compiling() else kernel.gather_keys
         with current(address):
-            return run(list(sources), address)
+            if torch.compiler.is_compiling() and out is None:
+                return ops.gather_tokens(list(sources), address)
+            return kernel.gather_keys(sources, address, out=out)
     flat = [source.flatten(0, 2) if source.dim() == 4 else source for source in sources]
     filled = [source for source in flat if source.shape[0]]
-    if len(filled) == 1:
-        return filled[0].index_select(0, address)
-    return torch.cat(flat).index_select(0, address)
+    source = filled[0] if len(filled) == 1 else torch.cat(flat)
+    return torch.index_select(source, 0, address, out=out)
 
 
 def gather_tiers(

@@ -20,7 +20,7 @@ def layout(
     window: int,
     sinks: int,
     pinned: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Every row's ragged tokens, then its dense ones.
 
     Args:
@@ -33,7 +33,8 @@ def layout(
 
     Returns:
         Of every token, `[N]`: position (int32), misses (uint8, 0 for dense ones), address over the ragged tokens and
-        then the dense slots (int64), whether it is among the newest `window` dense ones, and whether it is protected.
+        then the dense slots (int64), whether it is among the newest `window` dense ones, among the newest `window` of
+        its row, and whether it is protected.
     """
     tensors = rows, older, order, positions, misses, dense_positions, fill
     if kernels_for(positions.device, torch.float32) == "triton":
@@ -56,7 +57,7 @@ def layout_reference(
     window: int,
     sinks: int,
     pinned: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The PyTorch reference of `layout`."""
     row, offset = rows.ids, positions.shape[0]
     sequence = row // ((rows.cu_seqlens.shape[0] - 1) // fill.shape[0])
@@ -71,8 +72,9 @@ def layout_reference(
         missed = torch.where(is_dense, missed, misses[place])
     address = torch.where(is_dense, offset + row * capacity + held, place)
     recent = slot >= (fill - window).clamp_min(0)[sequence]
-    protected = (token >= rows.lengths[row] - window) | (token < sinks) | (position < pinned)
-    return position, missed, address, recent, protected
+    newest = token >= rows.lengths[row] - window
+    protected = newest | (token < sinks) | (position < pinned)
+    return position, missed, address, recent, newest, protected
 
 
 def assign(

@@ -17,6 +17,8 @@ class Attention:
     instead of all past ones.
     """
 
+    across_layers = True
+
     def score(self, observation: Observation) -> Tensor:
         """Log-scores `[N]`."""
         return log_score(observation.attention)

@@ -4,7 +4,7 @@ Every public count (n, floor, cap) includes the protected tokens F of a row and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -48,6 +48,17 @@ class Budget(ABC):
         """The budget of one layer; `num_protected` is the usual |F| (window + sinks)."""
         return self
 
+    def together(self, budgets: "Sequence[Budget]") -> "Budget | None":
+        """One budget for several layers, whose sequences follow one another as if they were one batch.
+
+        Args:
+            budgets: those of the layers, this one first.
+
+        Returns:
+            A budget, or None, the default: every layer selects for itself.
+        """
+        return None
+
     @property
     def limit(self) -> int | None:
         """The tokens a row of mean length may keep, F included; None without a bound."""
@@ -86,6 +97,9 @@ class FixedTotal(Budget):
 
     def __post_init__(self) -> None:
         check_count("n", self.n, 1)
+
+    def together(self, budgets: Sequence[Budget]) -> Budget | None:
+        return self if all(each == self for each in budgets) else None
 
     @property
     def limit(self) -> int:
@@ -262,6 +276,9 @@ class TopP(Budget):
     @property
     def calibration_p(self) -> float:  # type: ignore[override]
         return self.p
+
+    def together(self, budgets: Sequence[Budget]) -> Budget | None:
+        return self if all(each == self for each in budgets) else None
 
     @property
     def limit(self) -> int | None:

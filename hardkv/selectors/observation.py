@@ -1,7 +1,8 @@
 """What a scorer sees: the held tokens of one layer, ragged, and the newest queries."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Observation:
     """
 
     keys: Tensor  # [N, D], after RoPE
-    values: Tensor  # [N, Dv]
+    load_values: Callable[[], Tensor]  # what `values` is, called when it is first read
     positions: Tensor  # int32 [N], columns of the sequence, pads counted
     cu_seqlens: Tensor  # int32 [R + 1]
     queries: Tensor  # [B, Hq, W, D], after RoPE, oldest first
@@ -32,6 +33,12 @@ class Observation:
     softcap: float | None = None
     seen: Tensor | None = None  # int64 [B], tokens of each sequence so far, evicted ones too; None: its longest row's
     longest: int | None = None  # the longest row, or more, where the host knows; None: read from the device
+    newest: Tensor | None = None  # bool [N], what `window_mask` is, where known
+
+    @cached_property
+    def values(self) -> Tensor:
+        """Of every token, `[N, Dv]`."""
+        return self.load_values()
 
     @property
     def batch_size(self) -> int:
@@ -75,6 +82,8 @@ class Observation:
     @cached_property
     def window_mask(self) -> Tensor:
         """The newest `window` tokens of every row, bool `[N]`."""
+        if self.newest is not None:
+            return self.newest
         stop = self.cu_seqlens[1:].long()[self.row]
         return torch.arange(stop.shape[0], device=stop.device) >= stop - self.window
 
@@ -98,6 +107,32 @@ class Observation:
             reduce=reduce,
             exclude=exclude,
         )
+
+    def split(self, layers: Sequence[Rows]) -> "list[Observation]":
+        """This observation of several layers' rows, layer after layer, as one of each."""
+        parts, first = [], 0
+        batch = self.batch_size // len(layers)
+        for i, rows in enumerate(layers):
+            tokens, sequences = slice(first, first + rows.total), slice(i * batch, (i + 1) * batch)
+            part = replace(
+                self,
+                keys=self.keys[tokens],
+                load_values=partial(self._values_of, tokens),
+                positions=self.positions[tokens],
+                cu_seqlens=rows.cu_seqlens,
+                longest=rows.longest,
+                queries=self.queries[sequences],
+                query_valid=self.query_valid[sequences],
+                seen=None if self.seen is None else self.seen[sequences],
+                protected=self.protected[tokens],
+                newest=None if self.newest is None else self.newest[tokens],
+            )
+            parts.append(part)
+            first += rows.total
+        return parts
+
+    def _values_of(self, tokens: slice) -> Tensor:
+        return self.values[tokens]
 
     def to_padded(self, z: Tensor, fill: float = -torch.inf) -> Tensor:
         """Flat `z [N]` as `[B, H, max_length]`, every row left-aligned, `fill` behind its end."""
@@ -169,7 +204,7 @@ class Observation:
             query_valid[:, -overlap:] = mask.any(1)[:, columns - overlap :]
         return cls(
             keys=keys.reshape(-1, head_dim)[present.reshape(-1)],
-            values=values.reshape(-1, values.shape[-1])[present.reshape(-1)],
+            load_values=lambda: values.reshape(-1, values.shape[-1])[present.reshape(-1)],
             positions=torch.arange(columns, device=keys.device).expand_as(present)[present].to(torch.int32),
             cu_seqlens=cumulative(present.sum(1)),
             queries=queries,

@@ -1,7 +1,8 @@
 """Risk budgets: every head of the model gets the tokens whose eviction was measured to cost most."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -205,9 +206,9 @@ class Risk(FixedTotal):
         continued = curves.continued()
         if self.scope == "layer":
             plans = [_Plan.of(curves, continued, slice(layer, layer + 1)) for layer in range(layers)]
-            return [LayerRisk(self, 0, heads, plan) for plan in plans]
+            return [LayerRisk(self, (0,), heads, plan) for plan in plans]
         plan = _Plan.of(curves, continued, slice(None))
-        return [LayerRisk(self, layer, heads, plan) for layer in range(layers)]
+        return [LayerRisk(self, (layer,), heads, plan) for layer in range(layers)]
 
     def allocation(self, curves: RiskCurves, length: int, num_protected: int) -> Tensor:
         """The counts `[L, H]` of a sequence of `length` tokens, protected ones (`num_protected` a head) included."""
@@ -220,10 +221,10 @@ class Risk(FixedTotal):
 
 @dataclass(frozen=True)
 class LayerRisk(Budget):
-    """`Risk` of one layer, with the curves of all."""
+    """`Risk` of one layer, or of several together, with the curves of all."""
 
     risk: Risk
-    layer: int  # of the plan
+    layers: tuple[int, ...]  # of the plan
     heads: int
     plan: _Plan = field(repr=False)
 
@@ -234,11 +235,17 @@ class LayerRisk(Budget):
     def limit(self) -> int:
         return self.risk.limit
 
+    def together(self, budgets: Sequence[Budget]) -> Budget | None:
+        same = [each for each in budgets if isinstance(each, LayerRisk) and each.plan is self.plan]
+        if len(same) < len(budgets):
+            return None
+        return replace(self, layers=tuple(layer for each in same for layer in each.layers))
+
     def tensors(self, device: torch.device) -> list[Tensor]:
         return self.plan.on(device).tensors()
 
     def totals(self, tokens: Tensor, protected: Tensor) -> Tensor:
-        """Counts of the layer's heads, int64 `[B, H]`, for sequences of `tokens [B]` with `protected [B]` a head."""
+        """Counts of heads, int64 `[L * B, H]`, for sequences of `tokens [B]` with `protected [B]` a head."""
         n, floor, cap = self.risk.n, self.risk.floor, self.risk.cap
         if isinstance(floor, float):
             low = protected + (floor * (n - protected).clamp_min(0)).long()
@@ -246,8 +253,10 @@ class LayerRisk(Budget):
             low = protected.clamp_min(floor)
         high = tokens if cap is None else tokens.minimum(protected.clamp_min(cap))
         counts = self.plan.on(tokens.device).counts(n * self.plan.rows, tokens, low, high)
-        return counts[:, self.layer * self.heads : (self.layer + 1) * self.heads]
+        each = [counts[:, layer * self.heads : (layer + 1) * self.heads] for layer in self.layers]
+        return each[0] if len(each) == 1 else torch.cat(each)
 
     def counts(self, ranking: Ranking) -> Tensor:
-        protected = ranking.per_head(ranking.num_protected)  # the same in every head
-        return (self.totals(ranking.observation.context, protected[:, 0]) - protected).flatten()
+        protected = ranking.per_head(ranking.num_protected)  # the same in every head and layer
+        batch = protected.shape[0] // len(self.layers)
+        return (self.totals(ranking.observation.context[:batch], protected[:batch, 0]) - protected).flatten()

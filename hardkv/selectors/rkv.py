@@ -33,6 +33,7 @@ class RKV:
     threshold: float = 0.5
     kernel_size: int = 7
     pooling: str = "max"
+    across_layers = True
 
     def __post_init__(self) -> None:
         check_pooling(self.pooling, self.kernel_size)

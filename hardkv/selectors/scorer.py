@@ -17,7 +17,11 @@ TINY = torch.finfo(torch.float32).tiny
 
 @runtime_checkable
 class Scorer(Protocol):
-    """One method: a log-score for every held token, higher = keep. Scorers hold hyperparameters, no state."""
+    """One method: a log-score for every held token, higher = keep. Scorers hold hyperparameters, no state.
+
+    A scorer that looks at each sequence by itself may set `across_layers = True`: then it is asked once for several
+    layers, which it sees as further sequences, and that saves time when there are few tokens.
+    """
 
     def score(self, observation: Observation) -> Tensor:
         """Log-scores z `[N]`, float; only the order of z matters to TopK, its spread to Top-p budgets too."""
@@ -101,14 +105,11 @@ def log_affine(score: Tensor, observation: Observation) -> Tensor:
     One map for all heads of a sequence, so that the order between heads survives. Protected tokens may lie outside the
     candidates' range and are clamped to it.
     """
+    if not score.numel():
+        return score
     sequence = observation.row // observation.num_kv_heads
-    candidates = ~observation.protected
-    low = score.new_full((observation.batch_size,), torch.inf).scatter_reduce_(
-        0, sequence, score.masked_fill(~candidates, torch.inf), "amin"
-    )
-    high = score.new_full((observation.batch_size,), -torch.inf).scatter_reduce_(
-        0, sequence, score.masked_fill(~candidates, -torch.inf), "amax"
-    )
+    low = observation.to_padded(score.masked_fill(observation.protected, torch.inf), torch.inf).amin((1, 2))
+    high = observation.to_padded(score.masked_fill(observation.protected, -torch.inf), -torch.inf).amax((1, 2))
     span = (high - low).nan_to_num(0.0, 0.0, 0.0)
     unit = (score - low.nan_to_num(0.0, 0.0, 0.0)[sequence]) / span.clamp_min(TINY)[sequence]
     # all candidates equal: every one gets the top of the range

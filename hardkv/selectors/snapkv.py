@@ -28,6 +28,7 @@ class SnapKV:
     kernel_size: int = 7
     pooling: str = "max"
     group_reduce: str = "mean"
+    across_layers = True
 
     def __post_init__(self) -> None:
         check_pooling(self.pooling, self.kernel_size)

@@ -37,7 +37,8 @@ def make_case(data):
             address = len(flat) + row * capacity + slot
             entries.append((dense[b][slot], 0, address, slot >= fill[b] - window))
         expected += [
-            (*entry, i >= length - window or i < sinks or entry[0] < pinned) for i, entry in enumerate(entries)
+            (*entry, i >= length - window, i >= length - window or i < sinks or entry[0] < pinned)
+            for i, entry in enumerate(entries)
         ]
     total = torch.tensor([count + fill[row // heads] for row, count in enumerate(counts)])
     arguments = (
@@ -58,7 +59,7 @@ def assert_matches(function, data, device="cpu"):
     rows, *rest = arguments
     moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in rest]
     found = function(Rows(rows.cu_seqlens.to(device), rows.total, rows.longest), *moved)
-    assert [tensor.dtype for tensor in found] == [torch.int32, torch.uint8, torch.int64, torch.bool, torch.bool]
+    assert [tensor.dtype for tensor in found] == [torch.int32, torch.uint8, torch.int64, *[torch.bool] * 3]
     assert list(zip(*(tensor.tolist() for tensor in found), strict=True)) == expected
 
 

@@ -50,7 +50,10 @@ def _copy_rows(
     tl.store(out + token[:, None] * D + column[None, :], data, mask=mask)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "key_heads", "key_capacity", "value_heads", "value_capacity"])
+@triton.jit(
+    do_not_specialize=[*COUNTS, "key_heads", "key_capacity", "value_heads", "value_capacity"],
+    do_not_specialize_on_alignment=["index"],  # a part of another tensor
+)
 def _gather_tiers_kernel(
     keys_out,
     values_out,
@@ -133,7 +136,7 @@ def _gather_tiers_kernel(
     )
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "heads", "capacity"])
+@triton.jit(do_not_specialize=[*COUNTS, "heads", "capacity"], do_not_specialize_on_alignment=["address"])
 def _gather_keys_kernel(
     out,
     address,

@@ -16,6 +16,7 @@ def _layout_kernel(
     misses_out,
     address_out,
     recent_out,
+    newest_out,
     protected_out,
     cu_ptr,
     older_ptr,
@@ -59,13 +60,15 @@ def _layout_kernel(
     misses = tl.load(misses_ptr + place, mask=is_old, other=0)
     address = tl.where(is_old, place, offset + row.to(tl.int64) * capacity + slot)
     recent = slot >= tl.maximum(fill - window, 0)
-    protected = (token >= length - window) | (token < sinks) | (position < pinned)
+    newest = token >= length - window
+    protected = newest | (token < sinks) | (position < pinned)
 
     at = begin.to(tl.int64) + token
     tl.store(positions_out + at, position, mask=live)
     tl.store(misses_out + at, misses, mask=live)
     tl.store(address_out + at, address, mask=live)
     tl.store(recent_out + at, recent.to(tl.int8), mask=live)
+    tl.store(newest_out + at, newest.to(tl.int8), mask=live)
     tl.store(protected_out + at, protected.to(tl.int8), mask=live)
 
 
@@ -81,7 +84,7 @@ def layout(
     window: int,
     sinks: int,
     pinned: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """See `hardkv.kernels.layout.layout`."""
     n, count = rows.total, rows.cu_seqlens.shape[0] - 1
     device = rows.cu_seqlens.device
@@ -89,16 +92,12 @@ def layout(
         torch.empty(n, dtype=torch.int32, device=device),
         torch.empty(n, dtype=torch.uint8, device=device),
         torch.empty(n, dtype=torch.int64, device=device),
-        torch.empty(n, dtype=torch.bool, device=device),
-        torch.empty(n, dtype=torch.bool, device=device),
+        *(torch.empty(n, dtype=torch.bool, device=device) for _ in range(3)),
     )
     if n:
         _layout_kernel[(count, triton.cdiv(rows.longest, BLOCK))](
-            outs[0],
-            outs[1],
-            outs[2],
-            outs[3].view(torch.int8),
-            outs[4].view(torch.int8),
+            *outs[:3],
+            *(out.view(torch.int8) for out in outs[3:]),
             rows.cu_seqlens,
             older,
             positions if order is None else order,

@@ -1,0 +1,120 @@
+"""Layers that go through an event together keep exactly what each would keep by itself."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from hardkv import HardKVCache
+from hardkv.cache import event
+from hardkv.selectors import RKV, AdaKV, Adaptive, Attention, Pyramid, Risk, RiskCurves, SnapKV, TopK, TopP
+
+SIZES = {"window": 4, "sinks": 1, "interval": 6}
+STEPS = [40, *[1] * 19]
+
+
+@dataclass(frozen=True)
+class ByValue:
+    """Reads the values, which are only gathered when asked for."""
+
+    across_layers = True
+
+    def score(self, observation):
+        return observation.attention.clamp_min(1e-30).log() + observation.values.float().norm(dim=-1).log()
+
+
+@dataclass(frozen=True)
+class Alone(ByValue):
+    across_layers = False
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """Sizes of the groups that went through `select` together."""
+    sizes = []
+    select = event.select
+
+    def spy(events, *args):
+        sizes.append(len(events))
+        return select(events, *args)
+
+    monkeypatch.setattr(event, "select", spy)
+    monkeypatch.setattr("hardkv.cache.layer.select", spy)
+    return sizes
+
+
+def run(model, inputs, run_feed, prepare=None, **options):
+    cache = HardKVCache(config=model.config, **SIZES, **options)
+    if prepare is not None:
+        prepare(cache)
+    return cache, [logits for *_, logits in run_feed(model, cache, **inputs, chunks=STEPS)]
+
+
+def assert_same(cache, other):
+    for idx in range(len(cache.layers)):
+        assert [[h.tolist() for h in heads] for heads in cache.kept(idx)] == [
+            [h.tolist() for h in heads] for heads in other.kept(idx)
+        ]
+        ours, theirs = cache.layers[idx].tiers, other.layers[idx].tiers
+        for one, two in zip(ours.tensors(), theirs.tensors(), strict=True):
+            assert one.shape == two.shape
+        for tier in ("condensed", "sparse"):
+            mine, yours = getattr(ours, tier), getattr(theirs, tier)
+            for name in ("keys", "values", "positions", "misses", "cu_seqlens"):
+                assert torch.equal(getattr(mine, name), getattr(yours, name))
+        if ours.temperatures is not None:
+            torch.testing.assert_close(ours.temperatures, theirs.temperatures)
+
+
+def share_by_risk(cache):
+    """A risk budget from curves that differ from head to head."""
+    generator = torch.Generator("cpu").manual_seed(3)
+    counts = torch.tensor([2, 4, 8, 16, 32, 64], device="cpu")
+    weight = 40 ** torch.rand(3, 2, 1, generator=generator, device="cpu")
+    curves = RiskCurves(counts, weight * (1 / counts - 1 / 64))
+    for layer, budget in zip(cache.layers, Risk(20).for_layers(curves), strict=True):
+        layer.budget = budget
+
+
+def give_temperatures(cache):
+    """Calibrated before, another for every head."""
+    for idx, layer in enumerate(cache.layers):
+        layer.temperatures = torch.tensor([0.5 + idx, 3.0 / (1 + idx)])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("patience", [0, 2])
+@pytest.mark.parametrize(
+    ("scorer", "budget", "more"),
+    [
+        (Attention(), TopK(20), {}),
+        (SnapKV(), AdaKV(20), {}),
+        (RKV(), Adaptive(20), {}),
+        (SnapKV(), TopP(0.7, floor=8, cap=24), {}),
+        (SnapKV(), Pyramid(20, beta=2), {}),
+        (Attention(), Pyramid(Adaptive(20), beta=2), {}),
+        (ByValue(), TopK(20), {}),
+        (Alone(), AdaKV(20), {}),
+        (SnapKV(), TopK(20), {"prepare": share_by_risk}),
+        (SnapKV(), Adaptive(20), {"prepare": give_temperatures}),
+        (SnapKV(), Adaptive(20), {"calibration": "online", "refit": 2}),
+        (SnapKV(), TopP(0.7, floor=8, cap=24), {"calibration": "online"}),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*temperatures stopped")
+def test_together_as_alone(
+    batch, patience, scorer, budget, more, groups, monkeypatch, tiny_model, tiny_prompts, run_feed
+):
+    model, inputs = tiny_model("llama"), tiny_prompts(batch, 40, new=19)
+    options = {"scorer": scorer, "budget": budget, "patience": patience, **more}
+    cache, logits = run(model, inputs, run_feed, **options)
+    assert set(groups) == ({1} if isinstance(scorer, Alone) else {1, 3})  # the prompt's events are each layer's own
+    monkeypatch.setattr(event, "TOGETHER_BYTES", 0)
+    monkeypatch.setattr(event, "TOGETHER_SHARE", 0)
+    groups.clear()
+    alone, expected = run(model, inputs, run_feed, **options)
+    assert set(groups) == {1}
+    assert_same(cache, alone)
+    for one, two in zip(logits, expected, strict=True):
+        assert torch.equal(one, two)
