@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
@@ -727,6 +727,8 @@ EVENTS = (
     ("rkv", "risk", False),
     ("rkv", "topk", True),
 )
+# Again with a batch of one, where an event is all launches.
+SMALL_EVENTS = (("snapkv", "topk", False), ("rkv", "topk", False))
 
 
 def synthetic_curves(model: Model, heads: int) -> RiskCurves:
@@ -833,8 +835,9 @@ def measure_event(
     off = event_error(layers[0], old[0])
     if not off <= TOLERANCE:
         raise ArithmeticError(f"wrong: differs from the reference by {off:.2g}")
-    restored(layers, old)()
-    event_us = median(timer.wall(restored(layers, old)) for _ in range(5)) * model.layers / len(layers)
+    for _ in range(2):
+        restored(layers, old)()
+    event_us = median(timer.wall(restored(layers, old)) for _ in range(9)) * model.layers / len(layers)
     waits = timer.waits(restored(layers, old))
     restored(layers, old)  # nothing of the new tiers stays
     step = model.layers * attention_us + model.weights / bandwidth * 1e6
@@ -912,7 +915,8 @@ def run(
     kinds = {kind.name: kind for kind in KINDS}
     for name in (name for name in OPERATIONS if name in operations):
         if name == "event":
-            found: Iterator[dict] = measure_events(timer, setting, model, bandwidth)
+            small = measure_events(timer, setting, replace(model, batch=1), bandwidth, SMALL_EVENTS)
+            found: Iterator[dict] = chain(measure_events(timer, setting, model, bandwidth), small)
         else:
             kind = kinds[name]
             own = shapes[: kind.most_shapes]
@@ -938,6 +942,7 @@ def line(record: dict[str, Any]) -> str:
     times = [f"{record[name]:.1f}" if name in record else "-" for name in ("eager_us", "graph_us")]
     share = record.get("fraction", record.get("share"))
     end = "" if share is None else f"{share:.3f}"
+    end += f" batch {record['shape']['batch']}" if "scorer" in record else ""
     error = f"  {record['error'][:80]}" if "error" in record else ""
     return f"{record['operation']:18} {shape!s:18} {backend:22} {times[0]:>9} {times[1]:>8} us {end}{error}"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hardkv.cache.merged import Merged, Selection
-from hardkv.cache.queries import QueryRing
+from hardkv.cache.queries import QueryRing, newest_of
 from hardkv.cache.tiers import Tiers
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
@@ -22,7 +22,7 @@ from hardkv.selectors.observation import Observation
 
 # Keys that layers in one event may copy for scoring: these bytes, or this share of the keys of all layers.
 TOGETHER_BYTES = 64 << 20
-TOGETHER_SHARE = 1 / 8
+TOGETHER_SHARE = 1 / 6
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Event:
         """What layers must have in common to be scored together."""
         keys, values = tiers.dense.keys, tiers.dense.values
         shape = *keys.shape[:2], keys.shape[-1], values.shape[-1], ring.buffer.shape[1]
-        queries = tiers.seen, min(ring.size, self.settings.window)
+        queries = tiers.seen, min(ring.size, self.settings.window), ring.capacity
         fitted = self.budget.calibration_p if self._fits(tiers) else None
         given = self.temperatures is None, tiers.temperatures is None
         return keys.device, keys.dtype, shape, queries, self.scale, self.softcap, self.pinned, fitted, given
@@ -159,11 +159,9 @@ def _fit(events: Sequence[Event], z: Tensor, observation: Observation) -> Tensor
 
 
 def _observe(event: Event, layers: Sequence[Tiers], rings: Sequence[QueryRing], merged: Merged) -> Observation:
-    parts = [ring.newest(event.settings.window, tiers.seen) for ring, tiers in zip(rings, layers, strict=True)]
-    queries, valid, seen = (
-        each[0] if len(layers) == 1 else torch.cat(each)
-        for each in ([p[0] for p in parts], [p[2] for p in parts], [tiers.tokens for tiers in layers])
-    )
+    seen = layers[0].seen
+    count = min(event.settings.window, rings[0].size)
+    queries, valid = newest_of(rings, count, seen)
     return Observation(
         keys=merged.gather(layers, 0),
         load_values=lambda: merged.gather(layers, 1),
@@ -171,9 +169,9 @@ def _observe(event: Event, layers: Sequence[Tiers], rings: Sequence[QueryRing], 
         cu_seqlens=merged.rows.cu_seqlens,
         longest=merged.rows.longest,
         queries=queries,
-        query_positions=parts[0][1],
+        query_positions=torch.arange(seen - count, seen, device=queries.device),
         query_valid=valid,
-        seen=seen,
+        seen=layers[0].tokens if len(layers) == 1 else torch.cat([tiers.tokens for tiers in layers]),
         protected=merged.protected,
         newest=merged.newest,
         scale=event.scale,

@@ -1,5 +1,7 @@
 """The newest queries of a layer, which judge its tokens at the next event."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,24 +33,14 @@ class QueryRing:
             first += length
         self.size = min(capacity, self.size + q_len)
 
-    def newest(self, count: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Up to `count` queries before column `end`, oldest first: queries, columns `[w]` and validity `[B, w]`.
-
-        They may share memory with the ring.
-        """
-        count = min(count, self.size)
-        columns = torch.arange(end - count, end, device=self.valid.device)
-        first = (end - count) % max(self.capacity, 1)
-        spans = [slice(first, min(first + count, self.capacity)), slice(0, first + count - self.capacity)]
-        if spans[1].stop <= 0:
-            return self.buffer[:, :, spans[0]], columns, self.valid[:, spans[0]]
-        queries = torch.cat([self.buffer[:, :, span] for span in spans], 2)
-        return queries, columns, torch.cat([self.valid[:, span] for span in spans], 1)
+    def newest(self, count: int, end: int) -> tuple[Tensor, Tensor]:
+        """Up to `count` queries before column `end`, oldest first, and their validity; see `newest_of`."""
+        return newest_of([self], min(count, self.size), end)
 
     def grown(self, capacity: int, end: int) -> "QueryRing":
         """A copy with room for more columns; `end` is the column after the newest."""
         ring = QueryRing(self.buffer, capacity)
-        queries, _, valid = self.newest(self.size, end)
+        queries, valid = self.newest(self.size, end)
         ring.append(queries, valid, end - self.size)
         ring.size = self.size
         return ring
@@ -60,3 +52,19 @@ class QueryRing:
         ring.valid.copy_(self.valid[indices])
         ring.size = self.size
         return ring
+
+
+def newest_of(rings: Sequence[QueryRing], count: int, end: int) -> tuple[Tensor, Tensor]:
+    """The `count` queries before column `end` of rings of one shape, whose sequences follow one another.
+
+    Returns:
+        Queries `[L * B, Hq, count, D]`, oldest first, and validity `[L * B, count]`; they may share memory with a ring.
+    """
+    capacity, buffer, valid = rings[0].capacity, rings[0].buffer, rings[0].valid
+    if len(rings) > 1:
+        buffer, valid = torch.cat([ring.buffer for ring in rings]), torch.cat([ring.valid for ring in rings])
+    first = (end - count) % max(capacity, 1)
+    if first + count <= capacity:
+        return buffer[:, :, first : first + count], valid[:, first : first + count]
+    spans = slice(first, capacity), slice(0, first + count - capacity)
+    return torch.cat([buffer[:, :, span] for span in spans], 2), torch.cat([valid[:, span] for span in spans], 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ def storage_nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each once: a view counts as all that it keeps alive."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+@lru_cache(maxsize=16)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """0, 1, ..., int32, made once for a number of rows and a device."""
+    with torch.inference_mode(False):
+        return torch.arange(count, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,10 @@ class DenseTier:
     even: bool = True  # whether every sequence's fill is the bound, as far as the host knows
 
     @classmethod
-    def allocate(cls, keys: Tensor, values: Tensor, capacity: int) -> "DenseTier":
-        """An empty tier shaped after `keys [B, H, _, D]` and `values [B, H, _, Dv]`."""
+    def allocate(
+        cls, keys: Tensor, values: Tensor, capacity: int, fill: Tensor | None = None, bound: int = 0
+    ) -> "DenseTier":
+        """A tier shaped after `keys [B, H, _, D]` and `values [B, H, _, Dv]`: empty, or yet to be written to."""
         batch, num_kv_heads = keys.shape[:2]
         # Buffers that later calls write into must not be inference tensors, even if made in inference mode.
         with torch.inference_mode(False):
@@ -87,8 +97,8 @@ class DenseTier:
                 torch.empty(batch, num_kv_heads, capacity, keys.shape[-1], dtype=keys.dtype, device=keys.device),
                 torch.empty(batch, num_kv_heads, capacity, values.shape[-1], dtype=values.dtype, device=keys.device),
                 torch.zeros(batch, capacity, dtype=torch.int32, device=keys.device),
-                torch.zeros(batch, dtype=torch.int64, device=keys.device),
-                bound=0,
+                torch.zeros(batch, dtype=torch.int64, device=keys.device) if fill is None else fill,
+                bound,
             )
 
     @classmethod
@@ -129,20 +139,20 @@ class DenseTier:
 
     def newest(self, count: int, capacity: int, least: int) -> "DenseTier":
         """A new tier with the newest `count` tokens of every sequence, which has `least` at least, at its front."""
-        tier = DenseTier.allocate(self.keys, self.values, capacity)
         fill, bound = self.fill.clamp_max(count), min(self.bound, count)
+        tier = DenseTier.allocate(self.keys, self.values, capacity, fill, bound)
         if self.even:
             for new, old in ((tier.keys, self.keys), (tier.values, self.values)):
                 new[:, :, :bound] = old[:, :, self.bound - bound : self.bound]
             tier.positions[:, :bound] = self.positions[:, self.bound - bound : self.bound]
-            return replace(tier, fill=fill, bound=bound)
+            return tier
         slot = (self.fill - fill)[:, None] + torch.arange(bound, device=fill.device)
         slot = slot.clamp_max(max(self.capacity - 1, 0))  # behind the fill of a short sequence: never counts
         sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
         tier.keys[:, :, :bound] = self.keys[sequence, :, slot].transpose(1, 2)
         tier.values[:, :, :bound] = self.values[sequence, :, slot].transpose(1, 2)
         tier.positions[:, :bound] = self.positions[sequence, slot]
-        return replace(tier, fill=fill, bound=bound, even=least >= bound)
+        return replace(tier, even=least >= bound)
 
     def select_sequences(self, indices: Tensor) -> "DenseTier":
         """A tier of the given batch rows, in that order."""
@@ -214,11 +224,12 @@ class Tiers:
             older = ragged[0].cu_seqlens + ragged[1].cu_seqlens
             order = torch.argsort((torch.cat([tier.rows.ids for tier in ragged]) << 32) + positions)
         if dense.even:
-            count = torch.arange(older.shape[0], dtype=torch.int32, device=device) * dense.bound
+            bounds = torch.add(older, _numbers(older.shape[0], device), alpha=dense.bound)
+            total = positions.shape[0] + (older.shape[0] - 1) * dense.bound
         else:
-            count = cumulative(dense.fill.repeat_interleave(num_kv_heads))
-        total = positions.shape[0] + ((older.shape[0] - 1) * dense.bound if dense.even else int(count[-1]))
-        rows = Rows(older + count, total, sum(tier.rows.longest for tier in ragged) + dense.bound)
+            bounds = older + cumulative(dense.fill.repeat_interleave(num_kv_heads))
+            total = int(bounds[-1])
+        rows = Rows(bounds, total, sum(tier.rows.longest for tier in ragged) + dense.bound)
         tokens = layout(
             *(rows, older, order, positions, misses, dense.positions, dense.fill),
             capacity=dense.capacity,

@@ -68,11 +68,12 @@ def assert_same(cache, other):
 
 def share_by_risk(cache):
     """A risk budget from curves that differ from head to head."""
-    generator = torch.Generator("cpu").manual_seed(3)
-    counts = torch.tensor([2, 4, 8, 16, 32, 64], device="cpu")
-    weight = 40 ** torch.rand(3, 2, 1, generator=generator, device="cpu")
-    curves = RiskCurves(counts, weight * (1 / counts - 1 / 64))
-    for layer, budget in zip(cache.layers, Risk(20).for_layers(curves), strict=True):
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(3)
+        counts = torch.tensor([2, 4, 8, 16, 32, 64])
+        weight = 40 ** torch.rand(3, 2, 1, generator=generator)
+        budgets = Risk(20).for_layers(RiskCurves(counts, weight * (1 / counts - 1 / 64)))
+    for layer, budget in zip(cache.layers, budgets, strict=True):
         layer.budget = budget
 
 
@@ -87,20 +88,19 @@ def give_temperatures(cache):
 @pytest.mark.parametrize(
     ("scorer", "budget", "more"),
     [
-        (Attention(), TopK(20), {}),
-        (SnapKV(), AdaKV(20), {}),
-        (RKV(), Adaptive(20), {}),
-        (SnapKV(), TopP(0.7, floor=8, cap=24), {}),
-        (SnapKV(), Pyramid(20, beta=2), {}),
-        (Attention(), Pyramid(Adaptive(20), beta=2), {}),
-        (ByValue(), TopK(20), {}),
-        (Alone(), AdaKV(20), {}),
-        (SnapKV(), TopK(20), {"prepare": share_by_risk}),
-        (SnapKV(), Adaptive(20), {"prepare": give_temperatures}),
-        (SnapKV(), Adaptive(20), {"calibration": "online", "refit": 2}),
-        (SnapKV(), TopP(0.7, floor=8, cap=24), {"calibration": "online"}),
+        pytest.param(Attention(), TopK(20), {}, id="attention-topk"),
+        pytest.param(SnapKV(), AdaKV(20), {}, id="snapkv-adakv"),
+        pytest.param(RKV(), Adaptive(20), {}, id="rkv-adaptive"),
+        pytest.param(SnapKV(), TopP(0.7, floor=8, cap=24), {}, id="snapkv-topp"),
+        pytest.param(SnapKV(), Pyramid(20, beta=2), {}, id="pyramid"),
+        pytest.param(Attention(), Pyramid(Adaptive(20), beta=2), {}, id="pyramid-adaptive"),
+        pytest.param(ByValue(), TopK(20), {}, id="by value"),
+        pytest.param(Alone(), AdaKV(20), {}, id="alone"),
+        pytest.param(SnapKV(), TopK(20), {"prepare": share_by_risk}, id="risk"),
+        pytest.param(SnapKV(), Adaptive(20), {"prepare": give_temperatures}, id="temperatures"),
+        pytest.param(SnapKV(), Adaptive(20), {"calibration": "online", "refit": 2}, id="refitted"),
+        pytest.param(SnapKV(), TopP(0.7, floor=8, cap=24), {"calibration": "online"}, id="online"),
     ],
-    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*temperatures stopped")
 def test_together_as_alone(

@@ -200,7 +200,7 @@ def check_all(data, backends):
                 assert ("graph_us" in record) == (backend != "torch")
                 assert record["fraction"] == pytest.approx(record["bytes"] / us * 1e6 / data["copy_bandwidth"])
     events = find(data["records"], operation="event")
-    assert len(events) == len(kernels.EVENTS)
+    assert len(events) == len(kernels.EVENTS) + len(kernels.SMALL_EVENTS)
     for record in events:
         assert "error" not in record, record
         assert record["relative_error"] < 1e-5
@@ -390,7 +390,7 @@ def test_a_failing_event_is_said(monkeypatch):
     monkeypatch.setattr(kernels, "event_error", fails)
     records = list(kernels.measure_events(FakeTimer(), SETTING, MODEL, 1e9, [("snapkv", "topk", False)]))
     assert records[0]["error"] == "RuntimeError: no"
-    assert kernels_report.event_rows(records)[0][:2] == ["snapkv, topk", "RuntimeError: no"]
+    assert kernels_report.event_rows(records)[0][:2] == [f"snapkv, topk, batch {MODEL.batch}", "RuntimeError: no"]
 
 
 # ---------------------------------------------------------------- report
@@ -403,7 +403,7 @@ def attention_record(shape, backend, nbytes, us, **more):
 
 
 def event_record(scorer, share, budget="topk", layers=36):
-    shape = {"rows": 256, "mean": 2048, "lengths": budget, "layers": 36}
+    shape = {"rows": 256, "mean": 2048, "lengths": budget, "layers": 36, "batch": 32}
     times = {"eager_us": 4e4, "attention_us": 2e3, "step_us": 6e3, "share": share, "relative_error": 0.0}
     more = {"layers": layers, "alike": scorer == "rkv", "waits": ["layer.py:9", "layer.py:9", "tiers.py:2"]}
     return {
@@ -451,14 +451,16 @@ def test_targets_are_met_or_missed():
         "decode 128x32768 uniform, 2,000 MB: of copy bandwidth": (0.95, True),
         "decode 128x32768 uniform, 2,000 MB: times as fast as the best package": (1.1, False),
         "compaction 256x2048 uniform, 440 MB: of copy bandwidth": (0.85, False),
-        "event, snapkv, topk: of an interval's decode steps": (0.05, True),
-        "event, snapkv, risk: of an interval's decode steps": (0.05, False),
-        "event, rkv, topk, keys alike: of an interval's decode steps": (0.1, True),
+        "event, snapkv, topk, batch 32: of an interval's decode steps": (0.05, True),
+        "event, snapkv, risk, batch 32: of an interval's decode steps": (0.05, False),
+        "event, rkv, topk, batch 32, keys alike: of an interval's decode steps": (0.1, True),
     }
 
 
 def test_a_target_says_by_how_much_it_was_missed():
     assert str(Target("a", 0.95, 0.93)) == "| a | >= 0.95 | 0.930 | missed by 0.020 |"
+    assert str(Target("a", 0.95, 0.93, bound="b")) == "| a | >= 0.95 | 0.930 | missed by 0.020: b |"
+    assert str(Target("a", 0.95, 0.95, bound="b")) == "| a | >= 0.95 | 0.950 | met |"
     assert str(Target("a", 0.95, 0.95)) == "| a | >= 0.95 | 0.950 | met |"
     assert str(Target("a", 0.05, 0.064, at_most=True)) == "| a | <= 0.05 | 0.064 | missed by 0.014 |"
     assert str(Target("a", 0.05, 0.05, at_most=True)) == "| a | <= 0.05 | 0.050 | met |"
