@@ -11,6 +11,8 @@ from torch import Tensor
 
 # What Triton supports since 3.4; older GPUs run the references.
 MIN_CAPABILITY = (8, 0)
+# Larger heads (the latents of MLA) do not fit the shared memory of a program.
+MAX_HEAD_DIM = 256
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -25,12 +27,18 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton kernels cannot run on tensors of this device and dtype; None when they can."""
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device and dtype; None when they can.
+
+    Args:
+        head_dim: of the keys, for kernels that compute with them; 0 for those that copy.
+    """
     if not has_triton():
         return "Triton is not installed: pip install 'hardkv[triton]'"
     if dtype not in KERNEL_DTYPES:
         return f"{dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in KERNEL_DTYPES)}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"a head_dim of {head_dim} is larger than {MAX_HEAD_DIM}"
     if interpreted():
         return "Triton's interpreter multiplies bfloat16 as if it were integers" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
@@ -47,9 +55,9 @@ def _new_enough(device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def kernels_for(device: torch.device, dtype: torch.dtype) -> str:
-    """The kernels for tensors of a device and dtype, "triton" or "torch"; a GPU without Triton is told of once."""
-    reason = why_not_triton(device, dtype)
+def kernels_for(device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> str:
+    """The kernels for tensors, "triton" or "torch", as `why_not_triton`; a GPU without Triton is told of once."""
+    reason = why_not_triton(device, dtype, head_dim)
     if reason is None:
         return "triton"
     if device.type == "cuda":

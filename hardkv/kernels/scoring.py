@@ -46,7 +46,7 @@ def window_attention(
         `[N]` in the accumulation dtype (float32 or float64).
     """
     tensors = queries, query_positions, query_valid, keys, positions
-    if kernels_for(keys.device, keys.dtype) == "triton":
+    if kernels_for(keys.device, keys.dtype, keys.shape[1]) == "triton":
         from hardkv.kernels.triton import ops
         from hardkv.kernels.triton import scoring as kernel
 

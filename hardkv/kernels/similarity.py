@@ -25,7 +25,7 @@ def mean_cosine(keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float 
     Returns:
         `[N]` in the accumulation dtype.
     """
-    if kernels_for(keys.device, keys.dtype) == "triton":
+    if kernels_for(keys.device, keys.dtype, keys.shape[1]) == "triton":
         from hardkv.kernels.triton import ops
         from hardkv.kernels.triton import similarity as kernel
 

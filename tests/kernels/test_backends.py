@@ -63,6 +63,18 @@ def test_a_gpu_without_triton_is_told_of_once(gpu, capability, triton, dtype, re
         assert backend_for("auto", GPU, dtype) == "torch"
 
 
+def test_heads_that_are_too_large(gpu):
+    """The latents of MLA: kernels that copy take them, those that compute do not."""
+    gpu((9, 0))
+    assert backend_for("auto", GPU, torch.bfloat16, 256) == "triton"
+    with pytest.warns(UserWarning, match="a head_dim of 576 is larger than 256"):
+        assert backend_for("auto", GPU, torch.bfloat16, 576) == "torch"
+    assert backends.kernels_for(GPU, torch.bfloat16) == "triton"
+    for attention in ("triton", "flash_attn"):
+        with pytest.raises(ValueError, match=f"attention='{attention}' .*head_dim"):
+            backend_for(attention, GPU, torch.bfloat16, 576)
+
+
 def test_the_interpreter_runs_anywhere(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(backends, "has_triton", lambda: True)
