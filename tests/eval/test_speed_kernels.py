@@ -10,9 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.speed import kernels, kernels_report
-from eval.speed.kernels import KINDS, OPERATIONS, SHAPES, Append, Attention, Chunk, Compaction, Model, Setting, Shape
+from eval.speed import events, kernels, kernels_report
+from eval.speed.events import Model
+from eval.speed.inputs import SEEN, SHAPES, Setting, Shape, make_tiers
+from eval.speed.kernels import OPERATIONS
 from eval.speed.kernels_report import Target, targets
+from eval.speed.operations import KINDS, Append, Attention, Chunk, Compaction, ScoringMean
 from hardkv.kernels import varlen
 from hardkv.kernels.attention import attend
 
@@ -105,7 +108,7 @@ def test_rows_are_whole_sequences():
 
 def test_tiers_hold_what_is_asked_for():
     lengths = torch.tensor([5, 1, 17, 30])
-    tiers = kernels.make_tiers(SETTING, lengths, fill=7, seen=100, seed=1)
+    tiers = make_tiers(SETTING, lengths, fill=7, seen=100, seed=1)
     assert tiers.condensed.lengths.tolist() == lengths.tolist()
     assert tiers.lengths().tolist() == [[12, 8], [24, 37]]
     for row in tiers.kept()[0] + tiers.kept()[1]:
@@ -117,7 +120,7 @@ def test_tiers_hold_what_is_asked_for():
 
 @pytest.mark.parametrize(("alike", "mean"), [(False, 0.0), (True, 0.6)])
 def test_keys_resemble_each_other_if_asked_to(alike, mean):
-    tiers = kernels.make_tiers(replace(SETTING, dim=64), torch.tensor([40, 40]), 7, 100, seed=0, alike=alike)
+    tiers = make_tiers(replace(SETTING, dim=64), torch.tensor([40, 40]), 7, 100, seed=0, alike=alike)
     own, _ = tiers.condensed.keys.split(40)
     both = F.normalize(torch.cat([own, tiers.dense.keys[0, 0, :7]]), dim=1)
     cosines = (both @ both.T)[~torch.eye(47, dtype=torch.bool)]
@@ -125,11 +128,11 @@ def test_keys_resemble_each_other_if_asked_to(alike, mean):
 
 
 def test_ragged_windows_are_the_newest_columns():
-    operation = kernels.ScoringMean(Shape(4, 30), 0, SETTING)
+    operation = ScoringMean(Shape(4, 30), 0, SETTING)
     for row, part in enumerate(map(slice, *zip(*pairwise(operation.rows.cu_seqlens.tolist()), strict=True))):
         positions = operation.positions[part]
         assert (positions.diff() > 0).all()
-        assert positions[-4:].tolist() == list(range(kernels.SEEN - 4, kernels.SEEN))
+        assert positions[-4:].tolist() == list(range(SEEN - 4, SEEN))
         assert operation.in_window[part].sum() == 4, row
 
 
@@ -199,9 +202,9 @@ def check_all(data, backends):
                 assert record["eager_us"] == 10.0
                 assert ("graph_us" in record) == (backend != "torch")
                 assert record["fraction"] == pytest.approx(record["bytes"] / us * 1e6 / data["copy_bandwidth"])
-    events = find(data["records"], operation="event")
-    assert len(events) == len(kernels.EVENTS) + len(kernels.SMALL_EVENTS)
-    for record in events:
+    found = find(data["records"], operation="event")
+    assert len(found) == len(events.EVENTS) + len(events.SMALL_EVENTS)
+    for record in found:
         assert "error" not in record, record
         assert record["relative_error"] < 1e-5
 
@@ -332,20 +335,20 @@ def test_no_cuda_is_said(monkeypatch, capsys):
 
 def test_layers_are_an_interval_after_an_event():
     for budget in ("topk", "risk"):
-        layers = kernels.make_layers(MODEL, SETTING, budget, False, MODEL.layers)
+        layers = events.make_layers(MODEL, SETTING, budget, False, MODEL.layers)
         held = torch.stack([layer.tiers.lengths() for layer in layers])  # [L, B, H]
         assert held.float().mean() == MODEL.kept + SETTING.interval
         assert (held == held[:, :1]).all()
         assert (held.unique().numel() == 1) == (budget == "topk")
         assert all(layer.event_due and layer._ready for layer in layers)
-        kernels.compress_together(layers)
+        events.compress_together(layers)
         again = torch.stack([layer.tiers.lengths() for layer in layers])
         assert torch.equal(again, held - SETTING.interval)  # static counts: what an event leaves is what it found
 
 
 def test_counts_of_synthetic_curves_spread_over_a_factor_of_forty():
     model = Model()
-    counts = kernels.Risk(model.kept, floor=0.0).allocation(kernels.synthetic_curves(model, 8), model.seen, 36).double()
+    counts = events.Risk(model.kept, floor=0.0).allocation(events.synthetic_curves(model, 8), model.seen, 36).double()
     assert counts.shape == (36, 8)
     assert counts.mean() == model.kept
     assert 20 < counts.quantile(0.99) / counts.quantile(0.01) < 40
@@ -354,9 +357,9 @@ def test_counts_of_synthetic_curves_spread_over_a_factor_of_forty():
 @pytest.mark.parametrize("free", [1 << 40, 0], ids=["all layers", "one layer"])
 def test_event_records(free):
     bandwidth = 1e9
-    records = list(kernels.measure_events(FakeTimer(free), SETTING, MODEL, bandwidth))
+    records = list(events.measure_events(FakeTimer(free), SETTING, MODEL, bandwidth))
     measured = 3 if free else 1
-    for record, (scorer, budget, alike) in zip(records, kernels.EVENTS, strict=True):
+    for record, (scorer, budget, alike) in zip(records, events.EVENTS, strict=True):
         assert "error" not in record, record
         assert (record["scorer"], record["budget"], record["alike"]) == (scorer, budget, alike)
         assert record["layers"] == measured
@@ -368,10 +371,10 @@ def test_event_records(free):
 
 
 def test_an_event_is_checked_against_the_reference():
-    (layer,) = kernels.make_layers(MODEL, SETTING, "topk", False, 1)
+    (layer,) = events.make_layers(MODEL, SETTING, "topk", False, 1)
     old = layer.tiers
-    assert kernels.event_error(layer, old) == 0
-    settings = [kernels.settings_for(MODEL, SETTING, name) for name in ("attention", "snapkv")]
+    assert events.event_error(layer, old) == 0
+    settings = [events.settings_for(MODEL, SETTING, name) for name in ("attention", "snapkv")]
     answers = iter(settings)
     original = layer._event
 
@@ -380,15 +383,15 @@ def test_an_event_is_checked_against_the_reference():
         return original(*args)
 
     layer._event = another
-    assert kernels.event_error(layer, old) > 0.01
+    assert events.event_error(layer, old) > 0.01
 
 
 def test_a_failing_event_is_said(monkeypatch):
     def fails(*args):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(kernels, "event_error", fails)
-    records = list(kernels.measure_events(FakeTimer(), SETTING, MODEL, 1e9, [("snapkv", "topk", False)]))
+    monkeypatch.setattr(events, "event_error", fails)
+    records = list(events.measure_events(FakeTimer(), SETTING, MODEL, 1e9, [("snapkv", "topk", False)]))
     assert records[0]["error"] == "RuntimeError: no"
     assert kernels_report.event_rows(records)[0][:2] == [f"snapkv, topk, batch {MODEL.batch}", "RuntimeError: no"]
 

@@ -1,0 +1,418 @@
+"""The operations that are timed: inputs, a call for every backend, and the error of what it returned."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from eval.speed.inputs import SEEN, Setting, Shape, make_tiers, slots
+from hardkv.cache.merged import Merged
+from hardkv.cache.tiers import DenseTier
+from hardkv.kernels import append, attention, compaction, layout, scoring, selection, similarity, varlen
+from hardkv.kernels.rows import Rows
+
+# Beyond this relative error an output counts as wrong; bfloat16 products err by a few thousandths.
+TOLERANCE = 1e-2
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """hardkv's operations run their PyTorch references, as where there is no Triton."""
+    with ExitStack() as stack:
+        for module in (append, attention, compaction, layout, scoring, similarity):
+            stack.enter_context(patch.object(module, "kernels_for", lambda *args: "torch"))
+        yield
+
+
+def spot_rows(rows: Rows) -> list[tuple[int, slice]]:
+    """A few rows, with their tokens, that an output is checked in: the shortest, the longest, the first, the last."""
+    lengths, bounds = rows.lengths.tolist(), rows.cu_seqlens.tolist()
+    last = len(lengths) - 1
+    chosen = {lengths.index(min(lengths)), lengths.index(max(lengths)), 0, last}
+    return [(row, slice(bounds[row], bounds[row + 1])) for row in sorted(chosen)]
+
+
+def relative_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Norm of what was found minus what was expected, over the norm of what was expected, of all pairs together."""
+    off = sum(float((found.double() - expected.double()).square().sum()) for found, expected in pairs)
+    return math.sqrt(off / max(sum(float(expected.double().square().sum()) for _, expected in pairs), 1e-300))
+
+
+def inexact(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """0 where all that was found equals what was expected, else infinity."""
+    return 0.0 if all(torch.equal(found, expected) for found, expected in pairs) else math.inf
+
+
+class Operation(ABC):
+    """One copy of an operation's inputs; the same shape and seed make the same copy."""
+
+    name: str
+    most_shapes: int | None = None  # of those given, None for all
+    reference_tokens = 1 << 23  # the PyTorch reference runs on shapes of so many at most
+    nbytes: int  # that must be moved
+    flops = 0  # of what is computed; 0 where it depends on the numbers, or is not what limits
+
+    @abstractmethod
+    def __init__(self, shape: Shape, seed: int, setting: Setting): ...
+
+    @classmethod
+    def backends(cls) -> tuple[str, ...]:
+        return "triton", "torch"
+
+    @abstractmethod
+    def run(self, backend: str) -> Any:
+        """One call; "torch" must run within `reference_kernels()`."""
+
+    @abstractmethod
+    def error(self, found: Any) -> float:
+        """The relative error of what `run` returned."""
+
+
+class Attention(Operation):
+    """Decode: one new token a sequence, over both tiers."""
+
+    name = "attention"
+    reference_tokens = 1 << 18
+
+    def __init__(self, shape: Shape, seed: int, setting: Setting):
+        self.setting = setting
+        self.queries, fill = self.new_and_dense(setting)
+        queries = self.queries
+        self.tiers = make_tiers(setting, (shape.draw(seed) - fill).clamp_min(1), fill, SEEN, seed)
+        self.rows, self.batch = shape.rows, shape.rows // setting.heads
+        self.scale, self.joined = setting.dim**-0.5, None
+        self.query = setting.normal(seed + 1)(self.batch, setting.heads * setting.group, queries, setting.dim)
+        tokens = self.tiers.condensed.rows.total + self.rows * fill
+        self.nbytes = tokens * setting.token_bytes + 2 * self.query.nbytes
+        pairs = tokens * queries - self.rows * queries * (queries - 1) // 2
+        self.flops = 4 * setting.dim * setting.group * pairs
+
+    def new_and_dense(self, setting: Setting) -> tuple[int, int]:
+        """New tokens of a sequence, and tokens of the dense tier, these included."""
+        return 1, setting.half_full
+
+    @classmethod
+    def backends(cls) -> tuple[str, ...]:
+        packages = varlen.installed()
+        return "triton", *packages, *(f"{package}, one tier" for package in packages), "torch"
+
+    def run(self, backend: str) -> Tensor:
+        """`[B, H, G, q, D]`."""
+        condensed, dense = self.tiers.condensed, self.tiers.dense
+        new = {"bound": dense.bound, "start": SEEN - self.queries, "scale": self.scale}
+        tail = dense.keys, dense.values, dense.positions, dense.fill
+        if backend in ("triton", "torch"):
+            out, _ = attention.attend_tiers(
+                self.query, condensed.keys, condensed.values, condensed.rows, *tail, attention=backend, **new
+            )
+        elif backend.endswith(", one tier"):
+            return self._one_tier(backend.removesuffix(", one tier"))
+        else:
+            rows = condensed.rows
+            out, _ = varlen.varlen_attention(
+                self.query, condensed.keys, condensed.values, rows.cu_seqlens, rows.longest, *tail,
+                package=backend, **new,
+            )  # fmt: skip
+        return out.unflatten(1, (self.setting.heads, -1))
+
+    def _one_tier(self, package: str) -> Tensor:
+        """The package alone, all tokens in one contiguous tier: what it could do without a dense tier."""
+        if self.joined is None:
+            query = self.query.unflatten(1, (self.setting.heads, -1)).transpose(2, 3)  # [B, H, q, G, D]
+            merged = Merged.of([self.tiers], 0, 0, 0)
+            cu_q = torch.arange(self.rows + 1, dtype=torch.int32, device=query.device) * self.queries
+            tokens = merged.gather([self.tiers], 0), merged.gather([self.tiers], 1)
+            self.joined = query.flatten(0, 2).contiguous(), *tokens, cu_q, merged.rows
+        query, keys, values, cu_q, rows = self.joined
+        out, _ = varlen.PACKAGES[package].attend(
+            query, keys[:, None], values[:, None], cu_q, rows.cu_seqlens, self.queries, rows.longest,
+            self.scale, self.queries > 1, None,
+        )  # fmt: skip
+        return out.unflatten(0, (self.batch, self.setting.heads, self.queries)).transpose(2, 3)
+
+    def error(self, found: Tensor) -> float:
+        condensed, dense = self.tiers.condensed, self.tiers.dense
+        start, pairs = SEEN - self.queries, []
+        grouped = self.query.unflatten(1, (self.setting.heads, -1))
+        for row, part in spot_rows(condensed.rows):
+            b, h = divmod(row, self.setting.heads)
+            one = Rows.of(condensed.rows.cu_seqlens[row : row + 2] - part.start)
+            seen = attention.dense_allowed(dense.positions[b][None], dense.fill[b][None], start, self.queries, None)
+            tensors = grouped[b, h][None], condensed.keys[part], condensed.values[part]
+            tail = dense.keys[b, h][None, None], dense.values[b, h][None, None]
+            expected, _ = attention.tiered_attention(
+                *(t.double() for t in tensors), one, *(t.double() for t in tail), seen, scale=self.scale
+            )
+            pairs.append((found[b, h], expected[0]))
+        return relative_error(pairs)
+
+
+class Chunk(Attention):
+    """A chunk of a prompt, or a draft: all new tokens since the last event at once."""
+
+    name = "attention-chunk"
+    most_shapes = 1
+
+    def new_and_dense(self, setting: Setting) -> tuple[int, int]:
+        return setting.interval, setting.capacity
+
+
+class Ragged(Operation):
+    """Rows whose newest tokens are a window."""
+
+    def __init__(self, shape: Shape, seed: int, setting: Setting):
+        self.setting = setting
+        self.rows = setting.rows(shape.draw(seed))
+        slot, length = slots(self.rows)
+        older = length - setting.window
+        self.in_window = slot >= older
+        spread = slot * (SEEN - setting.window) // older.clamp_min(1)
+        self.positions = torch.where(self.in_window, SEEN - length + slot, spread).to(torch.int32)
+
+
+class ScoringMean(Ragged):
+    """What the window's queries pay to every token."""
+
+    name = "scoring-mean"
+    reduce: scoring.Reduce = "mean"
+
+    def __init__(self, shape: Shape, seed: int, setting: Setting):
+        super().__init__(shape, seed, setting)
+        draw, window = setting.normal(seed), setting.window
+        self.keys = draw(self.rows.total, setting.dim)
+        batch = shape.rows // setting.heads
+        self.queries = draw(batch, setting.heads * setting.group, window, setting.dim)
+        self.columns = torch.arange(SEEN - window, SEEN, device=setting.device)
+        self.valid = torch.ones(batch, window, dtype=torch.bool, device=setting.device)
+        self.exclude = self.in_window if self.reduce == "max_logits" else None  # as R-KV does
+        self.scale = setting.dim**-0.5
+        per_token = 4 + 4 + (1 if self.exclude is not None else 0)  # position, result, whether it counts
+        self.nbytes = self.keys.nbytes + self.queries.nbytes + self.rows.total * per_token
+        self.flops = 2 * setting.dim * setting.group * window * self.rows.total
+
+    def run(self, backend: str) -> Tensor:
+        return scoring.window_attention(
+            self.queries, self.columns, self.valid, self.keys, self.positions, self.rows,
+            num_kv_heads=self.setting.heads, scale=self.scale, reduce=self.reduce, exclude=self.exclude,
+        )  # fmt: skip
+
+    def error(self, found: Tensor) -> float:
+        grouped, pairs = self.queries.double().unflatten(1, (self.setting.heads, -1)), []
+        for row, part in spot_rows(self.rows):
+            b, h = divmod(row, self.setting.heads)
+            one = Rows.of(self.rows.cu_seqlens[row : row + 2] - part.start)
+            exclude = None if self.exclude is None else self.exclude[part]
+            expected = scoring.window_attention_reference(
+                grouped[b, h][None], self.columns, self.valid[b][None], self.keys[part].double(), self.positions[part],
+                one, 1, self.scale, None, self.reduce, exclude, None,
+            )  # fmt: skip
+            pairs.append((found[part], expected))
+        return relative_error(pairs)
+
+
+class ScoringMaxLogits(ScoringMean):
+    """As R-KV scores: one softmax over the group's largest logits, before the window."""
+
+    name = "scoring-max-logits"
+    reduce = "max_logits"
+
+
+class Similarity(Ragged):
+    """R-KV's redundancy, of keys of which none resembles another: every cosine is looked at."""
+
+    name = "similarity"
+    reference_tokens = 1 << 18
+    common = 0.0  # norm of what a row's keys share, over the norm of the rest
+
+    def __init__(self, shape: Shape, seed: int, setting: Setting):
+        super().__init__(shape, seed, setting)
+        draw = setting.normal(seed)
+        self.keys = draw(self.rows.total, setting.dim)
+        if self.common:
+            self.keys += (draw(shape.rows, setting.dim) * self.common)[self.rows.ids]
+        self.nbytes = self.keys.nbytes + self.rows.total * 4
+        self.flops = 0 if self.common else int(2 * setting.dim * self.rows.lengths.square().sum())
+
+    def run(self, backend: str) -> Tensor:
+        return similarity.mean_cosine(self.keys, self.rows)
+
+    def error(self, found: Tensor) -> float:
+        pairs = []
+        for row, part in spot_rows(self.rows):
+            one = Rows.of(self.rows.cu_seqlens[row : row + 2] - part.start)
+            pairs.append(
+                (found[part], similarity.mean_cosine_reference(self.keys[part].double(), one, threshold=0.5, eps=1e-8))
+            )
+        return relative_error(pairs)
+
+
+class SimilarityAlike(Similarity):
+    """Of keys that resemble each other, at a mean cosine of 0.6: the search for a near-duplicate ends early."""
+
+    name = "similarity-alike"
+    common = 1.5**0.5
+
+
+class Pooling(Ragged):
+    """Max-pooling of scores along rows."""
+
+    name = "pooling"
+
+    def __init__(self, shape: Shape, seed: int, setting: Setting):
+        super().__init__(shape, seed, setting)
+        self.score = setting.normal(seed)(self.rows.total, dtype=torch.float32).abs()
+        self.nbytes = self.rows.total * (4 + 1 + 4)
+
+    def run(self, backend: str) -> Tensor:
+        return scoring.pool_rows(self.score, self.in_window, self.rows, kernel_size=7, pooling="max")
+
+    def error(self, found: Tensor) -> float:
+        pairs = []
+        for row, part in spot_rows(self.rows):
+            one = Rows.of(self.rows.cu_seqlens[row : row + 2] - part.start)
+            with reference_kernels():
+                expected = scoring.pool_rows(
+                    self.score[part].double(), self.in_window[part], one, kernel_size=7, pooling="max"
+                )
+            pairs.append((found[part], expected))
+        return relative_error(pairs)
+
+
+class SortAndKeep(Ragged):
+    """Selection of a share of every row; PyTorch's primitives are what hardkv uses."""
+
+    name = "sort-and-keep"
+
+    def __init__(self, shape: Shape, seed: int, setting: Setting):
+        super().__init__(shape, seed, setting)
+        self.values = setting.normal(seed)(self.rows.total, dtype=torch.float32)
+        self.counts = (self.rows.lengths - setting.window).clamp_min(0) * 85 // 100
+        self.nbytes = self.rows.total * (4 + 1 + 1)
+
+    @classmethod
+    def backends(cls) -> tuple[str, ...]:
+        return ("primitives",)
+
+    def run(self, backend: str) -> Tensor:
+        rows = self.rows
+        _, token = selection.sort_rows(self.values, ~self.in_window, rows.cu_seqlens, rows.longest)
+        return selection.keep_best(token, self.counts, rows.total)
+
+    def error(self, found: Tensor) -> float:
+        pairs = []
+        for row, part in spot_rows(self.rows):
+            candidates = self.values[part].masked_fill(self.in_window[part], -torch.inf)
+            expected = candidates.topk(int(self.counts[row])).values.double()
+            kept = candidates[found[part]].double().sort(descending=True).values
+            if kept.shape != expected.shape:
+                return math.inf
+            pairs.append((kept, expected))
+        return relative_error(pairs)
+
+
+class ShareOfBest(SortAndKeep):
+    """How many of a sequence's best tokens each head holds, as AdaKV and Adaptive ask."""
+
+    name = "share-of-best"
+
+    def __init__(self, shape: Shape, seed: int, setting: Setting):
+        super().__init__(shape, seed, setting)
+        rows = self.rows
+        ranked, token = selection.sort_rows(self.values, ~self.in_window, rows.cu_seqlens, rows.longest)
+        self.ranked = ranked.unflatten(0, (-1, setting.heads))
+        self.ages = self.positions[token].unflatten(0, (-1, setting.heads))
+        self.total = self.counts.unflatten(0, (-1, setting.heads)).sum(1)
+        self.nbytes = self.ranked.nbytes + self.ages.nbytes
+
+    def run(self, backend: str) -> Tensor:
+        return selection.share_of_best(self.ranked, self.ages, self.total)
+
+    def error(self, found: Tensor) -> float:
+        pairs = []
+        for b in {0, self.total.shape[0] - 1}:
+            best = self.ranked[b].flatten().topk(int(self.total[b])).indices // self.ranked.shape[2]
+            pairs.append((found[b], best.bincount(minlength=self.setting.heads)))
+        return relative_error(pairs)
+
+
+class Compaction(Operation):
+    """What an event writes: 85% of the condensed tokens, and the whole dense tier, one row behind the other."""
+
+    name = "compaction"
+
+    def __init__(self, shape: Shape, seed: int, setting: Setting):
+        fill = setting.capacity
+        self.tiers = make_tiers(setting, (shape.draw(seed) - fill).clamp_min(1), fill, SEEN, seed)
+        random = torch.Generator(setting.device).manual_seed(seed)
+        merged = Merged.of([self.tiers], setting.window, 0, 0)
+        self.merged = replace(merged, misses=torch.empty_like(merged.misses).random_(0, 255, generator=random))
+        chosen = torch.rand(self.merged.rows.total, generator=random, device=setting.device) < 0.85
+        chosen |= self.merged.address >= self.tiers.condensed.rows.total
+        self.index = chosen.nonzero()[:, 0]
+        # key and value, position and misses, each read and written; where to find them
+        self.nbytes = self.index.shape[0] * (2 * (setting.token_bytes + 4 + 1) + 8 + 8)
+
+    def run(self, backend: str) -> tuple[Tensor, ...]:
+        merged = self.merged
+        return compaction.gather_tiers(self.tiers.sources, merged.address, self.index, merged.positions, merged.misses)
+
+    def error(self, found: tuple[Tensor, ...]) -> float:
+        """In a few thousand tokens, by plain indexing."""
+        count = self.index.shape[0]
+        place = torch.linspace(0, count - 1, min(count, 4096), device=self.index.device).long()
+        token = self.index[place]
+        address, offset = self.merged.address[token], self.tiers.condensed.rows.total
+        tiers = self.tiers.condensed, self.tiers.dense
+        pairs = [(found[2][place], self.merged.positions[token]), (found[3][place], self.merged.misses[token])]
+        wrong = inexact(pairs)
+        pairs = []
+        for mine, name in ((found[0], "keys"), (found[1], "values")):
+            older, newer = (getattr(tier, name) for tier in tiers)
+            older, newer = older[address.clamp_max(offset - 1)], newer.flatten(0, 2)[(address - offset).clamp_min(0)]
+            pairs.append((mine[place], torch.where((address < offset)[:, None], older, newer)))
+        return max(wrong, relative_error(pairs))
+
+
+class Append(Operation):
+    """One new token a sequence into the dense tier."""
+
+    name = "append"
+
+    def __init__(self, shape: Shape, seed: int, setting: Setting):
+        draw, batch = setting.normal(seed), shape.rows // setting.heads
+        self.keys, self.values = (draw(batch, setting.heads, 1, setting.dim) for _ in range(2))
+        self.dense = DenseTier.allocate(self.keys, self.values, setting.capacity)
+        self.slot = setting.half_full
+        self.dense.fill.fill_(self.slot)
+        self.nbytes = 2 * shape.rows * setting.token_bytes + batch * (4 + 8 + 8)
+
+    def run(self, backend: str) -> Tensor:
+        dense = self.dense
+        return append.append(dense.keys, dense.values, dense.positions, dense.fill, self.keys, self.values, SEEN)
+
+    def error(self, found: Tensor) -> float:
+        dense, slot = self.dense, self.slot
+        pairs = [(dense.keys[:, :, slot], self.keys[:, :, 0]), (dense.values[:, :, slot], self.values[:, :, 0])]
+        column = torch.full_like(dense.positions[:, slot], SEEN)
+        return max(inexact([(dense.positions[:, slot], column), (found, dense.fill + 1)]), relative_error(pairs))
+
+
+KINDS: tuple[type[Operation], ...] = (
+    Attention,
+    Compaction,
+    ScoringMean,
+    ScoringMaxLogits,
+    Similarity,
+    SimilarityAlike,
+    Chunk,
+    Pooling,
+    SortAndKeep,
+    ShareOfBest,
+    Append,
+)
