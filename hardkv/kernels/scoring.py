@@ -55,7 +55,6 @@ def window_attention(
             return run(
                 *tensors,
                 rows.cu_seqlens,
-                rows.longest,
                 num_kv_heads=num_kv_heads,
                 scale=scale,
                 softcap=softcap,
@@ -128,7 +127,7 @@ def pool_rows(score: Tensor, exclude: Tensor, rows: Rows, *, kernel_size: int, p
 
         run = ops.pool_rows if torch.compiler.is_compiling() else kernel.pool_rows
         with current(score):
-            return run(score, exclude, rows.cu_seqlens, rows.longest, kernel_size=kernel_size, pooling=pooling)
+            return run(score, exclude, rows.cu_seqlens, kernel_size=kernel_size, pooling=pooling)
     if rows.longest == 0:
         return score
     index, valid = padded_index(rows.cu_seqlens[:-1], rows.lengths, rows.longest)

@@ -59,7 +59,6 @@ def window_attention(
     keys: Tensor,
     positions: Tensor,
     cu_seqlens: Tensor,
-    longest: int,
     num_kv_heads: int,
     scale: float,
     softcap: float | None,
@@ -75,7 +74,6 @@ def window_attention(
         keys,
         positions,
         cu_seqlens,
-        longest,
         num_kv_heads=num_kv_heads,
         scale=scale,
         softcap=softcap,
@@ -91,11 +89,9 @@ def _(queries: Tensor, query_positions: Tensor, query_valid: Tensor, keys: Tenso
 
 
 @torch.library.custom_op("hardkv::pool_rows", mutates_args=())
-def pool_rows(
-    score: Tensor, exclude: Tensor, cu_seqlens: Tensor, longest: int, kernel_size: int, pooling: str
-) -> Tensor:
+def pool_rows(score: Tensor, exclude: Tensor, cu_seqlens: Tensor, kernel_size: int, pooling: str) -> Tensor:
     """`scoring.pool_rows`."""
-    return scoring.pool_rows(score, exclude, cu_seqlens, longest, kernel_size=kernel_size, pooling=pooling)
+    return scoring.pool_rows(score, exclude, cu_seqlens, kernel_size=kernel_size, pooling=pooling)
 
 
 @pool_rows.register_fake

@@ -364,7 +364,6 @@ def window_attention(
     keys: Tensor,
     positions: Tensor,
     cu_seqlens: Tensor,
-    longest: int,
     *,
     num_kv_heads: int,
     scale: float,
@@ -377,7 +376,7 @@ def window_attention(
     """`hardkv.kernels.scoring.window_attention` on a GPU; float16, bfloat16 or float32, all of the same type.
 
     Args:
-        cu_seqlens: int32 `[R + 1]`. longest: as other kernels of rows take it; the work here is cut by N and R alone.
+        cu_seqlens: int32 `[R + 1]`.
         out: float32 `[N]` to write to.
 
     Returns:
@@ -463,7 +462,6 @@ def pool_rows(
     score: Tensor,
     exclude: Tensor,
     cu_seqlens: Tensor,
-    longest: int,
     *,
     kernel_size: int,
     pooling: str,
@@ -473,7 +471,6 @@ def pool_rows(
 
     Args:
         score: float32 `[N]`, >= 0. exclude: bool `[N]`, the last tokens of their rows. cu_seqlens: int32 `[R + 1]`.
-        longest: as other kernels of rows take it; the work here is cut by N and R alone.
         kernel_size: odd. pooling: "max" or "avg" (zeros beyond the row's ends count).
         out: float32 `[N]` to write to.
 

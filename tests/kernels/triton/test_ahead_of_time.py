@@ -153,7 +153,6 @@ def score(dim, dtype, group, reduce, options):
         torch.empty(N, dim, dtype=dtype),
         torch.zeros(N, dtype=torch.int32),
         cu_seqlens(),
-        300,
         num_kv_heads=H,
         scale=0.1,
         reduce=reduce,
@@ -177,7 +176,7 @@ def assign():
 
 def pool(pooling):
     excluded = torch.zeros(N, dtype=torch.bool)
-    scoring.pool_rows(torch.zeros(N), excluded, cu_seqlens(), 300, kernel_size=7, pooling=pooling)
+    scoring.pool_rows(torch.zeros(N), excluded, cu_seqlens(), kernel_size=7, pooling=pooling)
 
 
 def compare(dim, dtype):

@@ -67,9 +67,9 @@ def calls(inputs):
         ),
         "window_attention": (
             *(inputs["window"], inputs["columns"], inputs["valid"], keys, inputs["positions"], rows.cu_seqlens),
-            *(rows.longest, 2, 0.25, 3.0, "mean", inputs["exclude"], None),
+            *(2, 0.25, 3.0, "mean", inputs["exclude"], None),
         ),
-        "pool_rows": (draw(rows.total).abs(), inputs["exclude"], rows.cu_seqlens, rows.longest, 7, "max"),
+        "pool_rows": (draw(rows.total).abs(), inputs["exclude"], rows.cu_seqlens, 7, "max"),
         "mean_cosine": (keys, rows.cu_seqlens, rows.longest, 0.5, 1e-8),
         "gather_tokens": (sources, address),
         "gather_tiers": (sources, sources, address, address[:9], inputs["positions"], misses),

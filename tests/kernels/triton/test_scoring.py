@@ -50,8 +50,8 @@ def make_case(seed, lengths, *, dim=3, dtype=torch.float32, **shape):
     return case
 
 
-def run(case, reduce, *, exclude=False, softcap=None, sinks=False, dtype=torch.float32, longest=10**6):
-    """The kernels' scores, written over NaN. longest: a bound on the longest row."""
+def run(case, reduce, *, exclude=False, softcap=None, sinks=False, dtype=torch.float32):
+    """The kernels' scores, written over NaN."""
 
     def tensor(array, dtype=None):
         return torch.tensor(array, dtype=dtype, device=DEVICE)
@@ -65,7 +65,6 @@ def run(case, reduce, *, exclude=False, softcap=None, sinks=False, dtype=torch.f
         tensor(case["keys"], dtype),
         tensor(case["positions"]),
         cumulative(tensor(lengths)),
-        longest,
         num_kv_heads=len(lengths) // len(case["queries"]),
         scale=0.7,
         softcap=softcap,
@@ -138,11 +137,6 @@ def test_lengths(reduce, lengths):
     check(make_case(5, lengths), reduce)
 
 
-def test_bound_on_the_longest_row():
-    case = make_case(6, LENGTHS, batch=2)
-    assert torch.equal(run(case, "mean", longest=150), run(case, "mean", longest=2**31 - 1))
-
-
 @pytest.mark.parametrize("chunk", [32, 128])
 @pytest.mark.parametrize("reduce", reference.REDUCTIONS)
 def test_chunks(monkeypatch, reduce, chunk):
@@ -191,7 +185,7 @@ def test_no_tokens_and_a_new_output():
     keys, positions = torch.zeros(3, 4, device=DEVICE), torch.arange(3, dtype=torch.int32, device=DEVICE)
     queries = torch.zeros(1, 4, 2, 4, device=DEVICE).transpose(1, 2).contiguous().transpose(1, 2)  # any strides
     seen, valid = torch.tensor([5, 6], device=DEVICE), torch.ones(1, 2, dtype=torch.bool, device=DEVICE)
-    found = window_attention(queries, seen, valid, keys, positions, cu_seqlens, 2, num_kv_heads=2, scale=1.0)
+    found = window_attention(queries, seen, valid, keys, positions, cu_seqlens, num_kv_heads=2, scale=1.0)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.cpu(), torch.tensor([1, 0.5, 0.5]))
 
@@ -217,7 +211,7 @@ def test_pool(pooling, kernel_size, lengths):
     exclude = torch.rand(sum(lengths), generator=generator) < 0.2
     cu_seqlens = cumulative(torch.tensor(lengths, dtype=torch.int64)).to(DEVICE)
     out = torch.full(score.shape, torch.nan, device=DEVICE)
-    given = score.float().to(DEVICE), exclude.to(DEVICE), cu_seqlens, max(lengths, default=0) + 9
+    given = score.float().to(DEVICE), exclude.to(DEVICE), cu_seqlens
     found = pool_rows(*given, kernel_size=kernel_size, pooling=pooling, out=out)
     assert found is out
     expected = pooled(score, exclude, lengths, kernel_size, pooling)
@@ -229,7 +223,7 @@ def test_pool_of_more_rows_than_a_program_compares_at_once():
     lengths = [0] * 1000 + [2, 0, 1, 3] * 10
     score = torch.arange(sum(lengths), dtype=torch.float32, device=DEVICE)
     cu_seqlens = cumulative(torch.tensor(lengths)).to(DEVICE)
-    found = pool_rows(score, score < 0, cu_seqlens, max(lengths), kernel_size=3, pooling="max")
+    found = pool_rows(score, score < 0, cu_seqlens, kernel_size=3, pooling="max")
     expected = pooled(score.cpu(), score.cpu() < 0, lengths, 3, "max")
     assert torch.equal(found.cpu(), expected)
 
@@ -264,7 +258,7 @@ def test_real_shape(reduce):
     for mask in (None, exclude):
         options = {"num_kv_heads": 8, "scale": 128**-0.5, "reduce": reduce, "softcap": None, "exclude": mask}
         out = torch.full((rows.total,), torch.nan, device="cuda")
-        found = window_attention(*arguments, rows.cu_seqlens, rows.longest, **options, out=out)
+        found = window_attention(*arguments, rows.cu_seqlens, **options, out=out)
         queries, query_positions, query_valid, keys, positions = arguments
         exact = queries.float(), query_positions, query_valid, keys.float(), positions
         assert_near(found, window_attention_reference(*exact, rows, **options, sinks=None), 1e-4)
@@ -305,10 +299,8 @@ def test_in_a_captured_graph(reduce):
     exclude = torch.rand(rows.total, device="cuda") < 0.1
 
     def score(arguments, cu_seqlens):
-        received = window_attention(
-            *arguments, cu_seqlens, 1200, num_kv_heads=2, scale=0.1, reduce=reduce, exclude=exclude
-        )
-        return pool_rows(received, exclude, cu_seqlens, 1200, kernel_size=7, pooling="max")
+        received = window_attention(*arguments, cu_seqlens, num_kv_heads=2, scale=0.1, reduce=reduce, exclude=exclude)
+        return pool_rows(received, exclude, cu_seqlens, kernel_size=7, pooling="max")
 
     score(arguments, rows.cu_seqlens)
     graph = torch.cuda.CUDAGraph()
