@@ -1,0 +1,112 @@
+"""Holds every forward of a model that runs with an evicting cache to the oracle, whatever calls the model.
+
+`Follower` looks on: it notes what the cache holds when each layer attends, follows the calls that move, repeat and drop
+rows and columns on its own copy of the past, and after every forward repeats the whole past densely, masked by that.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.cache.conftest import ORACLE, Visibility, make_model
+
+
+class Follower:
+    """Compares each forward of `model` that uses `cache` with the oracle.
+
+    Args:
+        model: from `make_model(name, ...)`. cache: an empty cache, some of whose methods are replaced on the object.
+        name, arguments: `make_model`'s, to build the oracle with the same weights.
+
+    `forwards` counts the comparisons, `evicted` those in which some head did not see all of its past.
+    """
+
+    def __init__(self, model: Any, cache: Any, name: str, atol: float = 2e-5, **arguments: Any):
+        self.cache, self.atol = cache, atol
+        self.oracle = make_model(name, ORACLE, **arguments)
+        self.embed = self.oracle.get_input_embeddings()
+        self.kept: dict[int, Any] = {}
+        self.forwards = self.evicted = 0
+        self._forget()
+        for method in ("update", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset"):
+            setattr(cache, method, self._around(method, getattr(cache, method)))
+        self.hook = model.register_forward_hook(self._compare, with_kwargs=True)
+
+    def _forget(self) -> None:
+        self.embeds: Tensor | None = None  # [B, T, E], the whole past
+        self.positions = torch.zeros(0, 0, dtype=torch.long)  # [B, T]
+        self.layers: dict[int, Tensor] = {}  # as in Visibility
+
+    def _around(self, method: str, original: Any) -> Any:
+        follow = getattr(self, "_" + method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            follow(*args, **kwargs)
+            return result
+
+        return call
+
+    # ------------------------------------------------------------------ what happens to the past
+
+    def _update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+        """Right before a layer attends: events that had been held have run, the new tokens are not stored yet."""
+        if hasattr(self.cache.layers[layer_idx], "tiers"):
+            nothing = [[torch.zeros(0, dtype=torch.long)] * keys.shape[1]] * keys.shape[0]
+            self.kept[layer_idx] = self.cache.kept(layer_idx) or nothing
+
+    def _batch_select_indices(self, indices: Tensor) -> None:
+        if self.embeds is not None:
+            self.embeds, self.positions = self.embeds[indices], self.positions[indices]
+            self.layers = {idx: seen[indices] for idx, seen in self.layers.items()}
+
+    _reorder_cache = _batch_select_indices
+
+    def _batch_repeat_interleave(self, repeats: int) -> None:
+        if self.embeds is not None:
+            self._batch_select_indices(torch.arange(len(self.embeds)).repeat_interleave(repeats))
+
+    def _crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and self.embeds is not None:
+            left = slice(0, max(0, self.embeds.shape[1] + tokens_to_remove))
+            self.embeds, self.positions = self.embeds[:, left], self.positions[:, left]
+            self.layers = {idx: seen[:, :, left, left] for idx, seen in self.layers.items()}
+
+    def _reset(self) -> None:
+        self._forget()
+
+    # ------------------------------------------------------------------ a forward
+
+    def _compare(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if kwargs.get("past_key_values") is not self.cache:
+            return
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.embed(args[0] if args else kwargs["input_ids"])
+        batch, new = embeds.shape[:2]
+        start = 0 if self.embeds is None else self.embeds.shape[1]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(start, start + new)[None]
+        self.embeds = embeds if self.embeds is None else torch.cat([self.embeds, embeds], 1)
+        past = self.positions if start else self.positions.new_zeros(batch, 0)
+        self.positions = torch.cat([past, positions.expand(batch, -1)], 1)
+        mask = kwargs.get("attention_mask")
+        visibility = Visibility(torch.ones(batch, start + new) if mask is None else mask)
+        visibility.layers = {
+            idx: torch.nn.functional.pad(seen, (0, new, 0, new)) for idx, seen in self.layers.items() if start
+        }
+        visibility.add(start, start + new, self.kept)
+        self.layers = visibility.layers
+        with torch.no_grad():
+            expected = self.oracle(
+                inputs_embeds=self.embeds, position_ids=self.positions, use_cache=False, oracle=visibility
+            ).logits
+        exists = visibility.exists[:, start:][:, -out.logits.shape[1] :]
+        expected = expected[:, start:][:, -out.logits.shape[1] :]
+        assert out.logits.dtype == expected.dtype
+        torch.testing.assert_close(out.logits[exists], expected[exists], atol=self.atol, rtol=0)
+        self.forwards += 1
+        newest = visibility.exists.sum(1)[:, None] * visibility.exists[:, -1:]
+        self.evicted += any(bool((seen[:, :, -1].sum(-1) < newest).any()) for seen in self.layers.values())
