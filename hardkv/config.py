@@ -36,6 +36,8 @@ class HardKVConfig:
         refit: with "online", events after which temperatures are fitted again; 0: never.
         attention: "auto", or a backend for tokens after the prompt: "triton" (GPUs; pip install 'hardkv[triton]'),
             "flash_attn" (whichever flash_attn_varlen_func is installed, or PyTorch's) or "torch" (anywhere).
+        offload: keep the keys and values that events have condensed in host memory, and bring a layer's to the device
+            while the layer before it computes. The dense tier, positions and sliding-window layers stay on the device.
 
     Raises:
         ValueError, TypeError: a value that is not allowed, with what is. FileNotFoundError: no calibration there.
@@ -51,6 +53,7 @@ class HardKVConfig:
     calibration: "str | PathLike[str] | Calibration | None" = None
     refit: int = 0
     attention: str = "auto"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         self.scorer = get_scorer(self.scorer)
@@ -69,8 +72,9 @@ class HardKVConfig:
         check_count("interval", self.interval, 1)
         check_count("patience", self.patience, 0, MAX_PATIENCE)
         check_count("refit", self.refit, 0)
-        if not isinstance(self.pin_prompt, bool):
-            raise TypeError(f"pin_prompt={self.pin_prompt!r} must be True or False")
+        for name in ("pin_prompt", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.budget.smallest is not None:
             name, count = self.budget.smallest
             if count <= self.window + self.sinks:
@@ -121,6 +125,7 @@ class HardKVConfig:
             "calibration": calibration,
             "refit": self.refit,
             "attention": self.attention,
+            "offload": self.offload,
         }
 
     def to_json(self) -> str:

@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.offload import Offload
 from hardkv.cache.routing import install, route
 from hardkv.cache.stats import Stats
 from hardkv.cache.tiers import Tiers, storage_nbytes
@@ -39,7 +40,7 @@ class HardKVCache(DynamicCache):
     Args:
         config (`PreTrainedConfig`, *optional*): `model.config` itself, not a copy. Without it only models whose layers
             all use full attention, and whose attention is not "eager", work.
-        scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention: see
+        scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload: see
             `HardKVConfig`.
 
     Raises:
@@ -68,10 +69,12 @@ class HardKVCache(DynamicCache):
         calibration: "str | PathLike[str] | Calibration | None" = HardKVConfig.calibration,
         refit: int = HardKVConfig.refit,
         attention: str = HardKVConfig.attention,
+        offload: bool = HardKVConfig.offload,
     ):
         self.settings = HardKVConfig(
-            scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention
+            scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload
         )
+        self._offload = Offload() if offload else None
         self.warnings: list[str] = []
         self._broken: str | None = None
         self._start = 0  # logical length before the forward pass under way
@@ -120,7 +123,9 @@ class HardKVCache(DynamicCache):
         return [budget.for_layer(rank, num_layers, protected) for rank in range(num_layers)]
 
     def _new_layer(self, idx: int, budget: Budget) -> HardKVLayer:
-        return HardKVLayer(self.settings, budget, idx)
+        layer = HardKVLayer(self.settings, budget, idx)
+        layer.offloading = self._offload
+        return layer
 
     def _warn(self, message: str) -> None:
         """Tell once, and keep telling in `stats()`."""
@@ -160,10 +165,18 @@ class HardKVCache(DynamicCache):
             self._check_whole(layer)
             if not isinstance(layer, HardKVLayer):
                 self._check_shape(layer, layer_idx, key_states)
+        if self._offload is not None and isinstance(layer, HardKVLayer):
+            for each in (layer, self._after(layer_idx)):  # the next one comes while this one computes
+                if each is not None and each.tiers is not None:
+                    self._offload.fetch(each.layer_idx, each.tiers, each.device)
         handles = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
-        if isinstance(layer, HardKVLayer) and self.layer_class_to_replicate is None:
+        if isinstance(layer, HardKVLayer) and self.layer_class_to_replicate is None and self._offload is None:
             handles[0].new.group = self._compressed  # type: ignore[union-attr]
         return handles
+
+    def _after(self, layer_idx: int) -> HardKVLayer | None:
+        """The next layer that this cache compresses."""
+        return next((layer for layer in self.layers[layer_idx + 1 :] if isinstance(layer, HardKVLayer)), None)
 
     @torch.compiler.disable
     def _check_whole(self, layer: CacheLayerMixin | None = None) -> None:
@@ -221,6 +234,8 @@ class HardKVCache(DynamicCache):
     def reset(self) -> None:
         """Forget every token; settings stay."""
         self._broken = None
+        if self._offload is not None:
+            self._offload.forget()
         super().reset()
         for layer in self.layers:
             if isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -262,6 +277,10 @@ class HardKVCache(DynamicCache):
         """Bytes truly held by all layers, compressed or not: the storages behind their tensors, each counted once."""
         return storage_nbytes(tensor for layer in self.layers for tensor in _tensors(layer))
 
+    def host_nbytes(self) -> int:
+        """Those of `nbytes()` that are in host memory by `offload=True`; the others are on the model's devices."""
+        return storage_nbytes(tensor for layer in self._compressed for tensor in layer.host_tensors())
+
     def dense_nbytes(self) -> int:
         """Bytes that DynamicCache would hold for the same sequences."""
         return sum(
@@ -276,6 +295,7 @@ class HardKVCache(DynamicCache):
         held = [layer.tiers for layer in compressed if layer.tiers is not None]
         return Stats(
             nbytes=self.nbytes(),
+            host_nbytes=self.host_nbytes(),
             dense_nbytes=self.dense_nbytes(),
             seq_length=self.get_seq_length() if self.layers else 0,
             batch_size=max((_batch_size(layer) for layer in self.layers), default=0),

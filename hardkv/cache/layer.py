@@ -1,7 +1,8 @@
 """One layer of the cache: stores what attention brings, attends over the tiers, and compresses at events."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from hardkv.cache.event import Event, check, condense, groups, select
 from hardkv.cache.handles import KVHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.merged import Selection
+from hardkv.cache.offload import Offload
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import DenseTier, Tiers
 from hardkv.config import HardKVConfig
@@ -32,6 +34,7 @@ class HardKVLayer(CacheLayerMixin):
         knows_model: whether the cache was built with a model config.
         shared: the layer's keys are read again by later layers, so its events wait for its next `update()`.
         temperatures: `[H]`, calibrated before, that the budget divides scores by; None without.
+        offloading: what keeps the ragged tiers on the host while they do not attend; None: they stay.
     """
 
     is_compileable = False  # or generate() compiles the model around data-dependent shapes
@@ -47,6 +50,7 @@ class HardKVLayer(CacheLayerMixin):
         self.knows_model = True
         self.shared = False
         self.temperatures: Tensor | None = None
+        self.offloading: Offload | None = None
         self.record_past = False
         self._clear()
 
@@ -151,6 +155,8 @@ class HardKVLayer(CacheLayerMixin):
         tiers = Tiers.of(dense, new.stop)
         if not self._event_held:
             tiers = condense(self._event(tiers, scale, softcap), tiers, ring)
+        if self.offloading is not None:
+            tiers = self.offloading.leave(self.layer_idx, tiers)
         self._store(new, tiers, ring, scale, softcap)
 
     def decode(
@@ -174,6 +180,20 @@ class HardKVLayer(CacheLayerMixin):
         Returns:
             `[B, Hq, q, Dv]`.
         """
+        with self._on_device():
+            return self._decode(new, query, padding, new_mask, scale=scale, softcap=softcap, sinks=sinks)
+
+    def _decode(
+        self,
+        new: NewTokens,
+        query: Tensor,
+        padding: Tensor | None,
+        new_mask: Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         if self._needs_storing(new):
             if self.prompt_length is None and query.shape[2] > 1:  # the prompt comes in chunks
                 self._check_pinned(new, padding)
@@ -204,7 +224,7 @@ class HardKVLayer(CacheLayerMixin):
         if self._ready:
             # after the last layer's attention all events run together, so that the host waits for the device once
             if not new.group:
-                self.compress()
+                compress_together([self])
             elif self is new.group[-1]:
                 compress_together([layer for layer in new.group if layer._ready])
         return out
@@ -270,7 +290,20 @@ class HardKVLayer(CacheLayerMixin):
 
     def compress(self) -> None:
         """Run an event now: score every token, apply the budget, give back the bytes of what lost."""
-        compress_together([self])
+        with self._on_device():
+            compress_together([self])
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """All tiers on the device for a while, where the cache keeps them elsewhere."""
+        if self.offloading is None or self.tiers is None:
+            yield
+            return
+        self.tiers = self.offloading.arrive(self.layer_idx, self.tiers, self.device)
+        try:
+            yield
+        finally:
+            self.tiers = self.offloading.leave(self.layer_idx, self.tiers)
 
     def _event(self, tiers: Tiers, scale: float, softcap: float | None) -> Event:
         pinned = 0
@@ -374,11 +407,15 @@ class HardKVLayer(CacheLayerMixin):
             return
         indices = torch.as_tensor(indices, device=self.device)
         indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
-        tiers, ring = self.tiers.select_sequences(indices), self.ring.select_sequences(indices)
-        self.tiers, self.ring, self.batch_size = tiers, ring, indices.shape[0]
+        with self._on_device():
+            tiers, ring = self.tiers.select_sequences(indices), self.ring.select_sequences(indices)
+            self.tiers, self.ring, self.batch_size = tiers, ring, indices.shape[0]
 
     def offload(self) -> None:
-        raise NotImplementedError("HardKVCache does not offload its layers yet")
+        """Refused: transformers' offloading would take a layer away before its attention."""
+        raise NotImplementedError("a layer of HardKVCache moves by itself: HardKVCache(..., offload=True)")
+
+    prefetch = offload
 
     # ------------------------------------------------------------------ introspection
 
@@ -387,6 +424,12 @@ class HardKVLayer(CacheLayerMixin):
         if self.tiers is None or self.ring is None:
             return []
         return [*self.tiers.tensors(), self.ring.buffer, self.ring.valid, *self.budget.tensors(self.device)]
+
+    def host_tensors(self) -> list[Tensor]:
+        """Those of `tensors()` that offloading keeps in host memory."""
+        if self.tiers is None or self.offloading is None:
+            return []
+        return [tensor for tier in (self.tiers.condensed, self.tiers.sparse) for tensor in (tier.keys, tier.values)]
 
     def dense_nbytes(self) -> int:
         """Bytes that DynamicCache would hold for the same columns."""

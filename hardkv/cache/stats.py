@@ -23,7 +23,8 @@ class Stats:
     """A snapshot of a HardKVCache; print it, or `to_dict()` it to JSON.
 
     Args:
-        nbytes: bytes held. dense_nbytes: bytes a DynamicCache would hold for the same sequences.
+        nbytes: bytes held, wherever. host_nbytes: those of them in host memory by `offload=True`. dense_nbytes: bytes a
+            DynamicCache would hold for the same sequences.
         seq_length: logical length, padding and evicted tokens included. batch_size: sequences, 0 before the first.
         layers: layers of the model. compressed_layers: those that this cache compresses.
         lengths: tokens that attention reads, `[compressed layers][batch][kv_heads]`.
@@ -35,6 +36,7 @@ class Stats:
     """
 
     nbytes: int
+    host_nbytes: int
     dense_nbytes: int
     seq_length: int
     batch_size: int
@@ -62,8 +64,10 @@ class Stats:
     def __repr__(self) -> str:
         flat = [length for layer in self.lengths for sequence in layer for length in sequence]
         kept = f"min {min(flat)}, mean {sum(flat) / len(flat):.1f}, max {max(flat)}" if flat else "nothing yet"
+        host = f", {format_bytes(self.host_nbytes)} of it in host memory" if self.host_nbytes else ""
         lines = [
-            f"bytes held      {format_bytes(self.nbytes)}, {self.ratio:.1%} of dense {format_bytes(self.dense_nbytes)}",
+            f"bytes held      {format_bytes(self.nbytes)}, {self.ratio:.1%} of dense {format_bytes(self.dense_nbytes)}"
+            f"{host}",
             f"tokens per head {kept} of {self.seq_length} seen",
             f"layers          {self.compressed_layers} of {self.layers} compressed, {self.batch_size} sequences",
             f"events          {self.events}, {self.sparse} tokens on probation",
