@@ -72,7 +72,7 @@ def calibrate(
 
     Raises:
         ValueError: a text too short for two events, or longer than the model allows; no layer with full attention; no
-            tokenizer where one is needed; a setting out of range.
+            tokenizer where one is needed; a setting out of range; a model under tensor parallelism.
 
     Example:
 
@@ -82,6 +82,11 @@ def calibrate(
     >>> cache = HardKVCache(config=model.config, scorer="snapkv", budget=512, calibration=calibration)
     ```
     """
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"the model is split over {model.tp_size} processes, none of which sees all heads: calibrate it whole (on "
+            "a CPU, or over several devices by device_map='auto'), save that, and give each process the path"
+        )
     checked = HardKVConfig(scorer, 1 << 30, window, sinks, interval)
     check_fraction("p", p, low_open=True)
     check_name("solver", solver, SOLVERS)

@@ -14,6 +14,7 @@ from hardkv.cache.handles import KVHandle, LogicalLen, NewTokens, UnroutedKVErro
 from hardkv.cache.merged import Selection
 from hardkv.cache.offload import Offload
 from hardkv.cache.queries import QueryRing
+from hardkv.cache.shards import local_heads
 from hardkv.cache.tiers import DenseTier, Tiers
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import attend_tiers
@@ -117,15 +118,24 @@ class HardKVLayer(CacheLayerMixin):
         return KVHandle(new, key_states), KVHandle(new, value_states)
 
     def check_module(self, module: torch.nn.Module) -> None:
-        """Raise ValueError when another model's layer than before brings the query."""
+        """Raise ValueError when another model's layer than before brings the query, or heads of unknown number."""
         owner = self._module() if self._module is not None else None
         if owner is None:
+            self._take_heads(module)
             self._module = weakref.ref(module)
         elif owner is not module and not self.shared:
             raise ValueError(
                 f"layer {self.layer_idx} of this HardKVCache was filled by another model; use a new HardKVCache for "
                 "each model, or reset() this one"
             )
+
+    def _take_heads(self, module: torch.nn.Module) -> None:
+        """Of what was calibrated for all heads of the layer, the part of those that this process computes."""
+        total = self.budget.known_heads if self.temperatures is None else self.temperatures.shape[0]
+        if total is not None and total != self.num_kv_heads:
+            first, last = local_heads(module, total, self.num_kv_heads)
+            self.budget = self.budget.for_heads(first, last)
+            self.temperatures = None if self.temperatures is None else self.temperatures[first:last]
 
     def check_visible(self, visible: Tensor) -> None:
         """Raise NotImplementedError when `visible`, bool `[B or 1, columns]`, hides a past token that is held."""

@@ -39,6 +39,8 @@ class Budget(ABC):
     uses_risk = False
     #: The mass at which temperatures are fitted for this budget.
     calibration_p = 0.9
+    #: How many KV heads of a layer it knows one by one; None: it treats whatever heads come.
+    known_heads: int | None = None
 
     @abstractmethod
     def counts(self, ranking: Ranking) -> Tensor:
@@ -58,6 +60,10 @@ class Budget(ABC):
             A budget, or None, the default: every layer selects for itself.
         """
         return None
+
+    def for_heads(self, first: int, last: int) -> "Budget":
+        """The budget of a process that computes only heads `first` to `last - 1` (tensor parallelism)."""
+        return self
 
     @property
     def limit(self) -> int | None:

@@ -208,7 +208,7 @@ class Risk(FixedTotal):
             plans = [_Plan.of(curves, continued, slice(layer, layer + 1)) for layer in range(layers)]
             return [LayerRisk(self, (0,), heads, plan) for plan in plans]
         plan = _Plan.of(curves, continued, slice(None))
-        return [LayerRisk(self, (layer,), heads, plan) for layer in range(layers)]
+        return [LayerRisk(self, (layer * heads,), heads, plan) for layer in range(layers)]
 
     def allocation(self, curves: RiskCurves, length: int, num_protected: int) -> Tensor:
         """The counts `[L, H]` of a sequence of `length` tokens, protected ones (`num_protected` a head) included."""
@@ -224,7 +224,7 @@ class LayerRisk(Budget):
     """`Risk` of one layer, or of several together, with the curves of all."""
 
     risk: Risk
-    layers: tuple[int, ...]  # of the plan
+    firsts: tuple[int, ...]  # rows of the plan where the layers' heads, or those of this process, begin
     heads: int
     plan: _Plan = field(repr=False)
 
@@ -232,14 +232,21 @@ class LayerRisk(Budget):
         return repr(self.risk)
 
     @property
+    def known_heads(self) -> int:  # type: ignore[override]
+        return self.heads
+
+    def for_heads(self, first: int, last: int) -> "LayerRisk":
+        return replace(self, firsts=tuple(row + first for row in self.firsts), heads=last - first)
+
+    @property
     def limit(self) -> int:
         return self.risk.limit
 
     def together(self, budgets: Sequence[Budget]) -> Budget | None:
         same = [each for each in budgets if isinstance(each, LayerRisk) and each.plan is self.plan]
-        if len(same) < len(budgets):
+        if len(same) < len(budgets) or any(each.heads != self.heads for each in same):
             return None
-        return replace(self, layers=tuple(layer for each in same for layer in each.layers))
+        return replace(self, firsts=tuple(row for each in same for row in each.firsts))
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         return self.plan.on(device).tensors()
@@ -253,10 +260,10 @@ class LayerRisk(Budget):
             low = protected.clamp_min(floor)
         high = tokens if cap is None else tokens.minimum(protected.clamp_min(cap))
         counts = self.plan.on(tokens.device).counts(n * self.plan.rows, tokens, low, high)
-        each = [counts[:, layer * self.heads : (layer + 1) * self.heads] for layer in self.layers]
+        each = [counts[:, first : first + self.heads] for first in self.firsts]
         return each[0] if len(each) == 1 else torch.cat(each)
 
     def counts(self, ranking: Ranking) -> Tensor:
         protected = ranking.per_head(ranking.num_protected)  # the same in every head and layer
-        batch = protected.shape[0] // len(self.layers)
+        batch = protected.shape[0] // len(self.firsts)
         return (self.totals(ranking.observation.context[:batch], protected[:batch, 0]) - protected).flatten()

@@ -1,0 +1,220 @@
+"""Models over several processes or places: tensor parallel, data parallel, weights on the disk."""
+
+import datetime
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+from hardkv import HardKVCache, calibrate
+from hardkv.cache.shards import local_heads
+from hardkv.selectors import AdaKV, Pyramid, Risk, TopK, TopP
+from tests.cache.conftest import make_model, make_prompts
+from tests.cache.test_modes import greedy
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without torch.distributed"
+)
+
+SIZES = {"window": 4, "sinks": 1, "interval": 3}
+HEADS = {"num_key_value_heads": 4, "num_attention_heads": 8}
+# What computes each head by itself, or by a plan that every process makes for all heads: the same as in one process.
+ALIKE: dict[str, dict[str, Any]] = {
+    "topk": {"budget": TopK(8)},
+    "pyramid": {"budget": Pyramid(9, beta=3), "scorer": "snapkv", "patience": 1},
+    "online": {"budget": TopP(0.6, floor=6, cap=12), "calibration": "online"},
+    "calibrated": {"budget": TopP(0.6, floor=6, cap=12), "scorer": "snapkv", "calibration": "file"},
+    "risk": {"budget": Risk(9), "scorer": "snapkv", "calibration": "file"},
+    "risk of layers": {"budget": Risk(9, scope="layer"), "scorer": "snapkv", "calibration": "file"},
+    "risk, offloaded": {"budget": Risk(9), "scorer": "snapkv", "calibration": "file", "offload": True},
+}
+# What shares a layer's tokens by its heads' scores: each process shares among its own.
+APART: dict[str, dict[str, Any]] = {"adakv": {"budget": AdaKV(9, alpha=0.0)}}
+
+
+def run(model: Any, settings: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What a generation gave and kept."""
+    settings = SIZES | settings
+    if settings.get("calibration") == "file":
+        settings |= {"calibration": os.path.join(folder, "calibration.safetensors")}
+    cache = HardKVCache(config=model.config, **settings)
+    tokens = greedy(model, make_prompts(3), cache, max_new_tokens=9)
+    kept = [[[head.tolist() for head in row] for row in cache.kept(idx)] for idx in range(3)]
+    return {"tokens": tokens, "kept": kept, "lengths": cache.lengths(), "events": cache.stats().events}
+
+
+def tensor_parallel_process(rank: int, folder: str) -> None:
+    """One of two."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=100),
+    )
+    from transformers.distributed import DistributedConfig
+
+    parallel = DistributedConfig(tp_size=2)
+    model = LlamaForCausalLM.from_pretrained(folder, distributed_config=parallel, dtype=torch.float32)
+    results = {name: run(model, settings, folder) for name, settings in (ALIKE | APART).items()}
+    try:
+        calibrate(model, [torch.arange(2, 90)], interval=8, window=4, sinks=1, progress=False)
+    except ValueError as error:
+        results["calibrate"] = str(error)
+    torch.save(results, os.path.join(folder, f"rank{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(tmp_path_factory):
+    """What two processes, and one, computed."""
+    folder = str(tmp_path_factory.mktemp("tensor-parallel"))
+    model = make_model("llama", **HEADS)
+    model.save_pretrained(folder)
+    texts = [torch.randint(2, 98, (64,), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    calibration = calibrate(model, texts, scorer="snapkv", interval=8, window=4, sinks=1, progress=False)
+    assert len(set(calibration.temperatures.flatten().tolist())) > 1
+    calibration.save(os.path.join(folder, "calibration.safetensors"))
+    torch.multiprocessing.spawn(tensor_parallel_process, args=(folder,), nprocs=2)
+    ranks = [torch.load(os.path.join(folder, f"rank{rank}.pt"), weights_only=False) for rank in range(2)]
+    return ranks, {name: run(model, settings, folder) for name, settings in (ALIKE | APART).items()}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_tensor_parallel_equals_one_process(name, tensor_parallel):
+    """Each process keeps, of its own heads, what one process keeps of them: budgets are cut where the heads are."""
+    ranks, whole = tensor_parallel
+    expected = whole[name]
+    assert expected["events"] >= 3
+    for rank, result in enumerate(ranks):
+        own = slice(2 * rank, 2 * rank + 2)
+        assert result[name]["lengths"].shape == (3, 3, 2)
+        assert result[name]["kept"] == [[row[own] for row in layer] for layer in expected["kept"]]
+        assert torch.equal(result[name]["tokens"], expected["tokens"])
+    if "risk" in name:
+        assert len(set(expected["lengths"][0, 1].tolist())) > 1  # or the wrong part would not show
+
+
+def test_totals_of_shared_budgets_are_those_of_each_process(tensor_parallel):
+    ranks, whole = tensor_parallel
+    lengths = torch.cat([result["adakv"]["lengths"] for result in ranks], -1)
+    since = 13 + 8 - 3 * whole["adakv"]["events"] + 3 - 13  # tokens after the last event
+    for part in lengths.split(2, -1):
+        assert (part[:, 1].sum(-1) == 2 * (9 + since)).all()
+    assert (whole["adakv"]["lengths"][:, 1].sum(-1) == 4 * (9 + since)).all()
+    assert not lengths.equal(whole["adakv"]["lengths"])
+
+
+def test_calibrating_a_split_model_is_refused(tensor_parallel):
+    for result in tensor_parallel[0]:
+        assert "split over 2 processes" in result["calibrate"]
+        assert "calibrate it whole" in result["calibrate"]
+
+
+@pytest.mark.parametrize("settings", [ALIKE["risk"], ALIKE["calibrated"]], ids=["risk", "temperatures"])
+def test_heads_that_do_not_fit_the_calibration(settings, tmp_path, tiny_prompts):
+    """Nothing tells which heads these are: refused before anything is stored."""
+    model = make_model("llama", **HEADS)
+    texts = [torch.arange(2, 66)]
+    calibration = calibrate(model, texts, scorer="snapkv", interval=8, window=4, sinks=1, progress=False)
+    part = make_model("llama", **(HEADS | {"num_key_value_heads": 2}))
+    part.config.num_key_value_heads = 4  # as a sharded model's config says
+    cache = HardKVCache(config=part.config, **(SIZES | settings | {"calibration": calibration}))
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="brings 2 KV heads.*has 4.*calibration=None"),
+    ):
+        part(**tiny_prompts(1), past_key_values=cache)
+    assert cache.get_seq_length() == cache.nbytes() == 0
+
+
+@pytest.mark.parametrize(("total", "local"), [(4, 3), (2, 4)])
+def test_heads_that_no_number_of_processes_gives(total, local):
+    with pytest.raises(ValueError, match=f"brings {local} KV heads and the calibration has {total}"):
+        local_heads(torch.nn.Linear(2, 2), total, local)
+
+
+PROGRAM = """
+import sys
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import LlamaForCausalLM
+from hardkv import HardKVCache
+
+torch.set_num_threads(1)
+state = PartialState(cpu=True)
+model = LlamaForCausalLM.from_pretrained(sys.argv[1])
+prompts = [list(range(2 + index, 20 + 2 * index)) for index in range(4)]
+texts = []
+with state.split_between_processes(prompts) as mine:
+    assert len(mine) == 2
+    for ids in mine:
+        cache = HardKVCache(config=model.config, budget=8, window=4, sinks=1, interval=3)
+        out = model.generate(torch.tensor([ids]), past_key_values=cache, max_new_tokens=9, do_sample=False)
+        texts.append((ids, out[0].tolist(), cache.stats().events, state.process_index))
+texts = gather_object(texts)
+if state.is_main_process:
+    torch.save(texts, sys.argv[2])
+state.destroy_process_group()
+"""
+
+
+def test_accelerate_launch(tmp_path):
+    """Data parallel: every process its own model, caches and prompts."""
+    pytest.importorskip("accelerate")
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    # its only way to start several processes without MPI; the program asks for the CPU
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=1",
+    ]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command = [*launch, str(tmp_path / "program.py"), str(tmp_path), str(tmp_path / "out.pt")]
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    results = torch.load(tmp_path / "out.pt")
+    assert [process for *_, process in results] == [0, 0, 1, 1]
+    for ids, tokens, events, _ in results:
+        cache = HardKVCache(config=model.config, budget=8, **SIZES)
+        expected = greedy(model, {"input_ids": torch.tensor([ids])}, cache, max_new_tokens=9)
+        assert tokens == expected[0].tolist()
+        assert events == cache.stats().events == 3
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_weights_on_disk(name, tmp_path, tiny_prompts):
+    """device_map: accelerate's hooks bring a module's weights, and move its arguments, right before it runs."""
+    pytest.importorskip("accelerate")
+    model = make_model(name)
+    model.save_pretrained(tmp_path / "model")
+    layers = range(model.config.num_hidden_layers)
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in layers}
+    spread = type(model).from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload", dtype=torch.float32
+    )
+    assert spread.model.layers[1].self_attn.k_proj.weight.device.type == "meta"  # at home on the disk
+    for settings in ({"budget": 1000}, {"budget": 8, "patience": 1}, {"budget": 8, "offload": True}):
+        caches = [HardKVCache(config=each.config, **SIZES, **settings) for each in (model, spread)]
+        expected, actual = (
+            greedy(each, tiny_prompts(3), cache) for each, cache in zip((model, spread), caches, strict=True)
+        )
+        assert torch.equal(actual, expected)
+        assert caches[1].lengths().equal(caches[0].lengths())
+        if settings["budget"] == 1000:
+            assert torch.equal(actual, greedy(model, tiny_prompts(3), DynamicCache(config=model.config)))
