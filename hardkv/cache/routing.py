@@ -137,8 +137,8 @@ def _check_width(padding: Tensor, columns: int) -> None:
     if padding.shape[1] != columns:
         raise ValueError(
             f"attention_mask covers {padding.shape[1]} columns, but the cache will have seen {columns} with this call: "
-            f"pass a mask over all {columns} columns, past ones included (with use_cache=False generate() feeds past "
-            "tokens again: leave it out)"
+            f"pass a mask over all {columns} columns, past ones included (this happens too when past tokens are fed "
+            "again, as generate(use_cache=False) does)"
         )
 
 
