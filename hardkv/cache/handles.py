@@ -66,8 +66,9 @@ class NewTokens:
 
     def __init__(self, layer: "HardKVLayer", keys: Tensor, values: Tensor, start: int):
         self.layer = layer
-        self.keys = keys
-        self.values = values
+        self.given = (keys, values)  # with their graph
+        self.keys = keys.detach()
+        self.values = values.detach()
         self.start = start  # column of the first of them
         self.ingested_at: int | None = None  # the layer's event count when they were stored
         self.group: list[HardKVLayer] = []  # the layers whose events wait for the last of them; empty: none waits

@@ -114,7 +114,7 @@ class HardKVLayer(CacheLayerMixin):
                 )
         if self.event_due:  # held back by recording, or because later layers still had to read
             self.compress()
-        new = NewTokens(self, key_states.detach(), value_states.detach(), self.seen)
+        new = NewTokens(self, key_states, value_states, self.seen)
         return KVHandle(new, key_states), KVHandle(new, value_states)
 
     def check_module(self, module: torch.nn.Module) -> None:

@@ -74,14 +74,34 @@ def _routed(
     softcap = None if name == "sdpa" else kwargs.get("softcap")
     if new.start == 0:  # the first call: nothing is compressed yet, and the original kernel is exact
         full_mask = mask.original if isinstance(mask, HardKVMask) else mask
-        result = original(module, query, new.keys, new.values, full_mask, **kwargs)
-        new.layer.prefill(new, query.detach(), padding, scale=scale, softcap=softcap)
+        result = original(module, query, *new.given, full_mask, **kwargs)
+        with torch.no_grad():
+            new.layer.prefill(new, query.detach(), padding, scale=scale, softcap=softcap)
         return result
-    new_mask = _mask_of_new(mask, padding, new)
-    out = new.layer.decode(
-        new, query, padding, new_mask, scale=scale, softcap=softcap, sinks=kwargs.get("s_aux")
-    )  # [B, Hq, q, Dv]
+    new_mask, sinks = _mask_of_new(mask, padding, new), kwargs.get("s_aux")
+    with torch.no_grad():
+        out = new.layer.decode(
+            new, query.detach(), padding, new_mask, scale=scale, softcap=softcap, sinks=sinks
+        )  # [B, Hq, q, Dv]
+    inputs = [x for x in (query, *new.given, sinks) if x is not None and x.requires_grad]
+    if inputs and torch.is_grad_enabled():
+        out = _NoGradient.apply(out, *inputs)
     return out.transpose(1, 2).contiguous(), None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Hands its first argument on; whoever asks for the gradient of the others gets an error."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "HardKVCache keeps no graph of past keys and values, so there is no gradient through a forward pass that "
+            "continues from it: train with use_cache=False, or on the first forward's loss alone"
+        )
 
 
 def _refuse(module: torch.nn.Module, key: KVHandle, kwargs: dict[str, Any]) -> None:
