@@ -75,6 +75,7 @@ def _routed(
     if new.start == 0:  # the first call: nothing is compressed yet, and the original kernel is exact
         full_mask = mask.original if isinstance(mask, HardKVMask) else mask
         result = original(module, query, *new.given, full_mask, **kwargs)
+        install()  # a kernel of the hub may just have been loaded, and registered, again
         with torch.no_grad():
             new.layer.prefill(new, query.detach(), padding, scale=scale, softcap=softcap)
         return result
@@ -224,7 +225,7 @@ def _mark(wrapper: Callable[..., Any], function: Callable[..., Any] | None) -> C
 def install() -> None:
     """Wrap every entry of transformers' attention and mask registries in place. Idempotent; public `register` only.
 
-    Called at import and by every HardKVCache, so that implementations registered in between are wrapped too.
+    Called at import, by every HardKVCache and in prefill, so that what is registered in between is wrapped too.
     """
     for interface in (AttentionInterface, AttentionMaskInterface):
         if not isinstance(getattr(interface, "_global_mapping", None), dict):

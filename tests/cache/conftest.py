@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import (
     AttentionInterface,
+    AttentionMaskInterface,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -267,6 +268,13 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test register implementations that are gone afterwards."""
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
 
 
 # ---------------------------------------------------------------------- the functions, as fixtures

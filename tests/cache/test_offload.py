@@ -11,12 +11,14 @@ import weakref
 
 import pytest
 import torch
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from hardkv import HardKVCache, HardKVConfig
 from hardkv.cache import offload
 from hardkv.selectors import AdaKV
 from tests.cache.following import Follower
 from tests.cache.test_modes import EVICT, MODELS, MODES, extended, greedy, held, look_up, repetitive, step
+from tests.cache.test_routing import hybrid, randomized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -134,8 +136,6 @@ def test_held_events_crop_and_drafts(transfers, tiny_model):
 
 def test_layers_that_share_keys_and_values(transfers, tiny_prompts):
     """Gemma 3n's last layers read what an earlier layer stored: its tiers come again."""
-    from tests.cache.test_routing import Gemma3nForCausalLM, Gemma3nTextConfig, hybrid, randomized
-
     sharing = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 98, "hidden_size_per_layer_input": 8}
     config = Gemma3nTextConfig(
         **hybrid(**sharing, laurel_rank=4, activation_sparsity_pattern=None, intermediate_size=[48] * 4)
