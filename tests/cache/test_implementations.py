@@ -280,3 +280,31 @@ def test_a_compiled_model(tiny_model, tiny_prompts):
     assert cache.stats().events == twin.stats().events == 3
     assert cache.lengths().equal(twin.lengths())
     torch.compiler.reset()
+
+
+def breaks_and_graphs() -> tuple[int, int]:
+    """What torch.compile has counted since its last reset."""
+    counters = torch._dynamo.utils.counters
+    return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_graph_breaks_of_a_compiled_model(layers, tiny_model, tiny_prompts):
+    """Storing and attending are outside the graphs: few breaks a layer, and no new graph once decoding has settled."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model, inputs = tiny_model("qwen3", "sdpa", num_hidden_layers=layers), tiny_prompts(3)
+    compiled = torch.compile(model, backend="eager")
+    cache, mask = HardKVCache(config=model.config, **EVICT), inputs["attention_mask"]
+    compiled(**inputs, past_key_values=cache)
+    # three a forward: masks, update, attention; counted again in each frame around them, which layers share
+    assert 0 < breaks_and_graphs()[0] <= 9 + layers
+    counted = []
+    for _ in range(6):  # through two events
+        mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
+        compiled(input_ids=torch.full((3, 1), 5), attention_mask=mask, past_key_values=cache)
+        counted.append(breaks_and_graphs())
+    assert cache.stats().events == 3
+    assert counted[1:] == [counted[1]] * 5
+    assert counted[1][0] <= 20 + 2 * layers
+    torch.compiler.reset()
