@@ -39,7 +39,9 @@ def test_the_scorer_example_runs_and_decides_what_is_kept(monkeypatch):
             del SCORERS[name]
 
 
-@pytest.mark.parametrize("name", ["scorer", "budget", "window", "sinks", "interval", "patience", "pin_prompt"])
+@pytest.mark.parametrize(
+    "name", ["scorer", "budget", "window", "sinks", "interval", "patience", "pin_prompt", "offload"]
+)
 def test_the_table_of_arguments_gives_the_defaults(name):
     from hardkv import HardKVConfig
 

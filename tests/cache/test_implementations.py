@@ -191,6 +191,18 @@ def test_gpt2(attn, tiny_model, tiny_prompts):
     assert_parity(tiny_model("gpt2", attn), tiny_prompts(3))
 
 
+def test_attention_weights_are_those_of_the_first_forward(tiny_model, tiny_prompts):
+    """Later forwards attend ragged rows, for which there is no matrix of weights: none are given, rather than wrong."""
+    model, inputs = tiny_model("llama", "eager"), tiny_prompts(3)
+    dense = generate(model, inputs, DynamicCache(config=model.config), output_attentions=True)
+    ours = generate(model, inputs, HardKVCache(config=model.config, **HOLD_ALL), output_attentions=True)
+    assert_same_logits(ours, dense)
+    assert len(ours.attentions[0]) == len(dense.attentions[0]) == 3
+    for actual, expected in zip(ours.attentions[0], dense.attentions[0], strict=True):
+        assert torch.equal(actual, expected)
+    assert all(weights is None for step in ours.attentions[1:] for weights in step)
+
+
 def test_softcap(tiny_prompts):
     config = Gemma2Config(**hybrid(attn_logit_softcapping=2.0, query_pre_attn_scalar=8))
     config._attn_implementation = "eager"
