@@ -2,7 +2,8 @@
 
 Keys and values of the condensed and the sparse tier live on the host between forwards; positions, miss counters and the
 dense tier stay on the device. As these tiers change only at events, a host copy is made once an event: leaving the
-device again before the next one is forgetting what arrived.
+device again before the next one is forgetting what arrived. Copies and loaded caches are in pageable memory until their
+next event, from which a transfer blocks.
 """
 
 from dataclasses import dataclass, replace

@@ -4,6 +4,7 @@ There is no second memory here, so the transfers are replaced: what is at home i
 computes nonsense, which the oracle notices. Transfers are counted, and copies on the device watched until they go.
 """
 
+import contextlib
 import copy
 import io
 import json
@@ -241,12 +242,13 @@ def test_the_argument(tiny_model):
 @pytest.mark.parametrize("mode", MODES)
 def test_on_a_gpu(mode, tiny_model, tiny_prompts):
     """The real transfers: pinned memory at home, and the same tokens and bits as without."""
-    model, inputs = tiny_model("qwen3"), tiny_prompts(3)
+    model, inputs = tiny_model("qwen3").cuda(), {name: tensor.cuda() for name, tensor in tiny_prompts(3).items()}
     plain, away = (HardKVCache(config=model.config, offload=flag, patience=1, **EVICT) for flag in (False, True))
-    torch.manual_seed(0)
-    expected = mode(model, inputs, plain)
-    torch.manual_seed(0)
-    assert torch.equal(mode(model, inputs, away), expected)
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        expected = mode(model, inputs, plain)
+        torch.manual_seed(0)
+        assert torch.equal(mode(model, inputs, away), expected)
     assert held(away)[:3] == held(plain)[:3]
     for here, there in zip(plain.layers, away.layers, strict=True):
         for tier in ("condensed", "sparse"):
@@ -256,3 +258,58 @@ def test_on_a_gpu(mode, tiny_model, tiny_prompts):
                 assert tensor.device.type == "cpu"
                 assert tensor.is_pinned() or not tensor.numel()
                 assert torch.equal(tensor, getattr(mine, name).cpu())
+
+
+class Stream:
+    """Writes down what a CUDA stream is told, in the order of telling."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.events = name, log, 0
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.events += 1
+        self.log.append(f"{self.name} event {self.events}")
+        return f"{self.name} event {self.events}"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+
+def test_the_order_on_streams(monkeypatch, tiny_model, tiny_prompts):
+    """A layer's attention waits for its own copy and not for the next layer's; copies wait for memory to be free."""
+    log, inside = [], []
+    main = Stream("main", log)
+
+    @contextlib.contextmanager
+    def within(stream):
+        inside.append(stream.name)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(offload, "to_device", lambda tensor, device: log.append(f"copy on {inside}") or tensor.clone())
+    model, device = tiny_model("llama"), torch.device("cuda", 0)
+    cache = HardKVCache(config=model.config, **EVICT)
+    model(**tiny_prompts(1), past_key_values=cache)
+    moves, tiers = offload.Offload(), [layer.tiers for layer in cache.layers]
+    moves.fetch(0, tiers[0], device)
+    moves.fetch(1, tiers[1], device)
+    here = moves.arrive(0, tiers[0], device)
+    copies = ["copy on ['side']"] * 4
+    bring = ["side waits for main", *copies]
+    assert log == [*bring, "side event 1", *bring, "side event 2", "main waits for side event 1"]
+    assert here.condensed.keys is not tiers[0].condensed.keys
+    assert moves.leave(0, here).condensed is tiers[0].condensed  # nothing is copied back
+    log.clear()
+    moves.fetch(1, tiers[1], device)  # on its way already
+    moves.fetch(2, tiers[2], device)
+    moves.arrive(1, tiers[1], device)
+    assert log == [*bring, "side event 3", "main waits for side event 2"]
+    log.clear()
+    moves.arrive(1, tiers[2], device)  # what was fetched is no longer what the layer holds
+    assert log == [*bring, "side event 4", "main waits for side event 4"]
