@@ -221,7 +221,7 @@ class Risk(FixedTotal):
 
 @dataclass(frozen=True)
 class LayerRisk(Budget):
-    """`Risk` of one layer, or of several together, with the curves of all."""
+    """`Risk` of one layer or of several together, or of some of its heads, with the curves of all."""
 
     risk: Risk
     firsts: tuple[int, ...]  # rows of the plan where the layers' heads, or those of this process, begin
