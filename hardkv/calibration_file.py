@@ -35,7 +35,10 @@ GEOMETRY = (
 def geometry(config: Any) -> dict[str, Any]:
     """What a calibration remembers of a model's config."""
     text = config.get_text_config(decoder=True)
-    return {name: getattr(text, name, None) for name in GEOMETRY}
+    varies = getattr(text, "per_layer_attributes", None) or ()  # heads of Gemma 4's full layers are larger
+
+    each = {name: [getattr(layer, name) for layer in text.per_layer_config] for name in GEOMETRY if name in varies}
+    return {name: each[name] if name in varies else getattr(text, name, None) for name in GEOMETRY}
 
 
 def model_name(config: Any) -> str:
