@@ -5,8 +5,9 @@ many layers at once as have an event. Layers that are alike go through the first
 a batch: what an event costs is launching kernels, unless the batch is large.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Event:
         pinned: columns of the prompt that are kept whatever their score, 0 for none.
         scale, softcap: of the layer's attention.
         temperatures: `[H]`, of this layer's heads, calibrated before; None without.
+        latent: whether the tiers hold latents and rotated keys instead of keys and values.
     """
 
     settings: HardKVConfig
@@ -42,6 +44,7 @@ class Event:
     scale: float
     softcap: float | None
     temperatures: Tensor | None = None
+    latent: bool = False
 
     def kind(self, tiers: Tiers, ring: QueryRing) -> tuple[Any, ...]:
         """What layers must have in common to be scored together."""
@@ -162,9 +165,14 @@ def _observe(event: Event, layers: Sequence[Tiers], rings: Sequence[QueryRing], 
     seen = layers[0].seen
     count = min(event.settings.window, rings[0].size)
     queries, valid = newest_of(rings, count, seen)
+    keys = merged.gather(layers, 0)
+    load_values: Callable[[], Tensor] = partial(merged.gather, layers, 1)
+    if event.latent:
+        keys, latents = keys_and_values(keys, load_values())
+        load_values = partial(Tensor.detach, latents)
     return Observation(
-        keys=merged.gather(layers, 0),
-        load_values=lambda: merged.gather(layers, 1),
+        keys=keys,
+        load_values=load_values,
         positions=merged.positions,
         cu_seqlens=merged.rows.cu_seqlens,
         longest=merged.rows.longest,
@@ -178,6 +186,11 @@ def _observe(event: Event, layers: Sequence[Tiers], rings: Sequence[QueryRing], 
         window=event.settings.window,
         softcap=event.softcap,
     )
+
+
+def keys_and_values(latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents `[..., C]` and rotated keys `[..., P]` as keys `[..., C + P]` and values `[..., C]` of one row."""
+    return torch.cat([latents, rotated], -1), latents
 
 
 def _check_shape(z: Any, observation: Observation, scorer: Any) -> None:
