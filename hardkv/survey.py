@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hardkv.cache.cache import HardKVCache
 from hardkv.cache.handles import NewTokens
+from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
 from hardkv.config import HardKVConfig
 from hardkv.kernels.scoring import window_attention
@@ -182,6 +183,10 @@ class _SurveyLayer(HardKVLayer):
         return super().decode(new, query, *args, sinks=sinks, **kwargs)
 
 
+class _HybridSurveyLayer(HybridLayer, _SurveyLayer):  # type: ignore[misc]
+    """The same with the states of a linear attention beside the keys and values."""
+
+
 class SurveyCache(HardKVCache):
     """A cache that evicts nothing and fills one `Record` a layer."""
 
@@ -199,7 +204,9 @@ class SurveyCache(HardKVCache):
         super().__init__(config, **chosen)
         records.extend(layer.budget.record for layer in self._compressed)  # type: ignore[attr-defined]
 
-    def _new_layer(self, idx: int, budget: Budget) -> HardKVLayer:
+    def _new_layer(self, idx: int, budget: Budget, states: int = 0) -> HardKVLayer:
+        if states:
+            return _HybridSurveyLayer(self.settings, self._survey(idx), idx, states)
         return _SurveyLayer(self.settings, self._survey(idx), idx)
 
     def restack(self) -> None:

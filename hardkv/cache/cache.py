@@ -10,9 +10,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from hardkv.cache.handles import KVHandle, LogicalLen
+from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.offload import Offload
 from hardkv.cache.routing import install, route
@@ -79,6 +88,7 @@ class HardKVCache(DynamicCache):
         self.warnings: list[str] = []
         self._broken: str | None = None
         self._start = 0  # logical length before the forward pass under way
+        self._cross: frozenset[int] = frozenset()  # layers that read a picture: they hold it once, and see no events
         if config is not None and not hasattr(config, "get_text_config"):
             raise TypeError(
                 f"config={type(config).__name__} must be a model's config: HardKVCache(config=model.config)"
@@ -94,7 +104,13 @@ class HardKVCache(DynamicCache):
         text = config.get_text_config(decoder=True)
         # Layers that read another layer's keys do so after its attention ran.
         shared = bool(getattr(text, "num_kv_shared_layers", 0)) or any(getattr(text, "kv_sharing_modes", None) or ())
-        full = [idx for idx, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        # of a config whose layers differ, such values cannot be asked for
+        latent = "kv_lora_rank" in (getattr(text, "per_layer_attributes", None) or ()) or bool(
+            getattr(text, "kv_lora_rank", None)
+        )
+        self._cross = frozenset(getattr(text, "cross_attention_layers", None) or ())
+        whole = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+        full = [idx for idx, layer in enumerate(self.layers) if type(layer) in whole and idx not in self._cross]
         if self.settings.calibration == "auto":
             from hardkv.calibration import auto  # builds on this class
 
@@ -103,15 +119,33 @@ class HardKVCache(DynamicCache):
         if isinstance(calibration, Calibration) and (warning := calibration.check_model(config, full)):
             self._warn(warning)
         for rank, (idx, budget) in enumerate(zip(full, self._layer_budgets(len(full)), strict=True)):
-            ours = self._new_layer(idx, budget)
+            ours = self._new_layer(idx, budget, getattr(self.layers[idx], "number_of_states", 0))
             ours.shared = shared
+            ours.latent = latent
             if isinstance(calibration, Calibration) and budget.uses_temperature:
                 ours.temperatures = calibration.temperatures[rank]
             self.layers[idx] = ours
-        if not full:
+        self._warn_of_the_rest(type(config).__name__, full)
+
+    def _warn_of_the_rest(self, model: str, full: list[int]) -> None:
+        """Tell what grows although it is a HardKVCache, and when that compresses nothing at all."""
+        bounded = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+        rest = [
+            layer
+            for idx, layer in enumerate(self.layers)
+            if isinstance(layer, CacheLayerMixin) and idx not in self._cross.union(full) and type(layer) not in bounded
+        ]
+        nothing = "" if full else ": HardKVCache compresses nothing here"
+        if rest:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in rest}))
             self._warn(
-                f"no layer of {type(config).__name__} uses full attention (sliding-window and linear layers are "
-                "already bounded): HardKVCache compresses nothing here"
+                f"{len(rest)} of {len(self.layers)} layers of {model} are of a kind of their own ({kinds}), which "
+                f"HardKVCache leaves as DynamicCache has it{nothing}"
+            )
+        elif not full:
+            self._warn(
+                f"no layer of {model} uses full attention (sliding-window and linear layers are already bounded)"
+                + nothing
             )
 
     def _layer_budgets(self, num_layers: int) -> list[Budget]:
@@ -123,8 +157,12 @@ class HardKVCache(DynamicCache):
         protected = self.settings.window + self.settings.sinks
         return [budget.for_layer(rank, num_layers, protected) for rank in range(num_layers)]
 
-    def _new_layer(self, idx: int, budget: Budget) -> HardKVLayer:
-        layer = HardKVLayer(self.settings, budget, idx)
+    def _new_layer(self, idx: int, budget: Budget, states: int = 0) -> HardKVLayer:
+        """The layer `idx`; `states` of a linear attention lie beside its keys and values."""
+        if states:
+            layer: HardKVLayer = HybridLayer(self.settings, budget, idx, states)
+        else:
+            layer = HardKVLayer(self.settings, budget, idx)
         layer.offloading = self._offload
         return layer
 
@@ -132,7 +170,7 @@ class HardKVCache(DynamicCache):
         """Tell once, and keep telling in `stats()`."""
         if message not in self.warnings:
             self.warnings.append(message)
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
 
     @property
     def _compressed(self) -> list[HardKVLayer]:
@@ -162,7 +200,7 @@ class HardKVCache(DynamicCache):
                 "config; use HardKVCache(config=model.config)"
             )
         layer = self.layers[layer_idx]
-        if isinstance(layer, CacheLayerMixin):
+        if isinstance(layer, CacheLayerMixin) and layer_idx not in self._cross:
             self._check_whole(layer)
             if not isinstance(layer, HardKVLayer):
                 self._check_shape(layer, layer_idx, key_states)
@@ -185,7 +223,11 @@ class HardKVCache(DynamicCache):
 
         At the start of a forward all layers must have seen the same columns. Layers a model never uses stay at 0.
         """
-        attention = [other for other in self.layers if isinstance(other, CacheLayerMixin)]
+        attention = [
+            other
+            for idx, other in enumerate(self.layers)
+            if isinstance(other, CacheLayerMixin) and idx not in self._cross
+        ]
         lengths = [int(other.get_seq_length()) for other in attention]
         starts = layer is None or layer is attention[0]
         if starts:
@@ -198,10 +240,19 @@ class HardKVCache(DynamicCache):
             self._broken = (
                 "an earlier forward pass stopped between layers (an error, out of memory or an interrupt), so layers "
                 f"of this HardKVCache hold different lengths ({min(used)} to {max(used)}): reset() it or build a new "
-                "one. Encoder-decoder models need EncoderDecoderCache(HardKVCache(...), DynamicCache())"
+                "one. Encoder-decoder models need EncoderDecoderCache(HardKVCache(...), DynamicCache()); a model that "
+                "skips layers, DynamicCache"
             )
         if self._broken is not None:
             raise RuntimeError(self._broken)
+
+    def _is_next(self, layer_idx: int) -> bool:
+        """Whether a forward pass is under way that has not come to the layer yet."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if not isinstance(layer, CacheLayerMixin):
+            return False
+        first = next(other for other in self.layers if isinstance(other, CacheLayerMixin))
+        return layer.get_seq_length() == self._start < first.get_seq_length()
 
     @staticmethod
     def _check_shape(layer: CacheLayerMixin, layer_idx: int, key_states: Tensor) -> None:
@@ -218,7 +269,8 @@ class HardKVCache(DynamicCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Key length and offset that the layer's mask must cover; see `HardKVLayer.get_mask_sizes`."""
-        self._check_whole()  # masks are made before the first layer runs
+        if not self._is_next(layer_idx):  # masks are made before the first layer runs, but by some models in each layer
+            self._check_whole()
         if layer_idx >= len(self.layers):
             return LogicalLen(query_length), 0
         return super().get_mask_sizes(query_length, layer_idx)

@@ -53,7 +53,8 @@ class Event:
         queries = tiers.seen, min(ring.size, self.settings.window), ring.capacity
         fitted = self.budget.calibration_p if self._fits(tiers) else None
         given = self.temperatures is None, tiers.temperatures is None
-        return keys.device, keys.dtype, shape, queries, self.scale, self.softcap, self.pinned, fitted, given
+        attention = self.scale, self.softcap, self.latent
+        return keys.device, keys.dtype, shape, queries, attention, self.pinned, fitted, given
 
     def _fits(self, tiers: Tiers) -> bool:
         """Whether temperatures are fitted now."""

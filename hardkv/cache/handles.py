@@ -23,8 +23,8 @@ def unrouted(what: str, name: str) -> NoReturn:
         f"{name!r} was used on the {what} of a HardKVCache, so this model's attention did not go through the attention "
         "functions that hardkv wraps. Build the cache with the model's own config object, HardKVCache("
         "config=model.config), after the last model.set_attn_implementation(...), or load the model with "
-        "attn_implementation='sdpa'. If that is so already, this architecture changes keys and values between cache "
-        "and attention and is not supported."
+        "attn_implementation='sdpa'. If that is so already, this architecture has attention code of its own or changes "
+        "keys and values between cache and attention, and is not supported: use DynamicCache."
     )
 
 
@@ -78,34 +78,48 @@ class NewTokens:
         return self.start + self.keys.shape[2]
 
 
-class KVHandle(Opaque):
-    """What `update()` returns in place of keys or values: shape, dtype and device, and no data.
-
-    A plain object rather than a Tensor subclass, which torch.compile cannot trace through here.
-    """
+class HeldStates(Opaque):
+    """What a HardKV layer shows as its keys or values to who looks at the layer itself: shape, dtype and device."""
 
     what = "keys or values"
-    requires_grad = False
 
-    def __init__(self, new: NewTokens, like: Tensor):
-        self.new = new
-        self.shape = torch.Size((*like.shape[:2], new.stop, like.shape[3]))
-        self.dtype = like.dtype
-        self.device = like.device
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device):
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
 
     @property
     def ndim(self) -> int:
         return 4
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
 
     def dim(self) -> int:
         return 4
 
     def size(self, dim: int | None = None) -> "torch.Size | int":
         return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+class KVHandle(HeldStates):
+    """What `update()` returns in place of keys or values: shape, dtype and device, and no data.
+
+    A plain object rather than a Tensor subclass, which torch.compile cannot trace through here.
+    """
+
+    requires_grad = False
+
+    def __init__(self, new: NewTokens, like: Tensor):
+        super().__init__(torch.Size((*like.shape[:2], new.stop, like.shape[3])), like.dtype, like.device)
+        self.new = new
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
 
     # Moving devices (accelerate's hooks) and laying out memory do not change what the handle stands for.
     def to(self, *args: Any, **kwargs: Any) -> "KVHandle":
@@ -114,8 +128,38 @@ class KVHandle(Opaque):
     def contiguous(self, *args: Any, **kwargs: Any) -> "KVHandle":
         return self
 
-    def __repr__(self) -> str:
-        return f"KVHandle(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+class LatentHandle(KVHandle):
+    """Of a latent that the model expands to keys and values before attention: a linear map may be put on it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handle, bias = args[0], (kwargs or {}).get("bias", args[2] if len(args) > 2 else None)
+        if func is torch.nn.functional.linear and isinstance(handle, KVHandle) and bias is None:
+            return ExpandedHandle(handle)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def expand(self, *args: Any, **kwargs: Any) -> "ExpandedHandle":
+        return ExpandedHandle(self)
+
+
+class ExpandedHandle(KVHandle):
+    """A latent after the model's `expand_kv`, which may lay the heads out but not compute any further."""
+
+    def __init__(self, latent: KVHandle):
+        HeldStates.__init__(self, latent.shape, latent.dtype, latent.device)
+        self.new = latent.new
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.split:
+            return (args[0],) * len(args[1])
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _same(self, *args: Any, **kwargs: Any) -> "ExpandedHandle":
+        return self
+
+    view = transpose = new_empty = __getitem__ = copy_ = _same
 
 
 class LogicalLen(int):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hardkv.cache.event import Event, check, condense, groups, select
-from hardkv.cache.handles import KVHandle, LogicalLen, NewTokens, UnroutedKVError
+from hardkv.cache.event import Event, check, condense, groups, keys_and_values, select
+from hardkv.cache.handles import HeldStates, KVHandle, LatentHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.merged import Selection
 from hardkv.cache.offload import Offload
 from hardkv.cache.queries import QueryRing
@@ -36,6 +36,7 @@ class HardKVLayer(CacheLayerMixin):
         shared: the layer's keys are read again by later layers, so its events wait for its next `update()`.
         temperatures: `[H]`, calibrated before, that the budget divides scores by; None without.
         offloading: what keeps the ragged tiers on the host while they do not attend; None: they stay.
+        latent: whether the model expands what it stores: "keys" are then latents, and "values" rotated keys.
     """
 
     is_compileable = False  # or generate() compiles the model around data-dependent shapes
@@ -50,6 +51,7 @@ class HardKVLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.knows_model = True
         self.shared = False
+        self.latent = False
         self.temperatures: Tensor | None = None
         self.offloading: Offload | None = None
         self.record_past = False
@@ -75,6 +77,16 @@ class HardKVLayer(CacheLayerMixin):
     def events(self) -> int:
         """Selection events so far."""
         return 0 if self.tiers is None else self.tiers.events
+
+    # Some models look whether a layer holds any; transformers' constructors set None.
+    keys = property(lambda self: self._show("head_dim"), lambda self, states: None)
+    values = property(lambda self: self._show("value_dim"), lambda self, states: None)
+
+    def _show(self, width: str) -> HeldStates | None:
+        if not self.seen:
+            return None
+        shape = torch.Size((self.batch_size, self.num_kv_heads, self.seen, getattr(self, width)))
+        return HeldStates(shape, self.dtype, self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_module": None}  # weak references cannot be pickled
@@ -115,7 +127,8 @@ class HardKVLayer(CacheLayerMixin):
         if self.event_due:  # held back by recording, or because later layers still had to read
             self.compress()
         new = NewTokens(self, key_states, value_states, self.seen)
-        return KVHandle(new, key_states), KVHandle(new, value_states)
+        handle = LatentHandle if self.latent else KVHandle
+        return handle(new, key_states), handle(new, value_states)
 
     def check_module(self, module: torch.nn.Module) -> None:
         """Raise ValueError when another model's layer than before brings the query, or heads of unknown number."""
@@ -213,13 +226,14 @@ class HardKVLayer(CacheLayerMixin):
             self._store(new, tiers, self._observe(query.detach(), valid, self.ring, new), scale, softcap)
         assert self.tiers is not None
         condensed, dense = self.tiers.condensed, self.tiers.dense
+        held, recent = (condensed.keys, condensed.values), (dense.keys, dense.values)
+        if self.latent:
+            held, recent = keys_and_values(*held), keys_and_values(*recent)
         out, _ = attend_tiers(
             query,
-            condensed.keys,
-            condensed.values,
+            *held,
             condensed.rows,
-            dense.keys,
-            dense.values,
+            *recent,
             dense.positions,
             dense.fill,
             bound=dense.bound,
@@ -319,7 +333,7 @@ class HardKVLayer(CacheLayerMixin):
         pinned = 0
         if self.settings.pin_prompt:
             pinned = tiers.seen if self.prompt_length is None else self.prompt_length
-        return Event(self.settings, self.budget, pinned, scale, softcap, self.temperatures)
+        return Event(self.settings, self.budget, pinned, scale, softcap, self.temperatures, self.latent)
 
     def _check_pinned(self, new: NewTokens, padding: Tensor | None) -> None:
         limit = self.budget.limit

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from hardkv.cache.handles import HardKVMask, KVHandle, LogicalLen, NewTokens, UnroutedKVError
+from hardkv.cache.latent import Latent
 
 EAGER = "hardkv|eager"
 
@@ -72,18 +73,29 @@ def _routed(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     # sdpa has no softcap: transformers ignores it there (or refuses, before we are asked)
     softcap = None if name == "sdpa" else kwargs.get("softcap")
+    latent = Latent.of(module, key)
     if new.start == 0:  # the first call: nothing is compressed yet, and the original kernel is exact
         full_mask = mask.original if isinstance(mask, HardKVMask) else mask
-        result = original(module, query, *new.given, full_mask, **kwargs)
+        states = new.given if latent is None else latent.expand(new)
+        result = original(module, query, *states, full_mask, **kwargs)
         install()  # a kernel of the hub may just have been loaded, and registered, again
         with torch.no_grad():
-            new.layer.prefill(new, query.detach(), padding, scale=scale, softcap=softcap)
+            query = query.detach() if latent is None else latent.absorb(query.detach())
+            new.layer.prefill(new, query, padding, scale=scale, softcap=softcap)
         return result
     new_mask, sinks = _mask_of_new(mask, padding, new), kwargs.get("s_aux")
     with torch.no_grad():
         out = new.layer.decode(
-            new, query.detach(), padding, new_mask, scale=scale, softcap=softcap, sinks=sinks
+            new,
+            query.detach() if latent is None else latent.absorb(query.detach()),
+            padding,
+            new_mask,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
         )  # [B, Hq, q, Dv]
+        if latent is not None:
+            out = latent.emit(out)
     inputs = [x for x in (query, *new.given, sinks) if x is not None and x.requires_grad]
     if inputs and torch.is_grad_enabled():
         out = _NoGradient.apply(out, *inputs)
@@ -164,8 +176,19 @@ def _check_width(padding: Tensor, columns: int) -> None:
 
 
 def _as_bool(mask: Tensor) -> Tensor:
-    """An additive or boolean mask as a boolean one."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    """An additive or boolean mask as a boolean one.
+
+    Raises:
+        NotImplementedError: it adds anything else to what it allows, such as a position bias.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    allowed = mask > torch.finfo(mask.dtype).min / 2
+    if bool((allowed & (mask != 0)).any()):
+        raise NotImplementedError(
+            "the attention mask adds biases to attention, which HardKVCache does not support: use DynamicCache"
+        )
+    return allowed
 
 
 def _mask_of_new(mask: Any, padding: Tensor | None, new: NewTokens) -> Tensor | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     BartConfig,
@@ -380,8 +381,8 @@ def test_an_eager_encoder_decoder_model_names_the_way_out(tiny_prompts):
         decode(model, tiny_prompts(1), EncoderDecoderCache(cache, DynamicCache()))
 
 
-def test_multi_head_latent_attention_is_loud(tiny_prompts):
-    config = DeepseekV3Config(
+def latent_config() -> DeepseekV3Config:
+    return DeepseekV3Config(
         vocab_size=98,
         hidden_size=32,
         intermediate_size=48,
@@ -403,10 +404,45 @@ def test_multi_head_latent_attention_is_loud(tiny_prompts):
         eos_token_id=None,
         bos_token_id=1,
     )
-    model = randomized(DeepseekV3ForCausalLM(config))
-    cache = HardKVCache(config=config)
-    with pytest.raises(UnroutedKVError, match="changes keys and values between cache and attention"):
+
+
+def test_latent_attention_needs_the_config(tiny_prompts):
+    model = randomized(DeepseekV3ForCausalLM(latent_config()))
+    cache = HardKVCache()
+    with pytest.raises(UnroutedKVError, match=r"'linear'.*HardKVCache\(config=model.config\)"):
         model(**tiny_prompts(3), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def scaled(keys, values, weight):
+    return F.linear(keys, weight) * 2, F.linear(values, weight)
+
+
+def with_bias(keys, values, weight):
+    return F.linear(keys, weight, torch.zeros(16)), F.linear(values, weight)
+
+
+def projected(keys, values, weight):
+    return F.linear(keys, weight), F.linear(values, weight)
+
+
+@pytest.mark.parametrize(
+    ("expand", "match"),
+    [
+        (scaled, "changes keys and values between cache and attention"),
+        (with_bias, "changes keys and values between cache and attention"),
+        (projected, "LlamaAttention changes keys and values.*has no expand_kv"),
+        (lambda keys, values, weight: (keys, values), "has a kv_lora_rank.*without expanding it: use DynamicCache"),
+    ],
+    ids=["scaled", "bias", "no expand_kv", "not expanded"],
+)
+def test_latents_that_a_model_expands_in_its_own_way(expand, match, tiny_model):
+    """What is not transformers' `expand_kv` cannot be absorbed by queries, and must not pass for it."""
+    cache, new = HardKVCache(config=latent_config()), torch.randn(1, 1, 3, 8)
+    module = tiny_model("llama", "sdpa").model.layers[0].self_attn
+    keys, values = cache.update(new, new, 0)
+    with pytest.raises(UnroutedKVError, match=match):
+        ALL_ATTENTION_FUNCTIONS["sdpa"](module, torch.randn(1, 4, 3, 8), *expand(keys, values, torch.ones(16, 8)), None)
     assert cache.get_seq_length() == 0
 
 

@@ -334,6 +334,27 @@ def test_what_a_handle_can_do(handle):
     assert not isinstance(handle, Tensor)
 
 
+def test_what_a_layer_shows_of_its_keys_and_values(tiny_model, tiny_prompts):
+    """Models that look into the cache see how much there is, and cannot read it."""
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config, **EVICT)
+    layer = cache.layers[0]
+    assert layer.keys is None
+    assert layer.values is None
+    model(**tiny_prompts(3), past_key_values=cache)
+    for shown in (layer.keys, layer.values):
+        assert shown.shape == (3, 2, 13, 8)
+        assert shown.numel() == 3 * 2 * 13 * 8
+        with pytest.raises(UnroutedKVError, match="of a HardKVCache"):
+            torch.cat([shown, shown])
+        with pytest.raises(UnroutedKVError, match="of a HardKVCache"):
+            ALL_ATTENTION_FUNCTIONS["sdpa"](
+                model.model.layers[0].self_attn, torch.randn(3, 4, 1, 8), shown, shown, None
+            )
+    cache.reset()
+    assert layer.keys is None
+
+
 def test_a_handle_shows_the_logical_length(tiny_model, tiny_prompts):
     model = tiny_model("llama", "sdpa")
     cache = HardKVCache(config=model.config, **EVICT)
@@ -451,6 +472,23 @@ def test_a_later_4d_mask_that_cannot_be_followed_is_refused(hide, q_len, prefill
         model(torch.full((3, q_len), 5), attention_mask=mask, past_key_values=cache)
     assert cache.get_seq_length() == 13
     assert [[head.tolist() for head in heads] for heads in cache.kept(0)] == kept
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_a_mask_that_adds_biases_is_refused(q_len, prefilled):
+    """ALiBi and the like inside a mask: read as a plain mask it would be lost from later steps."""
+    model, cache, _, attention_mask = prefilled
+    attention_mask = torch.cat([attention_mask, attention_mask.new_ones(3, q_len)], 1)
+    mask = additive(causal_4d(attention_mask, start=13))
+    model(torch.full((3, q_len), 5), attention_mask=mask, past_key_values=copy.deepcopy(cache))  # fine before
+    with pytest.raises(NotImplementedError, match="adds biases to attention.*use DynamicCache"):
+        model(torch.full((3, q_len), 5), attention_mask=mask - 0.5, past_key_values=cache)
+    assert cache.get_seq_length() == 13
+    fresh = HardKVCache(config=model.config)
+    biased = additive(causal_4d(attention_mask) | torch.eye(13 + q_len, dtype=torch.bool)) - 0.5
+    with pytest.raises(NotImplementedError, match="adds biases"):
+        model(torch.full((3, 13 + q_len), 5), attention_mask=biased, past_key_values=fresh)
+    assert fresh.get_seq_length() == 0
 
 
 @pytest.mark.parametrize("width", [1, 12, 13, 15])
