@@ -1,0 +1,296 @@
+"""What HardKVCache makes of a model: supported, nothing to compress, or refused; anything else is an error of hardkv.
+
+A run is `generate()` with the tokens given beforehand, so that a model's own preparation of inputs is used and runs
+can be compared column by column. The oracle is transformers' DynamicCache with plain softmax attention in which every
+KV head sees only the tokens that HardKVCache said it held when the query came; nothing of hardkv's attention is in it.
+"""
+
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LogitsProcessor, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from hardkv import HardKVCache
+from hardkv.cache.handles import KVHandle
+from tests.models.tiny import PAD, VOCABULARY, tiny_model
+
+PROMPT, NEW = 12, 12
+HOLD_ALL: dict[str, Any] = {"budget": 1000, "window": 4, "sinks": 1, "interval": 3}
+EVICT: dict[str, Any] = {"budget": 8, "window": 4, "sinks": 1, "interval": 3}
+# Float32 runs in another order of sums; relative to the largest logit, which is a few units
+TOLERANCE = 5e-5
+
+SUPPORTED, NOTHING, REFUSED = "supported", "nothing to compress", "refused"
+NO_CACHE, NOT_BUILT = "no DynamicCache", "not built"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a model type.
+
+    Args:
+        status: one of the five above. reason: hardkv's words, or transformers'; "" when supported.
+        compressed, layers: cache layers that are compressed, of how many. padding: whether a left-padded batch ran.
+    """
+
+    status: str
+    reason: str = ""
+    compressed: int = 0
+    layers: int = 0
+    padding: bool = True
+
+
+class Defect(AssertionError):
+    """HardKVCache gave a wrong result, or died of something that is not one of its own errors."""
+
+
+@dataclass
+class Forced(LogitsProcessor):
+    """Makes generate() choose the given tokens, `[B, NEW]`."""
+
+    tokens: Tensor
+    step: int = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced.scatter_(1, self.tokens[:, self.step, None], 0.0)
+        self.step += 1
+        return forced
+
+
+def run(model: PreTrainedModel, cache: Any, padding: bool = True, **inputs: Any) -> Tensor:
+    """Logits `[NEW, 2, V]` of generate() over given random tokens; with padding the first row has some on its left."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    tokens = torch.randint(2, VOCABULARY - 8, (2, PROMPT + NEW), generator=generator)
+    attention_mask = torch.ones(2, PROMPT, dtype=torch.long)
+    if padding:
+        tokens[0, : PROMPT // 3] = PAD
+        attention_mask[0, : PROMPT // 3] = 0
+    arguments = {"input_ids": tokens[:, :PROMPT], "attention_mask": attention_mask} | inputs
+    with torch.no_grad():
+        out = model.generate(
+            **arguments,
+            past_key_values=cache,
+            max_new_tokens=NEW,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            logits_processor=[Forced(tokens[:, PROMPT:])],
+        )
+    return torch.stack(out.logits)
+
+
+class Recording(HardKVCache):
+    """Remembers what every layer held when a forward pass came to it: `held[layer][columns so far]` is `kept()`."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self.held: dict[int, dict[int, list[list[Tensor]]]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(result[0], KVHandle):
+            self.held.setdefault(layer_idx, {})[result[0].new.start] = self.kept(layer_idx)
+        return result
+
+
+class OracleCache(DynamicCache):
+    """A DynamicCache that knows which layer's keys it handed out last, and where each layer's lie."""
+
+    def __init__(self, held: dict[int, dict[int, list[list[Tensor]]]], **arguments: Any):
+        super().__init__(**arguments)
+        self.held = held
+        self.last = 0
+        self.places: dict[int, int] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.last, self.places[layer_idx] = layer_idx, keys.data_ptr()
+        return keys, values
+
+    def visible(self, key: Tensor, queries: int) -> Tensor | None:
+        """Bool `[B, KV heads, columns]`: what the queries may see of the keys; None where nothing was evicted."""
+        # a layer that reads another one's keys gets the very tensor
+        owner = next((idx for idx, place in self.places.items() if place == key.data_ptr()), self.last)
+        held = self.held.get(owner, {}).get(key.shape[2] - queries)
+        if held is None or key.shape[2] == queries:
+            return None
+        assert queries == 1
+        visible = torch.zeros(len(held), len(held[0]), key.shape[2], dtype=torch.bool)
+        visible[..., -1] = True
+        for row, heads in enumerate(held):
+            for head, positions in enumerate(heads):
+                visible[row, head, positions] = True
+        return visible
+
+
+@dataclass
+class Oracle:
+    """The attention function of an oracle's run."""
+
+    original: Callable[..., Any]
+    ignores_softcap: bool  # as sdpa does
+    cache: OracleCache = field(default=None)  # type: ignore[assignment]
+
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *mask: Any, **kwargs: Any) -> Any:
+        visible = self.cache.visible(key, query.shape[2])
+        if visible is None:
+            return self.original(module, query, key, value, *mask, **kwargs)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.to(wide).repeat_interleave(group, 1) for x in (key, value))
+        visible = visible.repeat_interleave(key.shape[1] // visible.shape[1], 1)
+        scaling = kwargs.get("scaling")
+        logits = query.to(wide) @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        softcap = None if self.ignores_softcap else kwargs.get("softcap")
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
+        if kwargs.get("s_aux") is not None:
+            sinks = kwargs["s_aux"].to(wide).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, sinks], -1)
+        weights = logits.softmax(-1)[..., : key.shape[2]]
+        return (weights @ value).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def oracle_run(model: PreTrainedModel, held: Any, attn: str, padding: bool, **inputs: Any) -> Tensor:
+    """Logits of `run` whose queries see what `held` says; `attn` is what the model runs with otherwise."""
+    from hardkv.cache.routing import _eager_of  # which function that is says transformers, not hardkv
+
+    def eager(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return _eager_of(module)(module, *args, **kwargs)
+
+    original = eager if attn == "eager" else AttentionInterface._global_mapping[attn]
+    oracle = Oracle(original, ignores_softcap=attn == "sdpa")
+    oracle.cache = OracleCache(held, config=model.config)
+    AttentionInterface.register("architecture-oracle", oracle)  # type: ignore[arg-type]
+    AttentionMaskInterface.register("architecture-oracle", AttentionMaskInterface._global_mapping[attn])
+    try:
+        set_attention(model, "architecture-oracle")
+        return run(model, oracle.cache, padding, **inputs)
+    finally:
+        set_attention(model, attn)
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop("architecture-oracle")
+
+
+def set_attention(model: PreTrainedModel, attn: str) -> None:
+    """Switch the language model's attention and nothing else, whatever hardkv made of an eager one."""
+    model.config.get_text_config(decoder=True)._attn_implementation_internal = attn
+
+
+def assert_near(actual: Tensor, expected: Tensor, what: str) -> None:
+    error = (actual - expected).abs().max().item()
+    scale = max(1.0, expected.abs().max().item())
+    if not error <= TOLERANCE * scale:
+        raise Defect(f"{what}: logits differ by {error:.2g} (largest logit {scale:.2g})")
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's name and message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether hardkv itself raised it, as one of the errors that its documentation names."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return "hardkv/cache/" in last.filename.replace("\\", "/") and isinstance(error, RuntimeError | ValueError)
+
+
+def probe(model_type: str, attn: str | None = None) -> Verdict:
+    """The verdict on a tiny model of the type, with the attention that transformers chooses or another one.
+
+    Raises:
+        Defect: HardKVCache is wrong about it.
+    """
+    try:
+        model = tiny_model(model_type)
+        if attn is not None:
+            model.set_attn_implementation(attn)
+    except Exception as error:
+        return Verdict(NOT_BUILT, in_one_line(error))
+    return probe_model(model)
+
+
+def dense_run(model: PreTrainedModel, **inputs: Any) -> tuple[Tensor, bool, bool]:
+    """Logits with DynamicCache, whether the model takes padding, and uses the cache; errors are transformers' own."""
+    cache = DynamicCache(config=model.config)
+    try:
+        dense = run(model, cache, **inputs)
+        if dense.isfinite().all():
+            return dense, True, is_used(cache)
+    except Exception:
+        pass  # again without padding, which some models refuse
+    cache = DynamicCache(config=model.config)
+    dense = run(model, cache, padding=False, **inputs)
+    return dense, False, is_used(cache)
+
+
+def is_used(cache: DynamicCache) -> bool:
+    """Whether any layer has seen a token."""
+    return any(isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0 for layer in cache.layers)
+
+
+def probe_model(model: PreTrainedModel, **inputs: Any) -> Verdict:
+    """`probe` of a model at hand, whose generate() also gets `inputs`."""
+    attn = model.config.get_text_config(decoder=True)._attn_implementation
+    try:
+        dense, padding, used = dense_run(model, **inputs)
+    except Exception as error:
+        return Verdict(NO_CACHE, in_one_line(error))
+    if not used:
+        return Verdict(NO_CACHE, "leaves it empty")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cache = Recording(config=model.config, **HOLD_ALL)
+        compressed = len(cache._compressed)
+        whole = run(model, cache, padding, **inputs)
+    except Exception as error:
+        if is_refusal(error) and "DynamicCache" in str(error):  # the way out
+            return Verdict(REFUSED, in_one_line(error))
+        raise Defect(f"obscure {in_one_line(error)}") from error
+    finally:
+        set_attention(model, attn)
+    layers = len(cache.layers)
+    assert_near(whole, dense, "nothing evicted")
+    if not compressed:
+        warning = next((str(each.message) for each in caught if "compresses nothing" in str(each.message)), None)
+        if warning is None:
+            raise Defect("compresses nothing and does not say so")
+        return Verdict(NOTHING, warning, 0, layers, padding)
+    if not any(layer.seen for layer in cache._compressed):
+        raise Defect("HardKVCache was never asked to hold anything")
+    if cache.stats().events < 3:
+        raise Defect(f"only {cache.stats().events} events")
+    cache = Recording(config=model.config, scorer="snapkv", **EVICT)
+    evicted = run(model, cache, padding, **inputs)
+    set_attention(model, attn)
+    if int(cache.lengths().max()) > EVICT["budget"] + EVICT["interval"]:
+        raise Defect(f"a head holds {int(cache.lengths().max())} tokens")
+    if not (evicted - dense).abs().max() > 1e-3:
+        raise Defect("eviction makes no difference: the model cannot show whether it is right")
+    assert_near(evicted, oracle_run(model, cache.held, attn, padding, **inputs), "evicted")
+    return Verdict(SUPPORTED, "", compressed, layers, padding)
+
+
+def rounding(model_type: str, dtype: torch.dtype) -> Tensor:
+    """Differences `[NEW, 2, V]` of an evicting cache from the oracle in half precision, both finite.
+
+    The oracle computes attention in float32, as hardkv does: what differs is where results are rounded.
+    """
+    model = tiny_model(model_type).to(dtype)
+    attn = model.config.get_text_config(decoder=True)._attn_implementation
+    padding = dense_run(model)[1]
+    cache = Recording(config=model.config, scorer="snapkv", **EVICT)
+    actual = run(model, cache, padding)
+    expected = oracle_run(model, cache.held, attn, padding)
+    if not (actual.isfinite().all() and expected.isfinite().all()):
+        raise Defect(f"not finite in {dtype}")
+    return (actual - expected).float()

@@ -1,0 +1,101 @@
+"""Every type that transformers lists as a causal language model: supported, or refused for a reason; never wrong.
+
+What is compared, and against what, stands in probe.py; the committed results in docs/compatibility.json.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from hardkv import HardKVCache
+from tests.models import compatibility
+from tests.models.probe import NO_CACHE, NOT_BUILT, REFUSED, SUPPORTED, Defect, probe, rounding
+from tests.models.tiny import TYPES, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about tiny configs
+# 0.9 quantiles, of logits of a few units: a rounding may move a token to other experts, and change it altogether
+HALF = {torch.bfloat16: 0.05, torch.float16: 0.006}
+
+
+@functools.cache
+def verdict_of(model_type: str):
+    return probe(model_type)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_architecture(model_type):
+    verdict, committed = verdict_of(model_type), compatibility.committed()
+    if committed is not None and not verdict.reason.startswith("ImportError"):
+        expected = committed[model_type]
+        assert verdict.status == expected["status"], verdict.reason
+        assert (verdict.compressed, verdict.layers) == (expected["compressed"], expected["layers"])
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_architecture_on_eager_attention(model_type):
+    if verdict_of(model_type).status == SUPPORTED:
+        assert probe(model_type, "eager").status == SUPPORTED
+    else:  # must not become wrong either
+        assert probe(model_type, "eager").status in (verdict_of(model_type).status, NOT_BUILT)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("model_type", TYPES)
+def test_architecture_in_half_precision(model_type, dtype):
+    if verdict_of(model_type).status == SUPPORTED:
+        assert rounding(model_type, dtype).abs().quantile(0.9) < HALF[dtype]
+    else:
+        assert verdict_of(model_type).reason
+
+
+def test_how_many_are_supported():
+    statuses = [verdict_of(model_type).status for model_type in TYPES]
+    assert statuses.count(SUPPORTED) >= 120
+    assert statuses.count(NOT_BUILT) + statuses.count(NO_CACHE) < 25
+
+
+def test_the_page_shows_the_results():
+    results = compatibility.load()
+    assert compatibility.PAGE.read_text() == compatibility.page(results), "run python -m tests.models.compatibility"
+    assert all(verdict["reason"] for table in results.values() for verdict in table.values() if not verdict["layers"])
+
+
+# ---------------------------------------------------------------------------------------------- the probe itself
+
+
+def test_the_probe_notices_wrong_attention(monkeypatch):
+    """One head that attends to a token which the cache says it does not hold, by one slot."""
+    kept = HardKVCache.kept
+
+    def off_by_one(self, layer_idx):
+        return [[head + (head == 2) for head in heads] for heads in kept(self, layer_idx)]
+
+    monkeypatch.setattr(HardKVCache, "kept", off_by_one)
+    with pytest.raises(Defect, match="evicted: logits differ"):
+        probe("llama")
+
+
+def test_the_probe_notices_errors_that_are_not_ours(monkeypatch):
+    monkeypatch.setattr(HardKVCache, "get_mask_sizes", lambda self, *_: self.nonsense)
+    with pytest.raises(Defect, match="obscure AttributeError"):
+        probe("llama")
+
+
+def test_the_probe_notices_a_cache_that_does_nothing(monkeypatch):
+    monkeypatch.setattr(HardKVCache, "_warn", lambda *_: None)
+    with pytest.raises(Defect, match="does not say so"):
+        probe("mistral")
+
+
+def test_refusals_name_the_way_out():
+    reasons = [verdict_of(model_type).reason for model_type in TYPES if verdict_of(model_type).status == REFUSED]
+    assert len(reasons) > 10
+    for reason in reasons:
+        assert reason.startswith(("UnroutedKVError", "NotImplementedError", "RuntimeError")), reason
+        assert "DynamicCache" in reason
+
+
+def test_tiny_models_are_the_same_every_time():
+    first, second = (dict(tiny_model("qwen3_next").named_parameters()) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
