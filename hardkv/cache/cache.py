@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from itertools import dropwhile
 from os import PathLike
 from typing import Any
@@ -360,15 +359,14 @@ class HardKVCache(DynamicCache):
             events=first.events if first is not None else 0,
             scorer=str(self.settings.scorer),
             budget=str(self.settings.budget),
-            attention=self._backends(partial(backend_for, self.settings.attention)),
-            kernels=self._backends(kernels_for),
+            attention=self._backends(lambda layer: backend_for(self.settings.attention, layer.device, layer.dtype)),
+            kernels=self._backends(lambda layer: kernels_for(layer.device, layer.dtype, layer.key_dim)),
             warnings=[*self.warnings, *_clamped(held)],
         )
 
-    def _backends(self, of: Callable[[torch.device, torch.dtype, int], str]) -> str:
-        """What the layers use, by what `of` says of a device, dtype and head_dim; "auto" before the first token."""
-        used = {of(layer.device, layer.dtype, layer.head_dim) for layer in self._compressed if layer.seen}
-        return ", ".join(sorted(used)) or "auto"
+    def _backends(self, of: Callable[[HardKVLayer], str]) -> str:
+        """What the layers use, by what `of` says of one; "auto" before the first token."""
+        return ", ".join(sorted({of(layer) for layer in self._compressed if layer.seen})) or "auto"
 
 
 def _clamped(held: list[Tiers]) -> list[str]:

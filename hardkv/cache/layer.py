@@ -78,6 +78,11 @@ class HardKVLayer(CacheLayerMixin):
         """Selection events so far."""
         return 0 if self.tiers is None else self.tiers.events
 
+    @property
+    def key_dim(self) -> int:
+        """Width of what queries are multiplied with."""
+        return self.head_dim + self.value_dim if self.latent else self.head_dim
+
     # Some models look whether a layer holds any; transformers' constructors set None.
     keys = property(lambda self: self._show("head_dim"), lambda self, states: None)
     values = property(lambda self: self._show("value_dim"), lambda self, states: None)

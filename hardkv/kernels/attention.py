@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardkv.kernels.backends import MAX_HEAD_DIM, current, has_triton, kernels_for, why_not_triton
+from hardkv.kernels.backends import current, has_triton, kernels_for, why_not_triton
 from hardkv.kernels.rows import Rows
 
 BACKENDS = ("torch", "triton", "flash_attn")
@@ -34,7 +34,7 @@ def check_backend(attention: str) -> None:
         )
 
 
-def backend_for(attention: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> str:
+def backend_for(attention: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that attends on a device, for "auto" or a backend's name.
 
     "auto" is Triton where it runs: it was the fastest on every shape measured, decoding and chunks, against
@@ -44,14 +44,13 @@ def backend_for(attention: str, device: torch.device, dtype: torch.dtype, head_d
         ValueError: the backend cannot run there.
     """
     if attention == "auto":
-        return kernels_for(device, dtype, head_dim)
-    if attention == "triton" and (reason := why_not_triton(device, dtype, head_dim)):
+        return kernels_for(device, dtype)
+    if attention == "triton" and (reason := why_not_triton(device, dtype)):
         raise ValueError(f"attention='triton' cannot run here: {reason}; take attention='auto'")
-    half = dtype in (torch.float16, torch.bfloat16)
-    if attention == "flash_attn" and (device.type != "cuda" or not half or head_dim > MAX_HEAD_DIM):
+    if attention == "flash_attn" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
         raise ValueError(
-            f"attention='flash_attn' needs float16 or bfloat16 on a GPU and a head_dim of at most {MAX_HEAD_DIM}, got "
-            f"{dtype} on {device.type!r} and {head_dim}: take attention='auto'"
+            f"attention='flash_attn' needs float16 or bfloat16 on a GPU, got {dtype} on {device.type!r}: take "
+            "attention='auto'"
         )
     return attention
 
@@ -168,7 +167,7 @@ def attend_tiers(
     Raises:
         ValueError: the backend cannot run on these tensors.
     """
-    backend = backend_for(attention, query.device, query.dtype, query.shape[3])
+    backend = backend_for(attention, query.device, query.dtype)
     q_len = query.shape[2]
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
     if backend == "torch" or new_mask is not None:

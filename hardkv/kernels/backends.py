@@ -11,8 +11,8 @@ from torch import Tensor
 
 # What Triton supports since 3.4; older GPUs run the references.
 MIN_CAPABILITY = (8, 0)
-# Larger heads (the latents of MLA) do not fit the shared memory of a program.
-MAX_HEAD_DIM = 256
+# Beyond this, kernels that hold whole keys of a tile exceed the shared memory of a GPU: Gemma 4 has 512, latents 576.
+MAX_SCORED_DIM = 256
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -31,14 +31,14 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int = 0) 
     """Why Triton kernels cannot run on tensors of this device and dtype; None when they can.
 
     Args:
-        head_dim: of the keys, for kernels that compute with them; 0 for those that copy.
+        head_dim: of the keys, for kernels that score; 0 for others.
     """
     if not has_triton():
         return "Triton is not installed: pip install 'hardkv[triton]'"
     if dtype not in KERNEL_DTYPES:
         return f"{dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in KERNEL_DTYPES)}"
-    if head_dim > MAX_HEAD_DIM:
-        return f"a head_dim of {head_dim} is larger than {MAX_HEAD_DIM}"
+    if head_dim > MAX_SCORED_DIM:
+        return f"a head_dim of {head_dim} is larger than the {MAX_SCORED_DIM} that scoring takes"
     if interpreted():
         return "Triton's interpreter multiplies bfloat16 as if it were integers" if dtype == torch.bfloat16 else None
     if device.type != "cuda":

@@ -5,8 +5,9 @@ import warnings
 import pytest
 import torch
 
-from hardkv.kernels import backends
+from hardkv.kernels import backends, scoring, similarity
 from hardkv.kernels.attention import backend_for, check_backend
+from hardkv.kernels.rows import Rows, cumulative
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -63,16 +64,13 @@ def test_a_gpu_without_triton_is_told_of_once(gpu, capability, triton, dtype, re
         assert backend_for("auto", GPU, dtype) == "torch"
 
 
-def test_heads_that_are_too_large(gpu):
-    """The latents of MLA: kernels that copy take them, those that compute do not."""
+def test_heads_that_are_too_large_to_score(gpu):
+    """Gemma 4's, and the latents of MLA: they attend and are copied by Triton all the same."""
     gpu((9, 0))
-    assert backend_for("auto", GPU, torch.bfloat16, 256) == "triton"
-    with pytest.warns(UserWarning, match="a head_dim of 576 is larger than 256"):
-        assert backend_for("auto", GPU, torch.bfloat16, 576) == "torch"
-    assert backends.kernels_for(GPU, torch.bfloat16) == "triton"
-    for attention in ("triton", "flash_attn"):
-        with pytest.raises(ValueError, match=f"attention='{attention}' .*head_dim"):
-            backend_for(attention, GPU, torch.bfloat16, 576)
+    assert backends.kernels_for(GPU, torch.bfloat16, 256) == "triton"
+    with pytest.warns(UserWarning, match="a head_dim of 576 is larger than the 256 that scoring takes"):
+        assert backends.kernels_for(GPU, torch.bfloat16, 576) == "torch"
+    assert backend_for("auto", GPU, torch.bfloat16) == "triton"
 
 
 def test_the_interpreter_runs_anywhere(monkeypatch):
@@ -100,3 +98,23 @@ def test_a_backend_that_cannot_run_here():
         backend_for("triton", CPU, torch.float32)
     with pytest.raises(ValueError, match="attention='flash_attn' needs float16 or bfloat16 on a GPU"):
         backend_for("flash_attn", CPU, torch.float32)
+
+
+@pytest.mark.parametrize("dim", [512, 576])
+def test_what_scores_asks_for_its_head_dim(dim, monkeypatch):
+    """Launching would fail here as it does on a GPU: test_ahead_of_time.py has what fits."""
+    for module in (scoring, similarity):
+        monkeypatch.setattr(module, "kernels_for", lambda _, dtype, head_dim: "torch" if head_dim == dim else "triton")
+    keys, rows = torch.randn(12, dim), Rows(cumulative(torch.tensor([7, 5])), 12, 7)
+    scores = scoring.window_attention(
+        torch.randn(1, 4, 3, dim),
+        torch.arange(4, 7),
+        torch.ones(1, 3, dtype=torch.bool),
+        keys,
+        torch.cat([torch.arange(7), torch.arange(5)]).int(),
+        rows,
+        num_kv_heads=2,
+        scale=0.05,
+    )
+    assert scores.isfinite().all()
+    assert similarity.mean_cosine(keys, rows).isfinite().all()

@@ -120,19 +120,19 @@ def cu_seqlens():
     return cumulative(torch.tensor([300, 40, 0, 300]))
 
 
-def attend(dim, dtype, group, q_len, options):
+def attend(dim, dtype, group, q_len, options, value_dim=None):
     dtype = getattr(torch, dtype)
 
-    def vectors(*shape):
-        return torch.empty(*shape, dim, dtype=dtype)
+    def vectors(*shape, width=dim):
+        return torch.empty(*shape, width, dtype=dtype)
 
     attention.ragged_attention(
         vectors(B, H * group, q_len),
         vectors(N),
-        vectors(N),
+        vectors(N, width=value_dim or dim),
         Rows(cu_seqlens(), N, 300),
         vectors(B, H, C),
-        vectors(B, H, C),
+        vectors(B, H, C, width=value_dim or dim),
         torch.zeros(B, C, dtype=torch.int32),
         torch.full((B,), 9),
         bound=9,
@@ -250,6 +250,15 @@ APPENDS = [(1, "plain"), (8, "graph"), (512, "valid")]
 @pytest.mark.parametrize(("arch", "dim", "dtype", "group", "q_len", "options"), ATTENTION)
 def test_attention(check, arch, dim, dtype, group, q_len, options):
     check(arch, attend, dim, dtype, group, q_len, options)
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90"])
+def test_latent_attention(check, arch):
+    """DeepSeek's MLA: latents of 512 with rotated keys of 64 behind them, one row for all heads."""
+    check(arch, attend, 576, "bfloat16", 128, 1, "plain", 512)
+    check(arch, add, 512, "bfloat16", 1, "plain")
+    check(arch, gather_tiers, 512, "bfloat16", "strided")
+    check(arch, gather_keys, 512, "bfloat16", "strided")
 
 
 @pytest.mark.parametrize(("arch", "dim", "dtype", "group", "reduce", "options"), SCORING)
