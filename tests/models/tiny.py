@@ -21,10 +21,8 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, POSITIONS, WINDOW = 32, 4, 2, 8, 512, 6
 SIZES: list[tuple[Any, str]] = [
     (VOCABULARY, "vocab_size unpadded_vocab_size vocab_size_per_layer_input"),
     (HIDDEN, "hidden_size d_model n_embd emb_dim embedding_size embedding_dim input_embedding_size lru_width"),
-    (
-        HIDDEN,
-        "output_embedding_size word_embed_proj_dim attention_hidden_size adapter_in_dim adapter_input_size adapter_out_dim",
-    ),
+    (HIDDEN, "output_embedding_size word_embed_proj_dim attention_hidden_size"),
+    (HIDDEN, "adapter_in_dim adapter_input_size adapter_out_dim"),
     (48, "intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim ffn_hidden_size dff dim_ff d_inner n_inner"),
     (48, "dense_intermediate_size intermediate_size_mlp shared_intermediate_size"),
     (16, "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size"),
