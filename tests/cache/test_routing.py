@@ -3,11 +3,13 @@
 import copy
 import json
 import operator
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -101,6 +103,15 @@ def test_every_entry_is_wrapped_in_place_and_paged_ones_are_not():
         assert {"sdpa", "flash_attention_2", "flex_attention"} <= names
         unwrapped = {name for name in names if not hasattr(functions[name], "_hardkv")}
         assert unwrapped == {name for name in names if name.startswith("paged|")}
+
+
+@pytest.mark.parametrize("interface", [AttentionInterface, AttentionMaskInterface])
+@pytest.mark.parametrize("mapping", [None, ["sdpa"]], ids=str)
+def test_a_registry_that_transformers_keeps_differently(interface, mapping, monkeypatch):
+    monkeypatch.setattr(interface, "_global_mapping", mapping)
+    version = re.escape(transformers.__version__)
+    with pytest.raises(ImportError, match=f"transformers {version} keeps its attention registry differently"):
+        HardKVCache()
 
 
 def test_constructing_a_hundred_caches_wraps_once(tiny_model):
