@@ -279,8 +279,11 @@ class HardKVCache(DynamicCache):
         self._check_whole()
         for ours in self._compressed:
             ours.check_crop(tokens_to_remove)
-        # transformers' layers first: what they refuse, they refuse before ours have changed
-        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, HardKVLayer)):
+
+        def plain(layer: Any) -> bool:  # alone; what is transformers' refuses before ours have changed
+            return isinstance(layer, HardKVLayer) and not isinstance(layer, HybridLayer)
+
+        for layer in sorted(self.layers, key=plain):
             layer.crop(tokens_to_remove)  # type: ignore[union-attr]
 
     def reset(self) -> None:

@@ -36,14 +36,13 @@ class Verdict:
 
     Args:
         status: one of the five above. reason: hardkv's words, or transformers'; "" when supported.
-        compressed, layers: cache layers that are compressed, of how many. padding: whether a left-padded batch ran.
+        compressed, layers: cache layers that are compressed, of how many.
     """
 
     status: str
     reason: str = ""
     compressed: int = 0
     layers: int = 0
-    padding: bool = True
 
 
 class Defect(AssertionError):
@@ -64,14 +63,13 @@ class Forced(LogitsProcessor):
         return forced
 
 
-def run(model: PreTrainedModel, cache: Any, padding: bool = True, **inputs: Any) -> Tensor:
-    """Logits `[NEW, 2, V]` of generate() over given random tokens; with padding the first row has some on its left."""
+def run(model: PreTrainedModel, cache: Any, **inputs: Any) -> Tensor:
+    """Logits `[NEW, 2, V]` of generate() over given random tokens, the first row left-padded."""
     generator = torch.Generator("cpu").manual_seed(1)
     tokens = torch.randint(2, VOCABULARY - 8, (2, PROMPT + NEW), generator=generator)
     attention_mask = torch.ones(2, PROMPT, dtype=torch.long)
-    if padding:
-        tokens[0, : PROMPT // 3] = PAD
-        attention_mask[0, : PROMPT // 3] = 0
+    tokens[0, : PROMPT // 3] = PAD
+    attention_mask[0, : PROMPT // 3] = 0
     arguments = {"input_ids": tokens[:, :PROMPT], "attention_mask": attention_mask} | inputs
     with torch.no_grad():
         out = model.generate(
@@ -159,7 +157,7 @@ class Oracle:
         return (weights @ value).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def oracle_run(model: PreTrainedModel, held: Any, attn: str, padding: bool, **inputs: Any) -> Tensor:
+def oracle_run(model: PreTrainedModel, held: Any, attn: str, **inputs: Any) -> Tensor:
     """Logits of `run` whose queries see what `held` says; `attn` is what the model runs with otherwise."""
     from hardkv.cache.routing import _eager_of  # which function that is says transformers, not hardkv
 
@@ -173,7 +171,7 @@ def oracle_run(model: PreTrainedModel, held: Any, attn: str, padding: bool, **in
     AttentionMaskInterface.register("architecture-oracle", AttentionMaskInterface._global_mapping[attn])
     try:
         set_attention(model, "architecture-oracle")
-        return run(model, oracle.cache, padding, **inputs)
+        return run(model, oracle.cache, **inputs)
     finally:
         set_attention(model, attn)
         for interface in (AttentionInterface, AttentionMaskInterface):
@@ -218,40 +216,22 @@ def probe(model_type: str, attn: str | None = None) -> Verdict:
     return probe_model(model)
 
 
-def dense_run(model: PreTrainedModel, **inputs: Any) -> tuple[Tensor, bool, bool]:
-    """Logits with DynamicCache, whether the model takes padding, and uses the cache; errors are transformers' own."""
-    cache = DynamicCache(config=model.config)
-    try:
-        dense = run(model, cache, **inputs)
-        if dense.isfinite().all():
-            return dense, True, is_used(cache)
-    except Exception:
-        pass  # again without padding, which some models refuse
-    cache = DynamicCache(config=model.config)
-    dense = run(model, cache, padding=False, **inputs)
-    return dense, False, is_used(cache)
-
-
-def is_used(cache: DynamicCache) -> bool:
-    """Whether any layer has seen a token."""
-    return any(isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0 for layer in cache.layers)
-
-
 def probe_model(model: PreTrainedModel, **inputs: Any) -> Verdict:
     """`probe` of a model at hand, whose generate() also gets `inputs`."""
     attn = model.config.get_text_config(decoder=True)._attn_implementation
     try:
-        dense, padding, used = dense_run(model, **inputs)
+        past = DynamicCache(config=model.config)
+        dense = run(model, past, **inputs)
     except Exception as error:
         return Verdict(NO_CACHE, in_one_line(error))
-    if not used:
+    if not any(isinstance(layer, CacheLayerMixin) and layer.get_seq_length() for layer in past.layers):
         return Verdict(NO_CACHE, "leaves it empty")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             cache = Recording(config=model.config, **HOLD_ALL)
         compressed = len(cache._compressed)
-        whole = run(model, cache, padding, **inputs)
+        whole = run(model, cache, **inputs)
     except Exception as error:
         if is_refusal(error) and "DynamicCache" in str(error):  # the way out
             return Verdict(REFUSED, in_one_line(error))
@@ -264,20 +244,20 @@ def probe_model(model: PreTrainedModel, **inputs: Any) -> Verdict:
         warning = next((str(each.message) for each in caught if "compresses nothing" in str(each.message)), None)
         if warning is None:
             raise Defect("compresses nothing and does not say so")
-        return Verdict(NOTHING, warning, 0, layers, padding)
+        return Verdict(NOTHING, warning, 0, layers)
     if not any(layer.seen for layer in cache._compressed):
         raise Defect("HardKVCache was never asked to hold anything")
     if cache.stats().events < 3:
         raise Defect(f"only {cache.stats().events} events")
     cache = Recording(config=model.config, scorer="snapkv", **EVICT)
-    evicted = run(model, cache, padding, **inputs)
+    evicted = run(model, cache, **inputs)
     set_attention(model, attn)
     if int(cache.lengths().max()) > EVICT["budget"] + EVICT["interval"]:
         raise Defect(f"a head holds {int(cache.lengths().max())} tokens")
     if not (evicted - dense).abs().max() > 1e-3:
         raise Defect("eviction makes no difference: the model cannot show whether it is right")
-    assert_near(evicted, oracle_run(model, cache.held, attn, padding, **inputs), "evicted")
-    return Verdict(SUPPORTED, "", compressed, layers, padding)
+    assert_near(evicted, oracle_run(model, cache.held, attn, **inputs), "evicted")
+    return Verdict(SUPPORTED, "", compressed, layers)
 
 
 def rounding(model_type: str, dtype: torch.dtype) -> Tensor:
@@ -287,10 +267,9 @@ def rounding(model_type: str, dtype: torch.dtype) -> Tensor:
     """
     model = tiny_model(model_type).to(dtype)
     attn = model.config.get_text_config(decoder=True)._attn_implementation
-    padding = dense_run(model)[1]
     cache = Recording(config=model.config, scorer="snapkv", **EVICT)
-    actual = run(model, cache, padding)
-    expected = oracle_run(model, cache.held, attn, padding)
+    actual = run(model, cache)
+    expected = oracle_run(model, cache.held, attn)
     if not (actual.isfinite().all() and expected.isfinite().all()):
         raise Defect(f"not finite in {dtype}")
     return (actual - expected).float()

@@ -91,7 +91,7 @@ def test_calibration(model_type, tmp_path):
     cache = Recording(config=model.config, scorer="attention", **settings)
     assert "Risk" in cache.stats().budget
     attn = model.config._attn_implementation
-    assert_near(run(model, cache), oracle_run(model, cache.held, attn, padding=True), "calibrated")
+    assert_near(run(model, cache), oracle_run(model, cache.held, attn), "calibrated")
 
 
 @pytest.mark.parametrize("model_type", LATENT)
@@ -125,7 +125,7 @@ def test_latents_in_double_precision(scorer):
     model = tiny_model("minicpm3").double()
     cache = Recording(config=model.config, scorer=scorer, patience=1, **EVICT)
     actual = run(model, cache)
-    expected = oracle_run(model, cache.held, "sdpa", padding=True)
+    expected = oracle_run(model, cache.held, "sdpa")
     # its norms and rotations are float32 whatever the dtype
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
