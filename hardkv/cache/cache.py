@@ -280,10 +280,10 @@ class HardKVCache(DynamicCache):
         for ours in self._compressed:
             ours.check_crop(tokens_to_remove)
 
-        def plain(layer: Any) -> bool:  # alone; what is transformers' refuses before ours have changed
+        def ours_alone(layer: Any) -> bool:
             return isinstance(layer, HardKVLayer) and not isinstance(layer, HybridLayer)
 
-        for layer in sorted(self.layers, key=plain):
+        for layer in sorted(self.layers, key=ours_alone):  # last: what is transformers' may refuse
             layer.crop(tokens_to_remove)  # type: ignore[union-attr]
 
     def reset(self) -> None:

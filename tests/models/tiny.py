@@ -50,6 +50,7 @@ SIZES: list[tuple[Any, str]] = [
     (8, "mamba_d_state ssm_state_size state_size time_step_rank mamba_dt_rank"),
     (1, "mamba_n_groups n_groups"),
     (8, "hidden_size_per_layer_input laurel_rank hc_lowrank router_hidden_size"),
+    (2.0, "attn_logit_softcapping"),  # low enough to matter
     (None, "rope_scaling"),
     (False, "tie_word_embeddings"),
 ]
