@@ -42,9 +42,10 @@ class HardKVCache(DynamicCache):
     """Head-adaptive KV-cache compression at decoding time: each KV head keeps its own tokens, the rest is freed.
 
     Pass it to any forward or `generate()` of an unmodified decoder. Full-attention layers are compressed after the
-    prompt and every `interval` tokens; sliding-window and linear-attention layers stay as DynamicCache has them.
-    `output_attentions=True` gives weights for the first forward only. Gradients are those of DynamicCache in
-    the first forward; nothing stored carries a graph, and `backward()` through a later forward raises RuntimeError.
+    prompt and every `interval` tokens; sliding-window and linear-attention layers stay as DynamicCache has them. Of
+    latent attention (MLA) the latents are kept or dropped, for all heads at once. `output_attentions=True` gives
+    weights for the first forward only. Gradients are those of DynamicCache in the first forward; nothing stored
+    carries a graph, and `backward()` through a later forward raises RuntimeError.
 
     Args:
         config (`PreTrainedConfig`, *optional*): `model.config` itself, not a copy. Without it only models whose layers
