@@ -81,6 +81,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             2: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 12}
         },
     },
+    "longcat_flash": {"num_layers": LAYERS},
     "mamba2": {"head_dim": 16},
     "gemma4_text": {"per_layer_config": {2: {"head_dim": 16}}},
     "gemma4_unified_text": {"per_layer_config": {2: {"head_dim": 16}}},
