@@ -45,7 +45,7 @@ def committed() -> Table | None:
 
 def first_sentence(text: str) -> str:
     """Up to the first full stop that ends a sentence, bracket or semicolon."""
-    return re.split(r"\. |; | \(note|: HardKV", text)[0].replace("|", "\\|").rstrip(".:")
+    return re.split(r"\. |; | \(note|: HardKVCache compresses nothing", text)[0].replace("|", "\\|").rstrip(".:")
 
 
 def differences(newest: Table, other: Table) -> list[str]:
