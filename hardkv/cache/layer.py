@@ -404,7 +404,7 @@ class HardKVLayer(CacheLayerMixin):
         """
         length = self.check_crop(tokens_to_remove)
         if self.seen and length == 0:
-            return self.reset()
+            return self._clear()  # and go on recording
         if self.tiers is None or self.ring is None:
             return
         if length < self.seen:

@@ -267,6 +267,21 @@ def test_a_draft_taken_back_from_the_first_forward_leaves_no_trace(rejected, tin
     assert held(drafted)[:3] == held(plain)[:3]
 
 
+def test_taking_everything_back_goes_on_recording(tiny_model, tiny_prompts):
+    """Recording is how the cache is used, not something that it holds; only reset() ends it."""
+    model, inputs = tiny_model("qwen3", "sdpa"), tiny_prompts(1)
+    cache, fresh = (HardKVCache(config=model.config, **EVICT) for _ in range(2))
+    cache.activate_past_recording()
+    model(input_ids=torch.full((1, 5), 9), past_key_values=cache)
+    cache.crop(-5)
+    fresh.activate_past_recording()
+    for past in (cache, fresh):
+        model(**inputs, past_key_values=past)
+        assert past.stats().events == 0
+        past.crop(-2)
+    assert held(cache) == held(fresh)
+
+
 @pytest.mark.parametrize("chunks", [[1] * 12, [2, 3, 4, 1, 1, 1], [7, 9, 1], [40, 1, 1, 1]])
 def test_at_most_one_event_a_forward(chunks, tiny_model, tiny_prompts):
     model = tiny_model("qwen3", "sdpa")
