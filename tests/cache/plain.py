@@ -1,0 +1,264 @@
+"""A plain account of what a HardKVCache must hold and compute, column by column; it imports nothing of hardkv.
+
+Queries, keys and values are small integers, so that every score is exact and ties abound. What a token is worth to a head is
+the sum of its dot products with the queries observed, `worth`; `tests.cache.test_machine.Worth` is the scorer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 4
+SCALE = 0.3
+
+# Of one sequence and layer: per head the candidates as (worth, position), best first, and n - |F| -> how many to keep.
+Share = Callable[[list[list[tuple[float, int]]], list[int]], list[int]]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """New columns of a batch: queries `[L, B, Hq, q, D]`, keys and values `[L, B, H, q, D]`, exists bool `[B, q]`."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    exists: Tensor
+
+    @classmethod
+    def random(cls, exists: Tensor, generator: torch.Generator) -> "Columns":
+        """Integers in float64, drawn on the CPU."""
+        batch, count = exists.shape
+
+        def integers(heads: int, most: int) -> Tensor:
+            shape = (LAYERS, batch, heads, count, DIM)
+            return torch.randint(-most, most + 1, shape, generator=generator, device="cpu").to(exists.device).double()
+
+        return cls(integers(HEADS * GROUP, 2), integers(HEADS, 2), integers(HEADS, 9), exists)
+
+    def of(self, rows: Sequence[int]) -> "Columns":
+        """The given batch rows, in that order."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        return Columns(self.queries[:, index], self.keys[:, index], self.values[:, index], self.exists[index])
+
+    def until(self, column: int) -> "Columns":
+        """Without `column` and later."""
+        cut = [x[..., :column, :] for x in (self.queries, self.keys, self.values)]
+        return Columns(*cut, self.exists[:, :column])
+
+    def followed_by(self, new: "Columns") -> "Columns":
+        """These columns and then the new ones."""
+        pairs = [(self.queries, new.queries), (self.keys, new.keys), (self.values, new.values)]
+        return Columns(*(torch.cat(pair, -2) for pair in pairs), torch.cat([self.exists, new.exists], 1))
+
+
+@dataclass
+class Observed:
+    """The queries that one event of one layer was shown: columns `[W]`, queries `[B, Hq, W, D]`, valid `[B, W]`."""
+
+    columns: list[int]
+    queries: Tensor
+    valid: Tensor
+
+
+@dataclass
+class Plain:
+    """What every KV head of every layer and sequence holds, and when that changes.
+
+    Args:
+        window, sinks, interval, patience, pin_prompt: as HardKVCache's.
+        share: how many candidates each head keeps. n: tokens a head keeps, protected ones included.
+    """
+
+    window: int
+    sinks: int
+    interval: int
+    patience: int
+    pin_prompt: bool
+    share: Share
+    n: int
+    columns: Columns | None = None
+    held: list[list[list[dict[int, int]]]] = field(default_factory=list)  # [B][L][H] {position: misses}
+    events: int = 0
+    last_event: int | None = None
+    recording: bool = False
+    prompt_length: int | None = None
+    revocable: int = 0  # newest columns whose queries came on top of a full window, so that a crop costs none
+    missing: int = 0  # queries that the window may lack, since a crop went further back than that
+
+    @property
+    def seen(self) -> int:
+        return 0 if self.columns is None else self.columns.exists.shape[1]
+
+    @property
+    def batch(self) -> int:
+        return len(self.held)
+
+    @property
+    def due(self) -> bool:
+        """Whether an event is due."""
+        if self.columns is None:
+            return False
+        return self.last_event is None or self.seen - self.last_event >= self.interval
+
+    # ------------------------------------------------------------------ what is done to the cache
+
+    def forward(self, new: Columns, observed: list[Observed], fails: bool = False) -> list[Tensor]:
+        """Take new columns; `observed` is emptied by the events that run, `fails` tells that the one behind does not.
+
+        Returns:
+            Per layer the attention output `[B, Hq, q, D]`, NaN where a column does not exist.
+        """
+        if self.due:  # a draft's, or one that failed
+            self.event(observed)
+        start, count = self.seen, new.exists.shape[1]
+        if self.columns is None:
+            self.held = [[[{} for _ in range(HEADS)] for _ in range(LAYERS)] for _ in new.exists]
+        self.columns = new if self.columns is None else self.columns.followed_by(new)
+        out = [self._attend(layer, start) for layer in range(LAYERS)]
+        for b, layers in enumerate(self.held):
+            fresh = dict.fromkeys((start + new.exists[b].nonzero()[:, 0]).tolist(), 0)
+            for heads in layers:
+                for head in heads:
+                    head.update(fresh)
+        self.missing = max(0, self.missing - count)
+        if self.recording:
+            self.revocable += count if start else min(count, self.interval)
+        if self.prompt_length is None and (count == 1 or (self.recording and start)):
+            self.prompt_length = start or self.seen
+        if self.due and not self.recording and not fails:
+            self.event(observed)
+        return out
+
+    def refuses_crop(self, remove: int) -> bool:
+        """Whether the columns are too old to be taken back."""
+        length, window_start = self.seen - remove, (self.last_event or 0) - self.window
+        return bool(remove) and 0 < length < window_start
+
+    def crop(self, remove: int, observed: list[Observed]) -> None:
+        """Take back the newest columns."""
+        if self.columns is None:
+            return
+        length = self.seen - remove
+        if length <= 0:
+            self.clear()
+            return
+        self.columns = self.columns.until(length)
+        self.missing, self.revocable = self.missing + max(0, remove - self.revocable), 0
+        for layers in self.held:
+            for heads in layers:
+                for head in heads:
+                    for position in [position for position in head if position >= length]:
+                        del head[position]
+        if self.prompt_length is not None:
+            self.prompt_length = min(self.prompt_length, length)
+        if self.recording and self.due:
+            self.event(observed)
+
+    def clear(self) -> None:
+        """Forget every column."""
+        self.columns, self.held, self.events, self.last_event = None, [], 0, None
+        self.prompt_length, self.missing, self.revocable = None, 0, 0
+
+    def record(self) -> None:
+        """Hold events from now on, until a crop or the next forward."""
+        self.recording, self.revocable = True, 0
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with the given sequences, in that order."""
+        if self.columns is not None:
+            self.columns = self.columns.of(rows)
+            self.held = [[[dict(head) for head in heads] for heads in self.held[row]] for row in rows]
+
+    # ------------------------------------------------------------------ what it must hold
+
+    def event(self, observed: list[Observed]) -> None:
+        """Every head judges its tokens by the queries that it was shown."""
+        assert self.columns is not None
+        for layer in range(LAYERS):
+            shown = observed.pop(0)
+            self._check_observed(shown, layer)
+            for b in range(self.batch):
+                self._select(b, layer, shown.columns)
+        self.events, self.last_event, self.revocable = self.events + 1, self.seen, 0
+
+    def _check_observed(self, shown: Observed, layer: int) -> None:
+        """The queries of the window's columns, true and complete."""
+        assert self.columns is not None
+        width = len(shown.columns)
+        assert shown.columns == list(range(self.seen - width, self.seen))
+        assert min(self.window, self.seen) - self.missing <= width <= self.window
+        exists = self.columns.exists[:, shown.columns]
+        assert torch.equal(shown.valid, exists)
+        true = self.columns.queries[layer][:, :, shown.columns]
+        assert torch.equal(shown.queries * exists[:, None, :, None], true * exists[:, None, :, None])
+
+    def worth(self, b: int, layer: int, head: int, observed: list[int], positions: list[int]) -> list[float]:
+        """The sum of a token's dot products with the queries observed, over the head's group."""
+        assert self.columns is not None
+        real = [column for column in observed if self.columns.exists[b, column]]
+        queries = self.columns.queries[layer, b, head * GROUP : (head + 1) * GROUP, real]
+        return (self.columns.keys[layer, b, head, positions] @ queries.sum((0, 1))).tolist()
+
+    def _select(self, b: int, layer: int, observed: list[int]) -> None:
+        pinned = 0
+        if self.pin_prompt:
+            pinned = self.seen if self.prompt_length is None else self.prompt_length
+        protected, ranked = [], []
+        for head, held in enumerate(self.held[b][layer]):
+            tokens = sorted(held)
+            always = {*tokens[: self.sinks], *tokens[-self.window :], *(p for p in tokens if p < pinned)}
+            worth = self.worth(b, layer, head, observed, tokens)
+            candidates = [(w, p) for w, p in zip(worth, tokens, strict=True) if p not in always]
+            protected.append(always)
+            ranked.append(sorted(candidates, reverse=True))  # of equals the newer one first
+        counts = self.share(ranked, [max(0, self.n - len(always)) for always in protected])
+        for head, held in enumerate(self.held[b][layer]):
+            selected = protected[head] | {position for _, position in ranked[head][: counts[head]]}
+            self.held[b][layer][head] = {
+                position: 0 if position in selected else missed + 1
+                for position, missed in held.items()
+                if position in selected or missed < self.patience
+            }
+
+    def kept(self, b: int, layer: int, head: int) -> list[int]:
+        """Positions that attention reads."""
+        return sorted(position for position, missed in self.held[b][layer][head].items() if missed == 0)
+
+    def waiting(self, b: int, layer: int, head: int) -> dict[int, int]:
+        """Positions on probation, with their misses."""
+        held = self.held[b][layer][head]
+        return {position: held[position] for position in sorted(held) if held[position]}
+
+    def _attend(self, layer: int, start: int) -> Tensor:
+        """Dense attention of the columns from `start` on, over all columns, -inf on what is not held."""
+        columns = self.columns
+        assert columns is not None
+        queries = columns.queries[layer, :, :, start:]
+        count = queries.shape[2]
+        out = torch.full_like(queries, torch.nan)
+        for b, layers in enumerate(self.held):
+            for head in range(HEADS):
+                visible = torch.zeros(count, start + count, dtype=torch.bool)
+                visible[:, self.kept(b, layer, head)] = True
+                visible[:, start:] = columns.exists[b, start:] & torch.ones(count, count, dtype=torch.bool).tril()
+                group = slice(head * GROUP, (head + 1) * GROUP)
+                logits = queries[b, group] @ columns.keys[layer, b, head].T * SCALE
+                weights = torch.softmax(logits.masked_fill(~visible, -torch.inf), -1)
+                out[b, group] = weights @ columns.values[layer, b, head]
+            out[b, :, ~columns.exists[b, start:]] = torch.nan
+            assert layers
+        return out
+
+
+def evenly(ranked: list[list[tuple[float, int]]], room: list[int]) -> list[int]:
+    """TopK: every head fills its own room."""
+    return room
+
+
+def best_of_all(ranked: list[list[tuple[float, int]]], room: list[int]) -> list[int]:
+    """AdaKV with alpha 0: the heads' rooms go to the best tokens of all of them; of equals the newer, the lower head."""
+    everyone = sorted(((w, p, -head) for head, tokens in enumerate(ranked) for w, p in tokens), reverse=True)
+    taken = [-head for _, _, head in everyone[: sum(room)]]
+    return [taken.count(head) for head in range(len(ranked))]
