@@ -1,7 +1,8 @@
 """HardKVCache: what `generate(past_key_values=...)` takes."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import dropwhile
 from os import PathLike
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.cache_utils import (
 
 from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.hybrid import HybridLayer
-from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.layer import HardKVLayer, compress_together
 from hardkv.cache.offload import Offload
 from hardkv.cache.routing import install, route
 from hardkv.cache.stats import Stats
@@ -36,6 +37,10 @@ from hardkv.selectors.risk import Risk
 from hardkv.selectors.scorer import Scorer
 
 TIERS = ("condensed", "sparse", "dense")
+HALF_DONE = (
+    "an earlier call on this HardKVCache stopped midway (an error, out of memory or an interrupt), so its layers no "
+    "longer fit together: reset() it or build a new one"
+)
 
 
 class HardKVCache(DynamicCache):
@@ -89,6 +94,8 @@ class HardKVCache(DynamicCache):
         self._broken: str | None = None
         self._start = 0  # logical length before the forward pass under way
         self._cross: frozenset[int] = frozenset()  # layers that read a picture: they hold it once, and see no events
+        # the same, of the last forward that came to each linear-attention layer, whose states have no length
+        self._linear_starts: dict[int, int] = {}
         if config is not None and not hasattr(config, "get_text_config"):
             raise TypeError(
                 f"config={type(config).__name__} must be a model's config: HardKVCache(config=model.config)"
@@ -204,6 +211,8 @@ class HardKVCache(DynamicCache):
             self._check_whole(layer)
             if not isinstance(layer, HardKVLayer):
                 self._check_shape(layer, layer_idx, key_states)
+                with self._whole_or_broken():
+                    return layer.update(key_states, value_states, *args, **kwargs)
         if self._offload is not None and isinstance(layer, HardKVLayer):
             for each in (layer, self._after(layer_idx)):  # the next one comes while this one computes
                 if each is not None and each.tiers is not None:
@@ -243,6 +252,8 @@ class HardKVCache(DynamicCache):
                 "one. Encoder-decoder models need EncoderDecoderCache(HardKVCache(...), DynamicCache()); a model that "
                 "skips layers, DynamicCache"
             )
+        if layer is None and self._broken is None and not self._linear_whole():
+            self._broken = HALF_DONE
         if self._broken is not None:
             raise RuntimeError(self._broken)
 
@@ -253,6 +264,50 @@ class HardKVCache(DynamicCache):
             return False
         first = next(other for other in self.layers if isinstance(other, CacheLayerMixin))
         return layer.get_seq_length() == self._start < first.get_seq_length()
+
+    @contextmanager
+    def _whole_or_broken(self) -> Iterator[None]:
+        """What fails within changes the layers one by one: the cache is then unusable until it is reset."""
+        self._broken = HALF_DONE
+        yield
+        self._broken = None
+
+    # Linear-attention layers: transformers' own, and a note of how far a forward came. Decoding kernels write into the
+    # state that they get.
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """As transformers' own."""
+        self._reached(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """As transformers' own."""
+        self._reached(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers' own."""
+        self._reached(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers' own."""
+        self._reached(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _reached(self, layer_idx: int) -> None:
+        attention = [idx for idx, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
+        if attention and layer_idx not in attention:
+            # the length before this forward: the first attention layer noted it, or still has it
+            start = self._start if attention[0] < layer_idx else int(self.get_seq_length())
+            self._linear_starts[layer_idx] = start
+
+    def _linear_whole(self) -> bool:
+        """Whether the last forward came to all linear-attention layers or to none; models of 5.17 tell of few."""
+        starts = set(self._linear_starts.values())
+        linear = [layer for layer in self.layers if not isinstance(layer, CacheLayerMixin)]
+        return not starts or (starts != {self._start} and len(starts) == 1 and len(self._linear_starts) == len(linear))
 
     @staticmethod
     def _check_shape(layer: CacheLayerMixin, layer_idx: int, key_states: Tensor) -> None:
@@ -276,7 +331,10 @@ class HardKVCache(DynamicCache):
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` columns, in all layers or (ValueError) none; `HardKVLayer.crop`."""
+        """Take back the newest `-tokens_to_remove` columns, in all layers or (ValueError) none; `HardKVLayer.crop`.
+
+        Events that were held for it follow.
+        """
         self._check_whole()
         for ours in self._compressed:
             ours.check_crop(tokens_to_remove)
@@ -284,20 +342,74 @@ class HardKVCache(DynamicCache):
         def ours_alone(layer: Any) -> bool:
             return isinstance(layer, HardKVLayer) and not isinstance(layer, HybridLayer)
 
-        for layer in sorted(self.layers, key=ours_alone):  # last: what is transformers' may refuse
-            layer.crop(tokens_to_remove)  # type: ignore[union-attr]
+        layers: list[Any] = sorted(self.layers, key=ours_alone)  # last: what is transformers' may refuse
+        with self._whole_or_broken():
+            for layer in layers:
+                try:
+                    layer.crop(tokens_to_remove)
+                except Exception:
+                    if layer is layers[0]:
+                        self._broken = None
+                    raise
+            self._linear_starts.clear()
+        due = [layer for layer in self._compressed if layer.record_past and layer.event_due]
+        if self._offload is None:
+            compress_together(due)
+        else:
+            for layer in due:  # one at a time on the device
+                layer.compress()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Pick sequences of the batch, in order (beam search).
+
+        Raises:
+            IndexError: the batch has no such sequence.
+        """
+        self._check_rows(beam_idx)
+        with self._whole_or_broken():
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch."""
+        self._check_whole()
+        with self._whole_or_broken():
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given sequences of the batch, in that order (int64, or bool over the batch).
+
+        Raises:
+            IndexError: the batch has no such sequence.
+        """
+        self._check_rows(indices)
+        with self._whole_or_broken():
+            super().batch_select_indices(indices)
+
+    def _check_rows(self, indices: Tensor) -> None:
+        self._check_whole()
+        batch = max((_batch_size(layer) for layer in self.layers), default=0)
+        indices = torch.as_tensor(indices)
+        if not batch or not indices.numel():
+            return
+        if indices.dtype == torch.bool:
+            fits = indices.shape[0] == batch
+        else:
+            fits = indices.device.type != "cpu" or bool(((indices >= -batch) & (indices < batch)).all())
+        if not fits:
+            raise IndexError(f"indices {indices.tolist()} do not fit the {batch} sequences that this HardKVCache holds")
 
     def reset(self) -> None:
         """Forget every token; settings stay."""
-        self._broken = None
-        if self._offload is not None:
-            self._offload.forget()
-        super().reset()
-        for layer in self.layers:
-            if isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
-                # transformers 5.17 zeroes these and keeps their length
-                layer.keys = layer.values = None
-                layer.is_initialized = False
+        with self._whole_or_broken():
+            if self._offload is not None:
+                self._offload.forget()
+            super().reset()
+            for layer in self.layers:
+                if isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
+                    # transformers 5.17 zeroes these and keeps their length
+                    layer.keys = layer.values = None
+                    layer.is_initialized = False
+            self._linear_starts.clear()
 
     # ------------------------------------------------------------------ introspection
 

@@ -50,7 +50,7 @@ class Event:
         """What layers must have in common to be scored together."""
         keys, values = tiers.dense.keys, tiers.dense.values
         shape = *keys.shape[:2], keys.shape[-1], values.shape[-1], ring.buffer.shape[1]
-        queries = tiers.seen, min(ring.size, self.settings.window), ring.capacity
+        queries = tiers.seen, min(ring.available(tiers.seen), self.settings.window), ring.capacity
         fitted = self.budget.calibration_p if self._fits(tiers) else None
         given = self.temperatures is None, tiers.temperatures is None
         attention = self.scale, self.softcap, self.latent
@@ -164,7 +164,7 @@ def _fit(events: Sequence[Event], z: Tensor, observation: Observation) -> Tensor
 
 def _observe(event: Event, layers: Sequence[Tiers], rings: Sequence[QueryRing], merged: Merged) -> Observation:
     seen = layers[0].seen
-    count = min(event.settings.window, rings[0].size)
+    count = min(event.settings.window, rings[0].available(seen))
     queries, valid = newest_of(rings, count, seen)
     keys = merged.gather(layers, 0)
     load_values: Callable[[], Tensor] = partial(merged.gather, layers, 1)

@@ -58,11 +58,11 @@ class HardKVLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
+        self.tiers: Tiers | None = None
         self.is_initialized = False
         self.__dict__.pop("batch_size", None)  # Cache.batch_size asks layers that have one
         self.committed = 0  # logical length that no crop() of the current round goes behind
         self.prompt_length: int | None = None  # columns of the prompt once it has ended
-        self.tiers: Tiers | None = None
         self.ring: QueryRing | None = None
         self.scale = 1.0
         self.softcap: float | None = None
@@ -276,27 +276,30 @@ class HardKVLayer(CacheLayerMixin):
         )
 
     def _observe(self, query: Tensor, valid: Tensor | None, ring: QueryRing | None, new: NewTokens) -> QueryRing:
-        """The query ring with the new queries, `[B, Hq, q, D]`."""
-        window = self.settings.window
-        capacity = window
+        """The query ring with the new queries, `[B, Hq, q, D]`.
+
+        Should the forward pass fail, the old ring still has the window before it: one column is spare, and more than
+        one come with a copy.
+        """
+        capacity, q_len = self.settings.window + 1, new.stop - new.start
         if self.record_past:
             # crop() may take back this round's columns, and the window before them must still be there then; a
             # prompt comes together with the first draft, of unknown length
             capacity += new.stop - self.committed if new.start else min(new.stop, self.settings.interval)
         if ring is None:
             ring = QueryRing(query, capacity)
-        elif capacity > ring.capacity:
-            ring = ring.grown(capacity, new.start)
+        elif capacity > ring.capacity or (q_len > 1 and not self.record_past):
+            ring = ring.resized(capacity, new.start)
         ring.append(query, valid, new.start)
         return ring
 
     def _store(self, new: NewTokens, tiers: Tiers, ring: QueryRing, scale: float, softcap: float | None) -> None:
         self.scale, self.softcap = scale, softcap
-        self.ring = ring
-        if self.prompt_length is None and (new.stop - new.start == 1 or (self.record_past and new.start)):
-            self.prompt_length = new.start or new.stop  # the first single token, or the first verified draft, ends it
-        new.ingested_at = tiers.events
-        self.tiers = tiers
+        prompt_length = self.prompt_length
+        if prompt_length is None and (new.stop - new.start == 1 or (self.record_past and new.start)):
+            prompt_length = new.start or new.stop  # the first single token, or the first verified draft, ends it
+        # one statement without calls: an interrupt comes before all of it or after
+        self.tiers, self.ring, self.prompt_length, new.ingested_at = tiers, ring, prompt_length, tiers.events
 
     # ------------------------------------------------------------------ events
 
@@ -394,7 +397,7 @@ class HardKVLayer(CacheLayerMixin):
         return length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest columns, and run an event that was held for it.
+        """Take back the newest columns; the cache then runs the events that were held for it.
 
         Args:
             tokens_to_remove: zero or negative, minus the columns to forget.
@@ -405,16 +408,12 @@ class HardKVLayer(CacheLayerMixin):
         length = self.check_crop(tokens_to_remove)
         if self.seen and length == 0:
             return self._clear()  # and go on recording
-        if self.tiers is None or self.ring is None:
-            return
-        if length < self.seen:
-            self.ring.size = max(0, self.ring.size - (self.seen - length))
-            self.tiers = self.tiers.cropped(length)
-            if self.prompt_length is not None:
-                self.prompt_length = min(self.prompt_length, length)
-        if self.record_past and self.event_due:
-            self.compress()
-        self.committed = self.seen
+        tiers, prompt_length = self.tiers, self.prompt_length
+        if tiers is not None and length < tiers.seen:
+            tiers = tiers.cropped(length)
+            prompt_length = None if prompt_length is None else min(prompt_length, length)
+        # one statement without calls: an interrupt comes before all of it or after
+        self.tiers, self.prompt_length, self.committed = tiers, prompt_length, length
 
     def reset(self) -> None:
         """Forget everything, settings apart."""

@@ -7,14 +7,18 @@ from torch import Tensor
 
 
 class QueryRing:
-    """The queries of the newest columns, which score at the next event; written in place, oldest overwritten."""
+    """The queries of the newest columns, which score at the next event; written in place, oldest overwritten.
+
+    Its owner says where the newest column is, so that queries of columns that a crop takes back, or that a failed
+    forward never stored, do not count.
+    """
 
     def __init__(self, queries: Tensor, capacity: int):
         batch, num_heads, _, head_dim = queries.shape
         with torch.inference_mode(False):
             self.buffer = torch.zeros(batch, num_heads, capacity, head_dim, dtype=queries.dtype, device=queries.device)
             self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=queries.device)
-        self.size = 0
+        self.first: int | None = None  # the oldest column that is not overwritten
 
     @property
     def capacity(self) -> int:
@@ -23,6 +27,8 @@ class QueryRing:
     def append(self, queries: Tensor, valid: Tensor | None, start: int) -> None:
         """Store `queries [B, Hq, q, D]` of columns `start, start + 1, ...`; `valid [B, q]`, all when None."""
         capacity, q_len = self.capacity, queries.shape[2]
+        # before anything is overwritten
+        self.first = max(start if self.first is None else min(self.first, start), start + q_len - capacity)
         first = max(0, q_len - capacity)
         while first < q_len:  # at most twice: to the buffer's end, and from its beginning
             slot = (start + first) % capacity
@@ -31,18 +37,20 @@ class QueryRing:
             self.buffer[:, :, place] = queries[:, :, new]
             self.valid[:, place] = True if valid is None else valid[:, new]
             first += length
-        self.size = min(capacity, self.size + q_len)
+
+    def available(self, end: int) -> int:
+        """How many columns before `end` are not overwritten."""
+        return 0 if self.first is None else max(end - self.first, 0)
 
     def newest(self, count: int, end: int) -> tuple[Tensor, Tensor]:
         """Up to `count` queries before column `end`, oldest first, and their validity; see `newest_of`."""
-        return newest_of([self], min(count, self.size), end)
+        return newest_of([self], min(count, self.available(end)), end)
 
-    def grown(self, capacity: int, end: int) -> "QueryRing":
-        """A copy with room for more columns; `end` is the column after the newest."""
+    def resized(self, capacity: int, end: int) -> "QueryRing":
+        """A copy with room for `capacity` columns and the newest ones before column `end`."""
         ring = QueryRing(self.buffer, capacity)
-        queries, valid = self.newest(self.size, end)
-        ring.append(queries, valid, end - self.size)
-        ring.size = self.size
+        queries, valid = self.newest(capacity, end)
+        ring.append(queries, valid, end - valid.shape[1])
         return ring
 
     def select_sequences(self, indices: Tensor) -> "QueryRing":
@@ -50,7 +58,7 @@ class QueryRing:
         ring = QueryRing(self.buffer[indices], self.capacity)
         ring.buffer.copy_(self.buffer[indices])
         ring.valid.copy_(self.valid[indices])
-        ring.size = self.size
+        ring.first = self.first
         return ring
 
 
