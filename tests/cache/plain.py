@@ -1,7 +1,7 @@
 """A plain account of what a HardKVCache must hold and compute, column by column; it imports nothing of hardkv.
 
-Queries, keys and values are small integers, so that every score is exact and ties abound. What a token is worth to a head is
-the sum of its dot products with the queries observed, `worth`; `tests.cache.test_machine.Worth` is the scorer.
+Queries, keys and values are small integers, so that every score is exact and ties abound. What a token is worth to a
+head is the sum of its dot products with the queries observed; the scorer is `tests.cache.test_machine.Worth`.
 """
 
 from collections.abc import Callable, Sequence
@@ -258,7 +258,7 @@ def evenly(ranked: list[list[tuple[float, int]]], room: list[int]) -> list[int]:
 
 
 def best_of_all(ranked: list[list[tuple[float, int]]], room: list[int]) -> list[int]:
-    """AdaKV with alpha 0: the heads' rooms go to the best tokens of all of them; of equals the newer, the lower head."""
+    """AdaKV with alpha 0: the heads' rooms go to the best tokens of all of them; the newer and the lower head first."""
     everyone = sorted(((w, p, -head) for head, tokens in enumerate(ranked) for w, p in tokens), reverse=True)
     taken = [-head for _, _, head in everyone[: sum(room)]]
     return [taken.count(head) for head in range(len(ranked))]

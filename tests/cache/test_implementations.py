@@ -1,5 +1,6 @@
 """The attention implementations and the surroundings of a model that routing has to survive."""
 
+import sys
 import threading
 import types
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
+from torch import Tensor
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -15,10 +17,12 @@ from transformers import (
     Gemma3nTextConfig,
     GptOssConfig,
     GptOssForCausalLM,
+    LogitsProcessor,
 )
 from transformers.integrations import hub_kernels
 
 from hardkv import HardKVCache
+from hardkv.selectors import AdaKV, Adaptive
 from tests.cache.test_routing import (
     EVICT,
     HOLD_ALL,
@@ -248,26 +252,63 @@ def test_layers_that_share_keys_and_values(tiny_prompts):
 # ---------------------------------------------------------------------------------------------- around the model
 
 
+class InStep(LogitsProcessor):
+    """Lets every thread go on with its next token only when all have come to it."""
+
+    def __init__(self, barrier: threading.Barrier):
+        self.barrier = barrier
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.barrier.wait(timeout=60)
+        return scores
+
+
 def test_threads_on_one_model(tiny_model, tiny_prompts):
-    model, inputs = tiny_model("qwen3", "sdpa"), tiny_prompts(3)
-    expected = generate(model, inputs, DynamicCache(config=model.config))
-    evicted = generate(model, inputs, HardKVCache(config=model.config, **EVICT))
+    """Generations of their own prompts, scorers and budgets, token by token in step, switching within each token."""
+    model = tiny_model("qwen3", "sdpa")
+    arguments: list[dict[str, Any] | None] = [
+        EVICT,
+        EVICT | dict(scorer="rkv", budget=AdaKV(8), patience=1),
+        EVICT | dict(scorer="snapkv", budget=Adaptive(10), interval=2),
+        HOLD_ALL,
+        None,
+    ]
+    prompts = [tiny_prompts(3, 9 + 2 * index, seed=index) for index in range(len(arguments))]
+
+    def run(index: int, **options: Any) -> tuple[Any, Any]:
+        settings = arguments[index]
+        config = model.config
+        cache = DynamicCache(config=config) if settings is None else HardKVCache(config=config, **settings)
+        out = generate(model, prompts[index], cache, max_new_tokens=20, **options)
+        held = None if settings is None else [cache.kept(idx) for idx in range(3)]
+        return out, (str(held), cache.stats().events if held else 0)
+
+    alone = [run(index) for index in range(len(arguments))]
+    assert min(events for _, (_, events) in alone[:4]) >= 7
     results: dict[int, Any] = {}
+    barrier = threading.Barrier(len(arguments))
 
-    def work(index):
-        if index % 2:
-            cache = HardKVCache(config=model.config, **(EVICT if index == 1 else HOLD_ALL))
-        else:
-            cache = DynamicCache(config=model.config)
-        results[index] = generate(model, inputs, cache)
+    def work(index: int) -> None:
+        try:
+            results[index] = run(index, logits_processor=[InStep(barrier)])
+        except BaseException:
+            barrier.abort()  # the others would wait in vain
+            raise
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(4):
-        assert_same_logits(results[index], evicted if index == 1 else expected)
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(arguments))]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(results) == list(range(len(arguments)))
+    for index, (expected, held) in enumerate(alone):
+        assert_same_logits(results[index][0], expected)
+        assert results[index][1] == held
 
 
 def test_accelerate_moves_every_argument(tiny_model, tiny_prompts):

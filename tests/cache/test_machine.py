@@ -11,7 +11,6 @@ import copy
 import os
 import pickle
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
