@@ -298,7 +298,7 @@ class HardKVCache(DynamicCache):
     @torch.compiler.disable
     def _reached(self, layer_idx: int) -> None:
         attention = [idx for idx, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
-        if attention and layer_idx not in attention:
+        if attention and _is_linear(self.layers[layer_idx]):
             # the length before this forward: the first attention layer noted it, or still has it
             start = self._start if attention[0] < layer_idx else int(self.get_seq_length())
             self._linear_starts[layer_idx] = start
@@ -306,8 +306,8 @@ class HardKVCache(DynamicCache):
     def _linear_whole(self) -> bool:
         """Whether the last forward came to all linear-attention layers or to none; models of 5.17 tell of few."""
         starts = set(self._linear_starts.values())
-        linear = [layer for layer in self.layers if not isinstance(layer, CacheLayerMixin)]
-        return not starts or (starts != {self._start} and len(starts) == 1 and len(self._linear_starts) == len(linear))
+        linear = sum(_is_linear(layer) for layer in self.layers)
+        return not starts or (starts != {self._start} and len(starts) == 1 and len(self._linear_starts) == linear)
 
     @staticmethod
     def _check_shape(layer: CacheLayerMixin, layer_idx: int, key_states: Tensor) -> None:
@@ -492,6 +492,11 @@ def _clamped(held: list[Tiers]) -> list[str]:
     total = sum(t.numel() for t in fitted)
     limits = f"[{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"
     return [f"{count} of {total} temperatures stopped at the limits {limits}"] if count else []
+
+
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer has states without a length, and nothing else."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
 
 
 def _batch_size(layer: Any) -> int:

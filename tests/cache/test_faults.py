@@ -16,7 +16,7 @@ import torch
 import transformers.cache_utils
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 import hardkv.cache
 from hardkv import HardKVCache
@@ -120,11 +120,11 @@ Action = Callable[[Any, HardKVCache], Any]
 
 
 def prompt(model, cache):
-    feed(model, cache, list(range(20, 31)))
+    return feed(model, cache, list(range(20, 31)))
 
 
 def token(model, cache):
-    feed(model, cache, [7])
+    return feed(model, cache, [7])
 
 
 def chunk(model, cache):
@@ -365,3 +365,32 @@ def test_a_chunk_that_fails_leaves_the_window_that_the_next_event_reads(models, 
     assert torch.equal(*observed)
     assert observed[0].shape[2] == 3
     assert go_on(model, cache, [token] * 4) == go_on(model, twin, [token] * 4)
+
+
+def test_no_false_alarm_in_a_hybrid_with_layers_that_hold_nothing():
+    """Mamba, attention and layers without a cache: whole forwards, and reordering between them, are not refused."""
+    config = NemotronHConfig(
+        vocab_size=98,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layers_block_type=["mamba", "mlp", "attention", "mlp", "mamba"],
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=2,
+        chunk_size=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    model = NemotronHForCausalLM(config).eval()
+    cache = HardKVCache(config=config, **(EVICT | {"budget": 1000}))
+    dense = DynamicCache(config=config)
+    for action in (prompt, token, reorder, token, token, token):
+        actual, expected = action(model, cache), action(model, dense)
+        if action is not reorder:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    assert cache.stats().events == 2
