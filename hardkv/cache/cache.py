@@ -287,13 +287,15 @@ class HardKVCache(DynamicCache):
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers' own."""
-        self._reached(layer_idx)
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        with self._whole_or_broken():
+            self._reached(layer_idx)
+            return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers' own."""
-        self._reached(layer_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        with self._whole_or_broken():
+            self._reached(layer_idx)
+            return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     @torch.compiler.disable
     def _reached(self, layer_idx: int) -> None:
@@ -347,9 +349,9 @@ class HardKVCache(DynamicCache):
             for layer in layers:
                 try:
                     layer.crop(tokens_to_remove)
-                except Exception:
-                    if layer is layers[0]:
-                        self._broken = None
+                except (RuntimeError, ValueError) as error:
+                    if layer is layers[0] and not isinstance(error, torch.OutOfMemoryError):
+                        self._broken = None  # refused
                     raise
             self._linear_starts.clear()
         due = [layer for layer in self._compressed if layer.record_past and layer.event_due]
