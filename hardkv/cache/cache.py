@@ -37,6 +37,8 @@ from hardkv.selectors.risk import Risk
 from hardkv.selectors.scorer import Scorer
 
 TIERS = ("condensed", "sparse", "dense")
+# Models of transformers 5.17 take linear-attention states out of the layers themselves, so a cache cannot follow them.
+TELLS_OF_STATES = hasattr(DynamicCache, "get_conv_state")
 HALF_DONE = (
     "an earlier call on this HardKVCache stopped midway (an error, out of memory or an interrupt), so its layers no "
     "longer fit together: reset() it or build a new one"
@@ -306,7 +308,9 @@ class HardKVCache(DynamicCache):
             self._linear_starts[layer_idx] = start
 
     def _linear_whole(self) -> bool:
-        """Whether the last forward came to all linear-attention layers or to none; models of 5.17 tell of few."""
+        """Whether the last forward came to all linear-attention layers or to none, as far as models tell."""
+        if not TELLS_OF_STATES:
+            return True
         starts = set(self._linear_starts.values())
         linear = sum(_is_linear(layer) for layer in self.layers)
         return not starts or (starts != {self._start} and len(starts) == 1 and len(self._linear_starts) == linear)
@@ -409,8 +413,8 @@ class HardKVCache(DynamicCache):
             for layer in self.layers:
                 if isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
                     # transformers 5.17 zeroes these and keeps their length
+                    layer.is_initialized = False  # first: an interrupt behind it leaves a layer that can be reset again
                     layer.keys = layer.values = None
-                    layer.is_initialized = False
             self._linear_starts.clear()
 
     # ------------------------------------------------------------------ introspection

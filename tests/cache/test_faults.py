@@ -20,6 +20,7 @@ from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, NemotronHCon
 
 import hardkv.cache
 from hardkv import HardKVCache
+from hardkv.cache.cache import TELLS_OF_STATES
 from hardkv.selectors import AdaKV
 
 SAMPLES = int(os.environ.get("HARDKV_FAULTS", "6"))
@@ -228,8 +229,24 @@ CASES = [(name, scenario) for name in MODELS for scenario in SCENARIOS]
 CASES = [case for case in CASES if case not in (("convolutions", "repeat"), ("convolutions", "select"))]
 
 
+# transformers 5.17: its own cache fails in these too, and states of linear attention are not told of
+OLD = not TELLS_OF_STATES
+DRAFTS = ("recorded prompt", "recorded draft", "crop with an event", "token after a held event")
+
+
+def fails_itself(name, scenario):
+    return name == "convolutions" or ("sliding" in name and scenario in DRAFTS)
+
+
 @pytest.mark.parametrize("fault", [OutOfMemory, Interrupt])
-@pytest.mark.parametrize(("name", "scenario"), CASES)
+@pytest.mark.parametrize(
+    ("name", "scenario"),
+    [
+        case
+        for case in CASES
+        if not OLD or not (("sliding" in case[0] and case[1] in DRAFTS) or case[0] == "convolutions")
+    ],
+)
 def test_a_fault(name, scenario, fault, models):
     model = models[name]
     history, action, future = SCENARIOS[scenario]
@@ -303,6 +320,7 @@ def test_a_sliding_layer_that_dies_while_it_stores(name, models, monkeypatch):
     assert_refuses(model, cache)
 
 
+@pytest.mark.skipif(OLD, reason="states of linear attention are not told of")
 @pytest.mark.parametrize("start", ["prompt", "token"])
 @pytest.mark.parametrize("path", ["layers.0", "layers.1.self_attn", "layers.1", "layers.2.operator_norm"])
 def test_a_forward_that_dies_between_linear_layers(path, start):

@@ -299,22 +299,3 @@ def test_a_prompt_of_one_token_is_pinned(tiny_model):
     greedy(model, {"input_ids": torch.tensor([[7]])}, cache, max_new_tokens=30)
     assert all(head[0] == 0 for idx in range(3) for head in cache.kept(idx)[0])
     assert all(len(head) < 8 + 3 for idx in range(3) for head in cache.kept(idx)[0])
-
-
-class Newest:
-    """A user's scorer that wants the newest tokens."""
-
-    def score(self, observation):
-        return observation.positions.float()
-
-
-def test_columns_taken_back_from_a_pinned_prompt_are_no_longer_pinned(tiny_model, tiny_prompts):
-    """Tokens that come in their place are not the prompt's."""
-    model = tiny_model("qwen3", "sdpa")
-    cache = filled(model, tiny_prompts(1), 1, pin_prompt=True, budget=20, scorer=Newest())
-    cache.crop(-4)  # the token, and three of the prompt's 13
-    for index in range(30):
-        step(model, cache, [20 + index])
-    for head in cache.kept(0)[0]:
-        assert head[:10].tolist() == list(range(10))
-        assert head[10] > 13

@@ -349,3 +349,22 @@ def test_an_empty_cache_is_copied_and_saved(tiny_model, tiny_prompts):
     buffer.seek(0)
     for twin in (copy.deepcopy(cache), torch.load(buffer, weights_only=False)):
         assert model(**tiny_prompts(3), past_key_values=twin).logits.isfinite().all()
+
+
+class Newest:
+    """A user's scorer that wants the newest tokens."""
+
+    def score(self, observation):
+        return observation.positions.float()
+
+
+def test_columns_taken_back_from_a_pinned_prompt_are_no_longer_pinned(tiny_model, tiny_prompts):
+    """Tokens that come in their place are not the prompt's."""
+    model = tiny_model("qwen3", "sdpa")
+    cache = filled(model, tiny_prompts(1), 1, pin_prompt=True, budget=20, scorer=Newest())
+    cache.crop(-4)  # the token, and three of the prompt's 13
+    for index in range(30):
+        step(model, cache, [20 + index])
+    for head in cache.kept(0)[0]:
+        assert head[:10].tolist() == list(range(10))
+        assert head[10] > 13
