@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers.cache_utils
 from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -37,8 +38,6 @@ from hardkv.selectors.risk import Risk
 from hardkv.selectors.scorer import Scorer
 
 TIERS = ("condensed", "sparse", "dense")
-# Models of transformers 5.17 take linear-attention states out of the layers themselves, so a cache cannot follow them.
-TELLS_OF_STATES = hasattr(DynamicCache, "get_conv_state")
 HALF_DONE = (
     "an earlier call on this HardKVCache stopped midway (an error, out of memory or an interrupt), so its layers no "
     "longer fit together: reset() it or build a new one"
@@ -277,6 +276,12 @@ class HardKVCache(DynamicCache):
     # Linear-attention layers: transformers' own, and a note of how far a forward came. Decoding kernels write into the
     # state that they get.
 
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """As transformers' own."""
+        if layer_idx is not None:
+            self._reached(layer_idx)
+        return super().has_previous_state(layer_idx, *args, **kwargs)
+
     def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
         """As transformers' own."""
         self._reached(layer_idx)
@@ -302,18 +307,20 @@ class HardKVCache(DynamicCache):
     @torch.compiler.disable
     def _reached(self, layer_idx: int) -> None:
         attention = [idx for idx, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
-        if attention and _is_linear(self.layers[layer_idx]):
+        if attention and layer_idx < len(self.layers) and _is_linear(self.layers[layer_idx]):
             # the length before this forward: the first attention layer noted it, or still has it
             start = self._start if attention[0] < layer_idx else int(self.get_seq_length())
             self._linear_starts[layer_idx] = start
 
     def _linear_whole(self) -> bool:
-        """Whether the last forward came to all linear-attention layers or to none, as far as models tell."""
-        if not TELLS_OF_STATES:
-            return True
+        """Whether the last forward came to all linear-attention layers or to none."""
         starts = set(self._linear_starts.values())
-        linear = sum(_is_linear(layer) for layer in self.layers)
-        return not starts or (starts != {self._start} and len(starts) == 1 and len(self._linear_starts) == linear)
+        if not starts:
+            return True
+        # transformers 5.17 makes such layers even where a model has none at all
+        all_used = hasattr(transformers.cache_utils, "DummyLayer")
+        told = len(self._linear_starts) == sum(_is_linear(layer) for layer in self.layers)
+        return starts != {self._start} and len(starts) == 1 and (told or not all_used)
 
     @staticmethod
     def _check_shape(layer: CacheLayerMixin, layer_idx: int, key_states: Tensor) -> None:

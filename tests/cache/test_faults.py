@@ -20,7 +20,6 @@ from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, NemotronHCon
 
 import hardkv.cache
 from hardkv import HardKVCache
-from hardkv.cache.cache import TELLS_OF_STATES
 from hardkv.selectors import AdaKV
 
 SAMPLES = int(os.environ.get("HARDKV_FAULTS", "6"))
@@ -112,7 +111,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def feed(model, cache, tokens: list[int]) -> Tensor:
     """Logits `[B, q, V]` of one forward over the same tokens in every row, row numbers added."""
-    rows = next((layer.batch_size for layer in cache.layers if getattr(layer, "tiers", None)), 2)
+    rows = 2
+    for layer in cache.layers:
+        if hasattr(layer, "tiers"):
+            rows = layer.batch_size if layer.tiers is not None else rows
+        elif getattr(layer, "keys", None) is not None:
+            rows = len(layer.keys)
     ids = torch.tensor(tokens) + torch.arange(rows)[:, None]
     return model(input_ids=ids, past_key_values=cache).logits
 
@@ -224,18 +228,22 @@ def models(tiny_model):
     }
 
 
+def transformers_can(model, actions: list[Action]) -> bool:
+    """Whether DynamicCache survives the actions."""
+    cache = DynamicCache(config=model.config)
+    try:
+        for action in [*actions, token]:
+            action(model, cache)
+    except RuntimeError as error:
+        if "must match the size" not in str(error):
+            raise
+        return False
+    return True
+
+
 CASES = [(name, scenario) for name in MODELS for scenario in SCENARIOS]
 # transformers has neither for its linear-attention layers
 CASES = [case for case in CASES if case not in (("convolutions", "repeat"), ("convolutions", "select"))]
-
-
-# transformers 5.17: its own cache fails in these too, and states of linear attention are not told of
-OLD = not TELLS_OF_STATES
-DRAFTS = ("recorded prompt", "recorded draft", "crop with an event", "token after a held event")
-
-
-def fails_itself(name, scenario):
-    return name == "convolutions" or ("sliding" in name and scenario in DRAFTS)
 
 
 @pytest.mark.parametrize("fault", [OutOfMemory, Interrupt])
@@ -250,6 +258,8 @@ def fails_itself(name, scenario):
 def test_a_fault(name, scenario, fault, models):
     model = models[name]
     history, action, future = SCENARIOS[scenario]
+    if not transformers_can(model, [*history, action, *future]):
+        pytest.skip("this version of transformers cannot crop its sliding-window layers so")
     start = HardKVCache(config=model.config, **EVICT)
     for earlier in history:
         earlier(model, start)
@@ -320,11 +330,12 @@ def test_a_sliding_layer_that_dies_while_it_stores(name, models, monkeypatch):
     assert_refuses(model, cache)
 
 
-@pytest.mark.skipif(OLD, reason="states of linear attention are not told of")
 @pytest.mark.parametrize("start", ["prompt", "token"])
 @pytest.mark.parametrize("path", ["layers.0", "layers.1.self_attn", "layers.1", "layers.2.operator_norm"])
 def test_a_forward_that_dies_between_linear_layers(path, start):
     """Their states have no length to tell how far it came; here no attention layer follows the last of them."""
+    if start == "prompt" and path != "layers.0" and not hasattr(transformers.cache_utils, "DummyLayer"):
+        pytest.skip("transformers 5.17 has linear layers that no model uses, so one that was not reached says nothing")
     model = lfm2(["conv", "full_attention", "conv"])
     cache = HardKVCache(config=model.config, **EVICT) if start == "prompt" else filled(model)
     hook = model.get_submodule(f"model.{path}").register_forward_hook(out_of_memory)
