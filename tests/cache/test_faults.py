@@ -247,14 +247,7 @@ CASES = [case for case in CASES if case not in (("convolutions", "repeat"), ("co
 
 
 @pytest.mark.parametrize("fault", [OutOfMemory, Interrupt])
-@pytest.mark.parametrize(
-    ("name", "scenario"),
-    [
-        case
-        for case in CASES
-        if not OLD or not (("sliding" in case[0] and case[1] in DRAFTS) or case[0] == "convolutions")
-    ],
-)
+@pytest.mark.parametrize(("name", "scenario"), CASES)
 def test_a_fault(name, scenario, fault, models):
     model = models[name]
     history, action, future = SCENARIOS[scenario]
