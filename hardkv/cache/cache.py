@@ -133,28 +133,26 @@ class HardKVCache(DynamicCache):
             if isinstance(calibration, Calibration) and budget.uses_temperature:
                 ours.temperatures = calibration.temperatures[rank]
             self.layers[idx] = ours
-        self._warn_of_the_rest(type(config).__name__, full)
+        if warning := self._uncompressed(type(config).__name__, full):
+            self._warn(warning)
 
-    def _warn_of_the_rest(self, model: str, full: list[int]) -> None:
-        """Tell what grows although it is a HardKVCache, and when that compresses nothing at all."""
+    def _uncompressed(self, model: str, full: list[int]) -> str | None:
+        """What grows although it is in a HardKVCache, and whether that compresses nothing at all; None: nothing."""
         bounded = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
         rest = [
-            layer
-            for idx, layer in enumerate(self.layers)
-            if isinstance(layer, CacheLayerMixin) and idx not in self._cross.union(full) and type(layer) not in bounded
+            self.layers[idx] for idx in self._attention if idx not in full and type(self.layers[idx]) not in bounded
         ]
         nothing = "" if full else ": HardKVCache compresses nothing here"
         if rest:
             kinds = ", ".join(sorted({type(layer).__name__ for layer in rest}))
-            self._warn(
+            return (
                 f"{len(rest)} of {len(self.layers)} layers of {model} are of a kind of their own ({kinds}), which "
                 f"HardKVCache leaves as DynamicCache has it{nothing}"
             )
-        elif not full:
-            self._warn(
-                f"no layer of {model} uses full attention (sliding-window and linear layers are already bounded)"
-                + nothing
-            )
+        if not full:
+            bounds = "sliding-window and linear layers are already bounded"
+            return f"no layer of {model} uses full attention ({bounds}){nothing}"
+        return None
 
     def _layer_budgets(self, num_layers: int) -> list[Budget]:
         budget, calibration = self.settings.budget, self.settings.calibration
@@ -178,11 +176,20 @@ class HardKVCache(DynamicCache):
         """Tell once, and keep telling in `stats()`."""
         if message not in self.warnings:
             self.warnings.append(message)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=3)
 
     @property
     def _compressed(self) -> list[HardKVLayer]:
         return [layer for layer in self.layers if isinstance(layer, HardKVLayer)]
+
+    @property
+    def _attention(self) -> list[int]:
+        """The layers, by index, that see every column."""
+        return [
+            idx
+            for idx, layer in enumerate(self.layers)
+            if isinstance(layer, CacheLayerMixin) and idx not in self._cross
+        ]
 
     # ------------------------------------------------------------------ cache protocol
 
@@ -233,18 +240,12 @@ class HardKVCache(DynamicCache):
 
         At the start of a forward all layers must have seen the same columns. Layers a model never uses stay at 0.
         """
-        attention = [
-            other
-            for idx, other in enumerate(self.layers)
-            if isinstance(other, CacheLayerMixin) and idx not in self._cross
-        ]
-        lengths = [int(other.get_seq_length()) for other in attention]
-        starts = layer is None or layer is attention[0]
-        if starts:
+        attention = self._attention
+        if layer is None or layer is self.layers[attention[0]]:
+            lengths = [int(self.layers[idx].get_seq_length()) for idx in attention]  # type: ignore[union-attr]
             used = list(dropwhile(lambda length: length == 0, lengths))
             self._start = max(lengths, default=0)
         else:
-            assert layer is not None
             used = [int(layer.get_seq_length()), self._start]
         if len(set(used)) > 1 and self._broken is None:
             self._broken = (
@@ -263,8 +264,8 @@ class HardKVCache(DynamicCache):
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not isinstance(layer, CacheLayerMixin):
             return False
-        first = next(other for other in self.layers if isinstance(other, CacheLayerMixin))
-        return layer.get_seq_length() == self._start < first.get_seq_length()
+        first = self.layers[self._attention[0]]
+        return layer.get_seq_length() == self._start < first.get_seq_length()  # type: ignore[union-attr]
 
     @contextmanager
     def _whole_or_broken(self) -> Iterator[None]:
@@ -306,7 +307,7 @@ class HardKVCache(DynamicCache):
 
     @torch.compiler.disable
     def _reached(self, layer_idx: int) -> None:
-        attention = [idx for idx, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
+        attention = self._attention
         if attention and layer_idx < len(self.layers) and _is_linear(self.layers[layer_idx]):
             # the length before this forward: the first attention layer noted it, or still has it
             start = self._start if attention[0] < layer_idx else int(self.get_seq_length())
