@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
@@ -49,9 +48,7 @@ class HybridLayer(HardKVLayer, LinearAttentionAndFullAttentionLayer):  # type: i
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given sequences of the batch, in that order (int64, or bool over the batch)."""
         HardKVLayer.batch_select_indices(self, indices)
-        indices = torch.as_tensor(indices, device=self.device)
-        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
-        LinearAttentionLayer.reorder_cache(self, indices)  # type: ignore[arg-type]
+        LinearAttentionLayer.reorder_cache(self, self._sequences(indices))  # type: ignore[arg-type]
 
     def states(self) -> list[Tensor]:
         """What the linear part holds."""

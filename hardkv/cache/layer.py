@@ -209,54 +209,41 @@ class HardKVLayer(CacheLayerMixin):
             `[B, Hq, q, Dv]`.
         """
         with self._on_device():
-            return self._decode(new, query, padding, new_mask, scale=scale, softcap=softcap, sinks=sinks)
-
-    def _decode(
-        self,
-        new: NewTokens,
-        query: Tensor,
-        padding: Tensor | None,
-        new_mask: Tensor | None,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        if self._needs_storing(new):
-            if self.prompt_length is None and query.shape[2] > 1:  # the prompt comes in chunks
-                self._check_pinned(new, padding)
-            valid = _columns(padding, new)
+            if self._needs_storing(new):
+                if self.prompt_length is None and query.shape[2] > 1:  # the prompt comes in chunks
+                    self._check_pinned(new, padding)
+                valid = _columns(padding, new)
+                assert self.tiers is not None
+                tiers = self.tiers.append(new.keys, new.values, valid)
+                self._store(new, tiers, self._observe(query.detach(), valid, self.ring, new), scale, softcap)
             assert self.tiers is not None
-            tiers = self.tiers.append(new.keys, new.values, valid)
-            self._store(new, tiers, self._observe(query.detach(), valid, self.ring, new), scale, softcap)
-        assert self.tiers is not None
-        condensed, dense = self.tiers.condensed, self.tiers.dense
-        held, recent = (condensed.keys, condensed.values), (dense.keys, dense.values)
-        if self.latent:
-            held, recent = keys_and_values(*held), keys_and_values(*recent)
-        out, _ = attend_tiers(
-            query,
-            *held,
-            condensed.rows,
-            *recent,
-            dense.positions,
-            dense.fill,
-            bound=dense.bound,
-            start=new.start,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            new_mask=new_mask,
-            padded=not dense.even,
-            attention=self.settings.attention,
-        )
-        if self._ready:
-            # after the last layer's attention all events run together, so that the host waits for the device once
-            if not new.group:
-                compress_together([self])
-            elif self is new.group[-1]:
-                compress_together([layer for layer in new.group if layer._ready])
-        return out
+            condensed, dense = self.tiers.condensed, self.tiers.dense
+            held, recent = (condensed.keys, condensed.values), (dense.keys, dense.values)
+            if self.latent:
+                held, recent = keys_and_values(*held), keys_and_values(*recent)
+            out, _ = attend_tiers(
+                query,
+                *held,
+                condensed.rows,
+                *recent,
+                dense.positions,
+                dense.fill,
+                bound=dense.bound,
+                start=new.start,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                new_mask=new_mask,
+                padded=not dense.even,
+                attention=self.settings.attention,
+            )
+            if self._ready:
+                # after the last layer's attention all events run together, so that the host waits for the device once
+                if not new.group:
+                    compress_together([self])
+                elif self is new.group[-1]:
+                    compress_together([layer for layer in new.group if layer._ready])
+            return out
 
     # ------------------------------------------------------------------ storing
 
@@ -433,11 +420,15 @@ class HardKVLayer(CacheLayerMixin):
         """Keep the given sequences of the batch, in that order (int64, or bool over the batch)."""
         if self.tiers is None or self.ring is None:
             return
-        indices = torch.as_tensor(indices, device=self.device)
-        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
+        indices = self._sequences(indices)
         with self._on_device():
             tiers, ring = self.tiers.select_sequences(indices), self.ring.select_sequences(indices)
             self.tiers, self.ring, self.batch_size = tiers, ring, indices.shape[0]
+
+    def _sequences(self, indices: Tensor) -> Tensor:
+        """Which sequences of the batch, int64."""
+        indices = torch.as_tensor(indices, device=self.device)
+        return indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
 
     def offload(self) -> None:
         """Refused: transformers' offloading would take a layer away before its attention."""
