@@ -137,7 +137,7 @@ def _keep(
     if budget is not None:
         given = [each for each in temperatures if each is not None]
         return budget.select(z, observation, torch.cat(given) if len(given) == len(events) else None)
-    parts = z.split([rows.total for rows in merged.layers])
+    parts = z.split(merged.totals)
     observations = observation.split(merged.layers)
     return torch.cat(
         [event.budget.select(*each) for event, *each in zip(events, parts, observations, temperatures, strict=True)]

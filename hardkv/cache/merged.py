@@ -35,12 +35,18 @@ class Merged:
         whole = rows[0] if len(layers) == 1 else concatenated(rows)
         return cls(positions, misses, address, stays, newest, protected, whole, rows)
 
+    @property
+    def totals(self) -> list[int]:
+        """Tokens of each layer."""
+        return [rows.total for rows in self.layers]
+
     def gather(self, layers: Sequence[Tiers], kind: int) -> Tensor:
         """Keys (0) or values (1) of all tokens, `[N, D]`."""
         sources = [[source[kind] for source in tiers.sources] for tiers in layers]
-        totals = [rows.total for rows in self.layers]
         out = sources[0][0].new_empty(self.rows.total, sources[0][0].shape[-1])
-        for source, address, place in zip(sources, self.address.split(totals), out.split(totals), strict=True):
+        for source, address, place in zip(
+            sources, self.address.split(self.totals), out.split(self.totals), strict=True
+        ):
             gather_tokens(source, address, out=place)
         return out
 
