@@ -27,6 +27,7 @@ from hardkv.cache.layer import HardKVLayer, compress_together
 from hardkv.cache.offload import Offload
 from hardkv.cache.routing import install, route
 from hardkv.cache.stats import Stats
+from hardkv.cache.steps import DecodeSteps
 from hardkv.cache.tiers import Tiers, storage_nbytes
 from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
@@ -91,6 +92,7 @@ class HardKVCache(DynamicCache):
             scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload
         )
         self._offload = Offload() if offload else None
+        self.steps: DecodeSteps | None = None  # of hardkv.graphed
         self.warnings: list[str] = []
         self._broken: str | None = None
         self._start = 0  # logical length before the forward pass under way
@@ -457,7 +459,8 @@ class HardKVCache(DynamicCache):
 
     def nbytes(self) -> int:
         """Bytes truly held by all layers, compressed or not: the storages behind their tensors, each counted once."""
-        return storage_nbytes(tensor for layer in self.layers for tensor in _tensors(layer))
+        pools = [] if self.steps is None else self.steps.tensors()
+        return storage_nbytes([*pools, *(tensor for layer in self.layers for tensor in _tensors(layer))])
 
     def host_nbytes(self) -> int:
         """Those of `nbytes()` that are in host memory by `offload=True`; the others are on the model's devices."""

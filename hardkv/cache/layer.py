@@ -1,7 +1,7 @@
 """One layer of the cache: stores what attention brings, attends over the tiers, and compresses at events."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,7 @@ class HardKVLayer(CacheLayerMixin):
         temperatures: `[H]`, calibrated before, that the budget divides scores by; None without.
         offloading: what keeps the ragged tiers on the host while they do not attend; None: they stay.
         latent: whether the model expands what it stores: "keys" are then latents, and "values" rotated keys.
+        place: takes the tiers of an event to where they shall lie; None: they stay where they were made.
     """
 
     is_compileable = False  # or generate() compiles the model around data-dependent shapes
@@ -54,6 +55,7 @@ class HardKVLayer(CacheLayerMixin):
         self.latent = False
         self.temperatures: Tensor | None = None
         self.offloading: Offload | None = None
+        self.place: Callable[[Tiers], Tiers] | None = None
         self.record_past = False
         self._clear()
 
@@ -182,7 +184,7 @@ class HardKVLayer(CacheLayerMixin):
         ring = self._observe(query, valid, None, new)
         tiers = Tiers.of(dense, new.stop)
         if not self._event_held:
-            tiers = condense(self._event(tiers, scale, softcap), tiers, ring)
+            tiers = self._placed(condense(self._event(tiers, scale, softcap), tiers, ring))
         if self.offloading is not None:
             tiers = self.offloading.leave(self.layer_idx, tiers)
         self._store(new, tiers, ring, scale, softcap)
@@ -324,6 +326,9 @@ class HardKVLayer(CacheLayerMixin):
         finally:
             self.tiers = self.offloading.leave(self.layer_idx, self.tiers)
 
+    def _placed(self, tiers: Tiers) -> Tiers:
+        return tiers if self.place is None else self.place(tiers)
+
     def _event(self, tiers: Tiers, scale: float, softcap: float | None) -> Event:
         pinned = 0
         if self.settings.pin_prompt:
@@ -461,7 +466,7 @@ class HardKVLayer(CacheLayerMixin):
 def compress_together(layers: Sequence[HardKVLayer]) -> None:
     """An event of each layer; the host waits for each device once.
 
-    A failure leaves every layer as it was before its own event or after it.
+    A failure leaves every layer as it was before its own event or after it, unless it has a `place`.
 
     Raises:
         ValueError: a scorer did not keep to its contract; nothing has changed then.
@@ -492,9 +497,8 @@ def compress_together(layers: Sequence[HardKVLayer]) -> None:
             for place, (i, index) in enumerate(zip(group, selection.index(each), strict=True)):
                 layer, settings = layers[i], layers[i].settings
                 assert layer.tiers is not None
-                layer.tiers = selection.finish(
-                    place, layer.tiers, index, each[place], settings.window, settings.interval
-                )
+                sizes_of = each[place], settings.window, settings.interval
+                layer.tiers = layer._placed(selection.finish(place, layer.tiers, index, *sizes_of))
                 layer.committed = layer.seen
 
 

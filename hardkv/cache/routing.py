@@ -18,6 +18,7 @@ from transformers.masking_utils import eager_mask
 
 from hardkv.cache.handles import HardKVMask, KVHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.latent import Latent
+from hardkv.cache.static import StaticHandle, static_attention
 
 EAGER = "hardkv|eager"
 
@@ -37,6 +38,8 @@ def _wrap_attention(name: str, function: Callable[..., Any] | None) -> Callable[
     def attention(
         module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
+        if isinstance(key, StaticHandle):
+            return _static(name, module, query, key, kwargs)
         original = _eager_of(module) if function is None else function
         if isinstance(key, KVHandle):
             return _routed(name, original, module, query, key, value, attention_mask, args, kwargs)
@@ -45,6 +48,31 @@ def _wrap_attention(name: str, function: Callable[..., Any] | None) -> Callable[
         return original(module, query, key, value, attention_mask, *args, **kwargs)
 
     return _mark(attention, function)
+
+
+def _static(
+    name: str, module: torch.nn.Module, query: Tensor, key: StaticHandle, kwargs: dict[str, Any]
+) -> tuple[Tensor, None]:
+    """`_routed` for the one token of a static step, whose model was seen to be routed in the prefill."""
+    if kwargs.get("sliding_window") is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} attends within a sliding window that its config does not mark: decode without "
+            "custom_generate=graphed"
+        )
+    scale, store = _scale(query, kwargs), not key.stored
+    key.stored = True
+    softcap, sinks = _softcap(name, kwargs), kwargs.get("s_aux")
+    return static_attention(query, key.keys, key.values, key.layer_idx, store, scale, softcap, sinks), None
+
+
+def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
+    scale = kwargs.get("scaling")
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _softcap(name: str, kwargs: dict[str, Any]) -> float | None:
+    # sdpa has no softcap: transformers ignores it there (or refuses, before we are asked)
+    return None if name == "sdpa" else kwargs.get("softcap")
 
 
 @torch.compiler.disable
@@ -69,10 +97,7 @@ def _routed(
     new = key.new
     padding = _padding(mask, query.shape[0], new)
     new.layer.check_module(module)
-    scale = kwargs.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    # sdpa has no softcap: transformers ignores it there (or refuses, before we are asked)
-    softcap = None if name == "sdpa" else kwargs.get("softcap")
+    scale, softcap = _scale(query, kwargs), _softcap(name, kwargs)
     latent = Latent.of(module, key)
     if new.start == 0:  # the first call: nothing is compressed yet, and the original kernel is exact
         full_mask = mask.original if isinstance(mask, HardKVMask) else mask

@@ -13,8 +13,9 @@ def append(
     fill: Tensor,
     keys: Tensor,
     values: Tensor,
-    start: int,
+    start: int | Tensor,
     valid: Tensor | None = None,
+    out_fill: Tensor | None = None,
 ) -> Tensor:
     """Write new tokens behind every sequence's fill, in their order.
 
@@ -22,8 +23,10 @@ def append(
         dense_keys: `[B, H, C, D]`; dense_values: `[B, H, C, Dv]`; dense_positions: int32 `[B, C]`; written in place,
             and what lies behind the new fill may be written too.
         fill: int64 `[B]`, with room for all new tokens behind it.
-        keys: `[B, H, q, D]`; values: `[B, H, q, Dv]`; start: position of their first column.
+        keys: `[B, H, q, D]`; values: `[B, H, q, Dv]`.
+        start: position of their first column, or an int64 tensor `[1]` on the device, for captured graphs.
         valid: bool `[B, q]`, which of them to take, all when None.
+        out_fill: where the new fill goes, made when None; it may be `fill`.
 
     Returns:
         The new fill, int64 `[B]`.
@@ -32,10 +35,15 @@ def append(
         from hardkv.kernels.triton import append as kernel
         from hardkv.kernels.triton import ops
 
-        run = ops.append if torch.compiler.is_compiling() else kernel.append
         with current(keys):
-            return run(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
-    return append_reference(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
+            tensors = dense_keys, dense_values, dense_positions, fill, keys, values
+            if torch.compiler.is_compiling() and not isinstance(start, Tensor):
+                new_fill = ops.append(*tensors, start, valid)
+            else:
+                return kernel.append(*tensors, start, valid, out_fill=out_fill)
+    else:
+        new_fill = append_reference(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
+    return new_fill if out_fill is None else out_fill.copy_(new_fill)
 
 
 def append_reference(
@@ -45,7 +53,7 @@ def append_reference(
     fill: Tensor,
     keys: Tensor,
     values: Tensor,
-    start: int,
+    start: int | Tensor,
     valid: Tensor | None = None,
 ) -> Tensor:
     """The PyTorch reference of `append`."""

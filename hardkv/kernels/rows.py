@@ -84,6 +84,7 @@ class Rows:
     total: int  # N
     longest: int  # a bound on the longest row
     schedules: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # of kernels, made once
+    room: int | None = None  # tokens that schedules are made for, to serve later rows in the same buffers; None: total
 
     @classmethod
     def of(cls, cu_seqlens: Tensor) -> "Rows":

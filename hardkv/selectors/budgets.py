@@ -75,6 +75,15 @@ class Budget(ABC):
         """The count, with its name, that must exceed the protected tokens; None without one."""
         return None
 
+    def fixed_total(self, heads: int, length: int, protected: int) -> int | None:
+        """The most tokens that all heads of a layer together keep of a sequence, F included; None: it depends.
+
+        Args:
+            heads: KV heads of the layer. length: tokens that the sequence may have had by then.
+            protected: the most tokens that are protected in a head.
+        """
+        return None
+
     def tensors(self, device: torch.device) -> list[Tensor]:
         """What the budget itself holds on a cache's device, for counting bytes; layers may share it."""
         return []
@@ -114,6 +123,9 @@ class FixedTotal(Budget):
     @property
     def smallest(self) -> tuple[str, int]:
         return "n", self.n
+
+    def fixed_total(self, heads: int, length: int, protected: int) -> int:
+        return heads * min(max(self.n, protected), length)
 
     def with_n(self, n: int) -> "FixedTotal":
         """The same budget for another mean."""

@@ -16,6 +16,8 @@ from hardkv.selectors.ranking import Ranking
 FAR = 1 << 24
 # Losses are averaged over the contexts from this share of a length to all of it.
 CONTEXT_FROM = 1 / 4
+# Between lengths that are this factor apart, a layer's share is taken to move by no more than this.
+ROOM_STEP, ROOM_SPARE = 2 ** (1 / 4), 1.01
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,16 @@ class LayerRisk(Budget):
         if len(same) < len(budgets) or any(each.heads != self.heads for each in same):
             return None
         return replace(self, firsts=tuple(row for each in same for row in each.firsts))
+
+    def fixed_total(self, heads: int, length: int, protected: int) -> int:
+        """As `Budget.fixed_total`, found at lengths a quarter of a doubling apart: a layer's share moves with them."""
+        lengths, shorter = [length], length / ROOM_STEP
+        while shorter > min(protected, length):
+            lengths.append(round(shorter))
+            shorter /= ROOM_STEP
+        tokens = torch.tensor(lengths)
+        totals = self.totals(tokens, tokens.clamp_max(protected)).sum(1)
+        return math.ceil(int(totals.max()) * ROOM_SPARE)
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         return self.plan.on(device).tensors()

@@ -44,19 +44,29 @@ class Schedule:
             programs: shares at most. query_blocks: blocks of queries that every share meets.
         """
         rows = cu_seqlens.shape[0] - 1
-        units = ((cu_seqlens.diff() + (dense + UNIT - 1)) // UNIT).clamp_min(1)
-        row_start = torch.zeros_like(cu_seqlens)
-        torch.cumsum(units, 0, out=row_start[1:])
         programs = max(1, min(programs, (total + rows * dense) // MIN_SHARE + rows))
-        share = ((row_start[-1:] + (programs - 1)) // programs).clamp_min(MIN_SHARE // UNIT)
-        begins = torch.arange(programs, dtype=torch.int32, device=cu_seqlens.device) * share
-        first_row = torch.searchsorted(row_start[1:], begins, right=True, out_int32=True)
         arrived = torch.zeros(rows * query_blocks, dtype=torch.int32, device=cu_seqlens.device)
-        return cls(row_start, first_row, share, arrived)
+        return cls(*_cut(cu_seqlens, dense, programs), arrived)
+
+    def recut(self, cu_seqlens: Tensor, dense: int) -> None:
+        """Serve other rows, as many as before, with as many programs: rewritten in place, for captured graphs."""
+        parts = _cut(cu_seqlens, dense, self.first_row.shape[0])
+        for mine, new in zip((self.row_start, self.first_row, self.share), parts, strict=True):
+            mine.copy_(new)
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
         return [self.row_start, self.first_row, self.share, self.arrived]
+
+
+def _cut(cu_seqlens: Tensor, dense: int, programs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where rows begin on the line, in which row each program's share begins, and how large a share is."""
+    units = ((cu_seqlens.diff() + (dense + UNIT - 1)) // UNIT).clamp_min(1)
+    row_start = torch.zeros_like(cu_seqlens)
+    torch.cumsum(units, 0, out=row_start[1:])
+    share = ((row_start[-1:] + (programs - 1)) // programs).clamp_min(MIN_SHARE // UNIT)
+    begins = torch.arange(programs, dtype=torch.int32, device=cu_seqlens.device) * share
+    return row_start, torch.searchsorted(row_start[1:], begins, right=True, out_int32=True), share
 
 
 @triton.jit
@@ -409,9 +419,20 @@ def schedule_for(rows: Rows, bound: int, capacity: int, blocks: int) -> Schedule
         device = rows.cu_seqlens.device
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         programs = max(1, OCCUPANCY * processors // blocks)
-        # the tier fills up before the rows change: half of what is free is what it will hold on average
-        rows.schedules[key] = Schedule.make(rows.cu_seqlens, rows.total, (bound + capacity) // 2, programs, blocks)
+        total = rows.total if rows.room is None else rows.room
+        rows.schedules[key] = Schedule.make(rows.cu_seqlens, total, expected(bound, capacity), programs, blocks)
     return rows.schedules[key]
+
+
+def expected(bound: int, capacity: int) -> int:
+    """Dense tokens to plan for: the tier fills up before the rows change, so half of what is free, on average."""
+    return (bound + capacity) // 2
+
+
+def recut_schedules(rows: Rows, bound: int) -> None:
+    """Rewrite in place every schedule that `rows` took over from rows in the same buffers; see `schedule_for`."""
+    for (capacity, _), schedule in rows.schedules.items():
+        schedule.recut(rows.cu_seqlens, expected(bound, capacity))
 
 
 def queries_per_block(group: int, q_len: int, head_dim: int, itemsize: int) -> int:

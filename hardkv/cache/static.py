@@ -1,0 +1,362 @@
+"""Storage at fixed addresses and a decode step that leaves the host's numbers alone: what a CUDA graph replays.
+
+Between two events only the dense tier's fill and the column of the next token change, and both live on the device. The
+host's numbers (`Tiers.seen`, the dense tier's bound) follow in `StaticDecoding.settle`. An event makes new tiers as
+always; `Pool.hold` then moves them to the old addresses.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hardkv.cache.handles import KVHandle
+from hardkv.cache.layer import HardKVLayer, compress_together
+from hardkv.cache.queries import QueryRing
+from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
+from hardkv.kernels.append import append
+from hardkv.kernels.attention import attend_tiers
+from hardkv.kernels.rows import Rows
+
+# A pool whose budget has no fixed total gets this much more room than it needs, whenever it runs out.
+GROWTH = 1.25
+# Every column comes before it.
+LAST = torch.iinfo(torch.int32).max
+
+
+class Pool:
+    """Room at fixed addresses for one layer's condensed and dense tier and its query ring.
+
+    Args:
+        tiers, ring: their shapes, dtypes and device are taken.
+        room: tokens of the condensed tier. dense_room: tokens of the dense tier, a head and sequence.
+    """
+
+    def __init__(self, tiers: Tiers, ring: QueryRing, room: int, dense_room: int):
+        self.dense = DenseTier.allocate(tiers.dense.keys, tiers.dense.values, dense_room)
+        rows = tiers.shape[0] * tiers.shape[1]
+        with torch.inference_mode(False):
+            self.cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=tiers.dense.fill.device)
+        self.ring = QueryRing(ring.buffer, ring.capacity)
+        self.schedules: dict[Any, Any] = {}
+        self._grow(tiers.condensed, room)
+
+    def _grow(self, like: RaggedTier, room: int) -> None:
+        with torch.inference_mode(False):
+            self.tokens = [
+                torch.empty(room, *each.shape[1:], dtype=each.dtype, device=each.device)
+                for each in (like.keys, like.values, like.positions, like.misses)
+            ]
+
+    @property
+    def room(self) -> int:
+        """Tokens of the condensed tier that fit."""
+        return self.tokens[0].shape[0]
+
+    def fits(self, tiers: Tiers) -> bool:
+        """Whether these are of the pool's shapes; the condensed tier's length apart."""
+        mine, dense = self.dense, tiers.dense
+        return (
+            mine.keys.shape[:2] == dense.keys.shape[:2]
+            and mine.keys.shape[3] == dense.keys.shape[3]
+            and mine.values.shape[3] == dense.values.shape[3]
+            and mine.keys.dtype == dense.keys.dtype
+            and mine.keys.device == dense.keys.device
+            and dense.bound <= mine.capacity
+        )
+
+    def hold(self, tiers: Tiers) -> Tiers:
+        """The same tiers at the pool's addresses, which move when the condensed tier outgrows its room.
+
+        Tiers of other shapes stay as they are.
+        """
+        if not self.fits(tiers):
+            return tiers
+        condensed, dense, bound = tiers.condensed, tiers.dense, tiers.dense.bound
+        total = condensed.rows.total
+        if total > self.room:
+            self._grow(condensed, int(total * GROWTH))
+        held = [buffer[:total] for buffer in self.tokens]
+        for buffer, new in zip(
+            held, (condensed.keys, condensed.values, condensed.positions, condensed.misses), strict=True
+        ):
+            _move(new, buffer)
+        for buffer, new in ((self.dense.keys, dense.keys), (self.dense.values, dense.values)):
+            _move(new[:, :, :bound], buffer[:, :, :bound])
+        _move(dense.positions[:, :bound], self.dense.positions[:, :bound])
+        _move(dense.fill, self.dense.fill)
+        _move(condensed.cu_seqlens, self.cu_seqlens)
+        rows = Rows(self.cu_seqlens, total, condensed.rows.longest, self.schedules, self.room)
+        if self.schedules:
+            from hardkv.kernels.triton.attention import recut_schedules
+
+            recut_schedules(rows, bound)
+        return replace(
+            tiers,
+            condensed=RaggedTier(*held, rows),
+            dense=replace(self.dense, bound=bound, even=dense.even),
+        )
+
+    def hold_ring(self, ring: QueryRing) -> QueryRing:
+        """The same queries at the pool's addresses."""
+        _move(ring.buffer, self.ring.buffer)
+        _move(ring.valid, self.ring.valid)
+        self.ring.first = ring.first
+        return self.ring
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes."""
+        schedules = [tensor for schedule in self.schedules.values() for tensor in schedule.tensors()]
+        return [*self.tokens, self.cu_seqlens, *self.dense.tensors(), self.ring.buffer, self.ring.valid, *schedules]
+
+
+def _move(source: Tensor, target: Tensor) -> None:
+    if source.data_ptr() != target.data_ptr():
+        target.copy_(source)
+
+
+class StaticDecoding:
+    """The compressed layers of a cache on their pools, stepping one token at a time.
+
+    Args:
+        layers: every layer that the cache compresses. length: columns that the cache will have seen at most, the bound
+            on what budgets with fixed totals keep.
+    """
+
+    def __init__(self, layers: Sequence[HardKVLayer], length: int):
+        first = layers[0]
+        self.layers = {layer.layer_idx: layer for layer in layers}
+        self.pools: dict[int, Pool] = {}
+        with torch.inference_mode(False):
+            self.column = torch.zeros(1, dtype=torch.int64, device=first.device)
+            self.slot = torch.zeros(1, dtype=torch.int64, device=first.device)
+        self.steps = 0  # that the host's numbers do not know of yet
+        self.filled: dict[int, Tensor] = {}  # every layer's fill as the host's numbers have it
+        for idx, layer in self.layers.items():  # one after the other, as a layer's old tiers go when its pool has them
+            self.pools[idx] = _pool(layer, length)
+            self._hold(idx)
+
+    def fits(self, layers: Sequence[HardKVLayer], length: int) -> bool:
+        """Whether the pools serve these layers as they are now."""
+        return len(layers) == len(self.pools) and all(
+            self.layers.get(layer.layer_idx) is layer
+            and layer.tiers is not None
+            and layer.ring is not None
+            and layer.ring.capacity == self.pools[layer.layer_idx].ring.capacity
+            and self.pools[layer.layer_idx].fits(layer.tiers)
+            and self.pools[layer.layer_idx].room >= _room(layer, length)
+            for layer in layers
+        )
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where what may move lies; a graph captured with other addresses is stale."""
+        return tuple(pool.tokens[0].data_ptr() for pool in self.pools.values())
+
+    def hold(self) -> None:
+        """Bring every layer's tiers to its pool."""
+        assert not self.steps
+        for idx in self.layers:
+            self._hold(idx)
+
+    def _hold(self, idx: int) -> None:
+        layer, pool = self.layers[idx], self.pools[idx]
+        assert layer.tiers is not None
+        assert layer.ring is not None
+        layer.tiers, layer.ring = pool.hold(layer.tiers), pool.hold_ring(layer.ring)
+        self.filled[idx] = layer.tiers.dense.fill.clone()
+        self.column.fill_(layer.seen)
+
+    @property
+    def event_due(self) -> bool:
+        """Whether the tokens since the last event reach the interval."""
+        first = next(iter(self.layers.values()))
+        assert first.tiers is not None
+        last = first.tiers.compressed_at
+        return last is None or first.seen + self.steps - last >= first.settings.interval
+
+    def compress(self) -> None:
+        """An event of every layer, and back to the pools, one layer after the other."""
+        self.settle()
+        with self.placing():
+            compress_together(list(self.layers.values()))
+        for idx, pool in self.pools.items():
+            self.filled[idx] = pool.dense.fill.clone()
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Events within bring new tiers to the pools at once, so that they never lie beside them.
+
+        What fails within leaves tiers that nobody can use.
+        """
+        for idx, layer in self.layers.items():
+            layer.place = self.pools[idx].hold
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.place = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a forward of one new token a sequence: it then reads and writes the pools."""
+        ring = next(iter(self.pools.values())).ring
+        torch.remainder(self.column, ring.capacity, out=self.slot)
+        _current.decoding = self
+        try:
+            yield
+        finally:
+            _current.decoding = None
+        self.column += 1
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        store: bool,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Store a token of every sequence and attend, as `HardKVLayer.decode` does, without telling the host.
+
+        Args:
+            query: `[B, Hq, 1, D]`; keys: `[B, H, 1, D]`; values: `[B, H, 1, Dv]`.
+            store: whether the token is new; False when a later layer reads it again.
+            scale, softcap, sinks: as in `kernels.attention.attend_tiers`.
+
+        Returns:
+            `[B, Hq, 1, Dv]`.
+        """
+        layer, ring = self.layers[layer_idx], self.pools[layer_idx].ring
+        assert layer.tiers is not None
+        condensed, dense = layer.tiers.condensed, layer.tiers.dense
+        if store:
+            stored = dense.keys, dense.values, dense.positions, dense.fill
+            append(*stored, keys, values, self.column, out_fill=dense.fill)
+            ring.buffer.index_copy_(2, self.slot, query)
+            ring.valid.index_fill_(1, self.slot, True)
+        out, _ = attend_tiers(
+            query,
+            condensed.keys,
+            condensed.values,
+            condensed.rows,
+            dense.keys,
+            dense.values,
+            dense.positions,
+            dense.fill,
+            bound=dense.capacity,
+            start=LAST,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            padded=not dense.even,
+            attention=layer.settings.attention,
+        )
+        return out
+
+    def settle(self) -> None:
+        """Let the host's numbers follow the steps made."""
+        count, self.steps = self.steps, 0
+        if not count:
+            return
+        for idx, layer in self.layers.items():
+            tiers, ring = layer.tiers, layer.ring
+            assert tiers is not None
+            assert ring is not None
+            prompt_length = tiers.seen if layer.prompt_length is None else layer.prompt_length
+            dense = replace(tiers.dense, bound=tiers.dense.bound + count)
+            tiers = replace(tiers, dense=dense, tokens=tiers.tokens + count, seen=tiers.seen + count)
+            oldest = tiers.seen - ring.capacity
+            ring.first = oldest if ring.first is None else max(ring.first, oldest)
+            layer.tiers, layer.prompt_length = tiers, prompt_length
+            self.filled[idx] = self.filled[idx] + count
+
+    def recover(self) -> None:
+        """Let the host's numbers and every layer's fill follow the column, after an interrupt or a step taken back."""
+        first = next(iter(self.layers.values()))
+        self.steps = int(self.column) - first.seen
+        for idx, pool in self.pools.items():
+            pool.dense.fill.copy_(self.filled[idx] + self.steps)
+        self.settle()
+
+    def take_back(self) -> None:
+        """Forget the newest step, which no event followed."""
+        self.column -= 1
+        self.recover()
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes."""
+        return [self.column, self.slot, *(tensor for pool in self.pools.values() for tensor in pool.tensors())]
+
+
+def _room(layer: HardKVLayer, length: int) -> int:
+    """Tokens that the condensed tier of a layer needs room for."""
+    tiers = layer.tiers
+    assert tiers is not None
+    window, sequences = layer.settings.window, tiers.shape[0]
+    protected = window + layer.settings.sinks
+    if layer.settings.pin_prompt:
+        protected += tiers.seen if layer.prompt_length is None else layer.prompt_length
+    fixed = layer.budget.fixed_total(tiers.shape[1], length, protected)
+    if fixed is None:
+        return tiers.condensed.rows.total
+    return max(sequences * (fixed - tiers.shape[1] * min(window, length)), tiers.condensed.rows.total)
+
+
+def _pool(layer: HardKVLayer, length: int) -> Pool:
+    tiers, ring, settings = layer.tiers, layer.ring, layer.settings
+    assert tiers is not None
+    assert ring is not None
+    return Pool(tiers, ring, _room(layer, length), max(settings.window + settings.interval, tiers.dense.bound))
+
+
+class _Current(threading.local):
+    decoding: StaticDecoding | None = None
+
+
+_current = _Current()
+
+
+class StaticHandle(KVHandle):
+    """What a static step's `update()` returns in place of keys or values: the new token of every sequence."""
+
+    def __init__(self, layer_idx: int, keys: Tensor, values: Tensor):
+        self.layer_idx = layer_idx
+        self.keys, self.values = keys, values
+        self.shape, self.dtype, self.device = keys.shape, keys.dtype, keys.device
+        self.stored = False  # set when attention first reads it
+
+
+@torch.library.custom_op("hardkv::static_attention", mutates_args=())
+def static_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layer_idx: int,
+    store: bool,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`StaticDecoding.attend` of the step under way, `[B, 1, Hq, Dv]`; what torch.compile traces in its place.
+
+    What it writes is in the pools, which no other operator of a forward reads.
+    """
+    decoding = _current.decoding
+    if decoding is None:
+        raise RuntimeError("hardkv::static_attention works within StaticDecoding.step() only")
+    out = decoding.attend(layer_idx, query, keys, values, store, scale=scale, softcap=softcap, sinks=sinks)
+    return out.transpose(1, 2).contiguous()
+
+
+@static_attention.register_fake
+def _(query: Tensor, keys: Tensor, values: Tensor, *rest: object) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], values.shape[-1])

@@ -1,0 +1,235 @@
+"""A model's decode step over the pools of a cache, as a CUDA graph where there is CUDA."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from hardkv.cache.static import StaticDecoding, StaticHandle
+
+if TYPE_CHECKING:
+    from hardkv.cache.cache import HardKVCache
+
+# Inputs of a step: those that change as we know, those that stay as they are, and those that the pools stand for.
+MOVING = ("input_ids", "position_ids")
+CONSTANT = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+REPLACED = ("past_key_values", "attention_mask")
+
+
+class UnknownLength(int):
+    """A length that grows while the code that asks for it runs only once: it can be compared, not computed with."""
+
+    def _refuse(self, *args: Any) -> Any:
+        raise NotImplementedError(
+            "this model computes with the length of its cache at every step, which a captured step cannot follow: "
+            "leave out custom_generate=graphed"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _refuse
+
+
+class StepLayer(CacheLayerMixin):
+    """What the model sees of a layer during a static step."""
+
+    is_sliding = False
+
+    def __init__(self, layer_idx: int, length: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.length = length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the pools hold what is stored."""
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[StaticHandle, StaticHandle]:
+        """Handles of keys `[B, H, 1, D]` and values `[B, H, 1, Dv]`, which attention takes."""
+        handle = StaticHandle(self.layer_idx, key_states, value_states)
+        return handle, handle
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of the new token alone, as attention reads no mask."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Some length above 0."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+class DecodeSteps:
+    """A model's decode step over the pools of one cache, captured where there is CUDA.
+
+    It runs once as it is, once compiled if it shall be, and is then captured. Outgrown pools, weights at other
+    addresses and inputs of other shapes lead to a new capture. Copies and pickles of a cache begin without.
+
+    Args:
+        model: whose forward runs. compiled: whether by `torch.compile`.
+    """
+
+    def __init__(self, model: Any, compiled: bool):
+        self._model = weakref.ref(model)
+        self.compiled = compiled
+        self.decoding: StaticDecoding | None = None
+        self.captures = self.replays = 0
+        self._inputs: dict[str, Any] = {}
+        self._forget()
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def _forget(self) -> None:
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        self._place: Any = None  # addresses that the graph was captured with
+        self._runs = 0  # uncaptured, with the inputs' shapes
+
+    def of(self, model: Any, compiled: bool) -> bool:
+        """Whether these are steps of that model."""
+        return self._model() is model and self.compiled == compiled
+
+    def prefilling(self, cache: "HardKVCache") -> AbstractContextManager[None]:
+        """Around a prefill: an empty cache that has pools fills them at once."""
+        return nullcontext() if self.decoding is None or cache.get_seq_length() else self.decoding.placing()
+
+    def start(self, cache: "HardKVCache", inputs: dict[str, Any], length: int) -> None:
+        """Get ready to step.
+
+        Args:
+            cache: after its prefill. inputs: what `prepare_inputs_for_generation` gives the model at the next step.
+            length: columns that the cache will have seen at most.
+
+        Raises:
+            NotImplementedError: an input whose next values are not known.
+        """
+        self._take({name: value for name, value in inputs.items() if name not in REPLACED})
+        layers = cache._compressed
+        for layer in layers:
+            if layer.event_due:  # held until all layers had read the keys
+                layer.compress()
+        if self.decoding is None or not self.decoding.fits(layers, length):
+            self._forget()
+            self.decoding = None  # before new pools are made
+            self.decoding = StaticDecoding(layers, length)
+        else:
+            self.decoding.hold()
+
+    def _take(self, inputs: dict[str, Any]) -> None:
+        """Give the inputs addresses that stay."""
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and name not in (*MOVING, *CONSTANT):
+                raise NotImplementedError(
+                    f"custom_generate=graphed does not know how {name!r} goes on from step to step: leave it out"
+                )
+        old = self._inputs
+        if old.keys() == inputs.keys() and all(_alike(old[name], value) for name, value in inputs.items()):
+            for name, value in inputs.items():
+                if isinstance(value, Tensor):
+                    old[name].copy_(value)
+            return
+        self._forget()
+        with torch.inference_mode(False):
+            self._inputs = {
+                name: torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value)
+                if isinstance(value, Tensor)
+                else value
+                for name, value in inputs.items()
+            }
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """One step: tokens `[B]` in, float32 logits `[B, vocabulary]` out, which the next step may overwrite.
+
+        Raises:
+            NotImplementedError: the forward cannot be captured, or compiled as a whole.
+        """
+        assert self.decoding is not None
+        self._inputs["input_ids"].copy_(tokens[:, None])
+        if tokens.device.type != "cuda":
+            logits = self._run()
+        elif self._runs <= self.compiled:  # kernels are built and workspaces made before anything is captured
+            side, here = torch.cuda.Stream(tokens.device), torch.cuda.current_stream(tokens.device)
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                logits = self._run()
+            here.wait_stream(side)
+            logits.record_stream(here)
+        else:
+            self._capture()
+            assert self._graph is not None
+            assert self._logits is not None
+            self._graph.replay()
+            self.replays += 1
+            logits = self._logits
+        self.decoding.steps += 1
+        return logits
+
+    def _run(self) -> Tensor:
+        """The step itself."""
+        model, decoding = self._model(), self.decoding
+        assert model is not None
+        assert decoding is not None
+        compiled = self.compiled and self._runs > 0  # the first run finds what the model asks the cache
+        forward = _compile(model) if compiled else model
+        length = 1 if compiled else UnknownLength(1)
+        layers = [StepLayer(idx, length) for idx in range(model.config.get_text_config(decoder=True).num_hidden_layers)]
+        with decoding.step():
+            try:
+                out = forward(**self._inputs, past_key_values=Cache(layers=layers), return_dict=True)
+            except torch._dynamo.exc.Unsupported as error:
+                raise NotImplementedError(
+                    f"the forward of {type(model).__name__} cannot be compiled as a whole: leave out compile=True"
+                ) from error
+            logits = out.logits[:, -1].float()
+            if "position_ids" in self._inputs:
+                self._inputs["position_ids"].add_(1)
+        self._runs += 1
+        return logits
+
+    def _capture(self) -> None:
+        """Have a graph that is captured with everything where it lies now."""
+        model, decoding = self._model(), self.decoding
+        assert model is not None
+        assert decoding is not None
+        place = decoding.addresses, tuple(each.data_ptr() for each in model.parameters())
+        if self._graph is not None and place == self._place:
+            return
+        self._graph = self._logits = None
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = self._run()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+                raise
+            raise NotImplementedError(
+                f"the forward of {type(model).__name__} cannot be captured in a CUDA graph: leave out "
+                "custom_generate=graphed"
+            ) from error
+        self._graph, self._logits, self._place = graph, logits, place
+        self.captures += 1
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held for the cache, for counting bytes."""
+        return [] if self.decoding is None else self.decoding.tensors()
+
+
+def _alike(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    return not isinstance(old, Tensor) and not isinstance(new, Tensor) and old == new
+
+
+def _compile(model: Any) -> Callable[..., Any]:
+    """The compiled forward, kept with the model."""
+    compiled = getattr(model, "_hardkv_compiled", None)
+    if compiled is None:
+        compiled = model._hardkv_compiled = torch.compile(model.forward, fullgraph=True, dynamic=False)
+    return compiled

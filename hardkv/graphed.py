@@ -1,0 +1,246 @@
+"""Decoding by replays of a CUDA graph: `model.generate(..., custom_generate=graphed)`.
+
+A decode step of transformers costs the host tens of milliseconds, far more than the bytes it moves take. Between two
+events nothing that a step reads changes its place, so the step is captured once and replayed
+(`hardkv.cache.steps`); the next token is drawn on the device, and the host reads one flag a step, one step late.
+"""
+
+import sys
+from collections import deque
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from hardkv.cache.cache import HardKVCache
+from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.steps import DecodeSteps
+from hardkv.kernels.attention import backend_for
+
+
+def generate(
+    model: Any, *args: Any, compile: bool = False, streamer: Any = None, tokenizer: Any = None, **kwargs: Any
+) -> Any:
+    """`model.generate(...)` by `graphed`, with a new HardKVCache unless `past_key_values` is given.
+
+    Args:
+        model: a transformers model that generates. compile: see `graphed`.
+        args, kwargs, streamer, tokenizer: as for `model.generate`.
+
+    Returns:
+        What `model.generate` returns.
+
+    Raises:
+        See `graphed`.
+    """
+    if kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = HardKVCache(config=model.config)
+    strings = kwargs.pop("stop_strings", None)  # generate() keeps the tokenizer to itself
+    if strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
+        criteria = [*(kwargs.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)]
+        kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
+    return model.generate(*args, custom_generate=partial(graphed, compile=compile, streamer=streamer), **kwargs)
+
+
+@torch.no_grad()
+def graphed(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    compile: bool = False,
+    **model_kwargs: Any,
+) -> "GenerateDecoderOnlyOutput | Tensor":
+    """Greedy search and sampling as `generate()` does them, with a captured decode step.
+
+    For `model.generate(..., past_key_values=HardKVCache(...), custom_generate=graphed)`; with `compile=True` there, the
+    `torch.compile`d forward is captured, whose logits differ by rounding. The prefill runs as always. A cache that is
+    used again, after `reset()` or for another turn, keeps its graph, and a new one needs a new capture. Where there is
+    no CUDA the same steps run uncaptured, and `stats()` says so.
+
+    Raises:
+        TypeError: `past_key_values` is no HardKVCache.
+        NotImplementedError: beams and the like, or a model or a cache whose steps cannot be captured.
+    """
+    cache = model_kwargs.get("past_key_values")
+    _refuse(model, cache, generation_config, synced_gpus)
+    assert isinstance(cache, HardKVCache)
+    if cache.steps is None or not cache.steps.of(model, compile):
+        cache.steps = DecodeSteps(model, compile)
+    with cache.steps.prefilling(cache):
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    loop = _Loop(logits_processor, stopping_criteria, generation_config, streamer or _streamer_of_caller())
+    with model._optimize_model_for_decode():
+        return loop.run(model, cache, input_ids, outputs, model_kwargs)
+
+
+def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool) -> None:
+    """Raise for what is not greedy search or sampling with a HardKVCache whose layers all have pools."""
+    what = type(model).__name__
+    if not isinstance(cache, HardKVCache):
+        raise TypeError(
+            f"custom_generate=graphed needs past_key_values=HardKVCache(config=model.config), got {type(cache).__name__}"
+        )
+    layers = {type(layer).__name__ for layer in cache.layers if type(layer) is not HardKVLayer}
+    devices = {parameter.device for parameter in model.parameters()}
+    refusals = {
+        "beams": config.num_beams > 1,
+        "assisted decoding": bool(config.prompt_lookup_num_tokens),
+        "output_attentions and output_hidden_states": config.output_attentions or config.output_hidden_states,
+        "synced_gpus": synced_gpus,
+        "offload=True": cache._offload is not None,
+        "a cache built without config=model.config": not cache.layers,
+        f"layers of {what} that HardKVCache does not compress ({', '.join(sorted(layers))})": bool(layers),
+        f"the latent attention of {what}": any(layer.latent for layer in cache._compressed),
+        f"{what} on several devices ({', '.join(sorted(map(str, devices)))})": len(devices) > 1,
+        f"the encoder and decoder of {what}": model.config.is_encoder_decoder,
+    }
+    for reason, refused in refusals.items():
+        if refused:
+            raise NotImplementedError(f"custom_generate=graphed does not work with {reason}: leave one of them out")
+    (device,) = devices
+    if device.type == "cuda" and (backend := backend_for(cache.settings.attention, device, model.dtype)) != "triton":
+        raise NotImplementedError(
+            f"custom_generate=graphed captures Triton's attention only, and attention={cache.settings.attention!r} is "
+            f"{backend!r} here: pip install 'hardkv[triton]' and take attention='auto'"
+        )
+
+
+def _streamer_of_caller() -> Any:
+    """The streamer of the `generate()` that called, which hands none on to a function of the user's own."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back
+    return None
+
+
+class _Flight:
+    """Whether all sequences have ended, and their newest tokens, on the way to the host."""
+
+    def __init__(self, ended: Tensor, tokens: Tensor | None):
+        device = ended.device
+        self._landed: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (ended, tokens) if t is not None]
+            for mine, theirs in zip(pinned, (ended, tokens), strict=False):
+                mine.copy_(theirs, non_blocking=True)
+            ended, tokens = pinned[0], pinned[1] if tokens is not None else None
+            self._landed = torch.cuda.Event()
+            self._landed.record(torch.cuda.current_stream(device))
+        self._ended, self._tokens = ended, tokens
+
+    def land(self, streamer: Any) -> bool:
+        """Wait, stream the tokens, and tell whether all sequences have ended."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        if streamer is not None:
+            assert self._tokens is not None
+            streamer.put(self._tokens.cpu())
+        return bool(self._ended)
+
+
+class _Loop:
+    """The part of `generate()` after the prefill."""
+
+    def __init__(self, logits_processor: Any, stopping_criteria: Any, config: Any, streamer: Any):
+        self.logits_processor = logits_processor
+        self.stopping_criteria = stopping_criteria
+        self.config = config
+        self.streamer = streamer
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.in_flight: deque[_Flight] = deque()
+
+    def run(
+        self, model: Any, cache: HardKVCache, ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]
+    ) -> "GenerateDecoderOnlyOutput | Tensor":
+        """Draw tokens and step until every sequence has ended."""
+        steps = cache.steps
+        assert steps is not None
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        del outputs  # may hold logits of the whole prompt
+        length = self.stopping_criteria.max_length
+        columns = cache.get_seq_length() + (length or self.config.max_length) - ids.shape[1]
+        unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
+        behind = int(ids.device.type == "cuda")  # how many flags the host does not wait for
+        started = False
+        try:
+            while True:
+                tokens, ids, unfinished = self._draw(logits, ids, unfinished)
+                full = length is not None and ids.shape[1] >= length
+                ended = self._land(0 if full else behind)
+                if ended and self.in_flight:  # the newest token comes of a step too many
+                    self._undo(steps)
+                    ids = ids[:, :-1]
+                if ended:
+                    break
+                if not started:
+                    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
+                    steps.start(cache, inputs, columns)
+                    started = True
+                logits = steps(tokens)
+                if steps.decoding.event_due:
+                    if self._land(0):
+                        steps.decoding.take_back()
+                        break
+                    with cache._whole_or_broken():
+                        steps.decoding.compress()
+        except BaseException:
+            if started and cache._broken is None:
+                steps.decoding.recover()
+            raise
+        if started:
+            steps.decoding.settle()
+        if self.streamer is not None:
+            self.streamer.end()
+        if not self.config.return_dict_in_generate:
+            return ids
+        return GenerateDecoderOnlyOutput(
+            sequences=ids,
+            scores=tuple(self.scores) if self.config.output_scores else None,
+            logits=tuple(self.logits) if self.config.output_logits else None,
+            past_key_values=cache,
+        )
+
+    def _draw(self, logits: Tensor, ids: Tensor, unfinished: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The next token of every sequence `[B]`, all tokens so far, and which sequences go on."""
+        config = self.config
+        scores = self.logits_processor(ids, logits)
+        if config.return_dict_in_generate and config.output_scores:
+            self.scores.append(scores.clone())
+        if config.return_dict_in_generate and config.output_logits:
+            self.logits.append(logits.clone())
+        if config.do_sample:
+            tokens = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
+        else:
+            tokens = scores.argmax(-1)
+        if any(hasattr(criterion, "eos_token_id") for criterion in self.stopping_criteria):
+            pad = config._pad_token_tensor.to(ids.device)
+            tokens = tokens * unfinished + pad * (1 - unfinished)
+        ids = torch.cat([ids, tokens[:, None]], -1)
+        unfinished = unfinished & ~self.stopping_criteria(ids, tuple(self.scores))
+        self.in_flight.append(_Flight(unfinished.max() == 0, None if self.streamer is None else tokens))
+        return tokens, ids, unfinished
+
+    def _land(self, left: int) -> bool:
+        """Read flags, all but the newest `left`, until one says that every sequence has ended."""
+        while len(self.in_flight) > left:
+            if self.in_flight.popleft().land(self.streamer):
+                return True
+        return False
+
+    def _undo(self, steps: DecodeSteps) -> None:
+        assert steps.decoding is not None
+        steps.decoding.take_back()
+        self.scores, self.logits = self.scores[:-1], self.logits[:-1]
