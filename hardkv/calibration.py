@@ -135,7 +135,7 @@ def calibrate(
     finally:
         for module, training in modes.items():
             module.training = training
-    counts = torch.tensor(edges) + window + sinks
+    counts = torch.tensor(edges, device="cpu") + window + sinks
     digest = hashlib.sha256()
     for ids in batches:
         digest.update(ids.cpu().numpy().tobytes())
@@ -192,7 +192,7 @@ def _token_batches(model: Any, texts: Any, tokenizer: Any, length: int) -> list[
         if tokenizer is None:
             tokenizer = _load_tokenizer(model)
         ids = tokenizer(text, truncation=True, max_length=length).input_ids
-        batches.append(torch.tensor([ids]))
+        batches.append(torch.tensor([ids], device="cpu"))
     return batches
 
 

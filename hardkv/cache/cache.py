@@ -453,7 +453,7 @@ class HardKVCache(DynamicCache):
             raise ValueError(f"tier={tier!r} must be None or one of {TIERS}")
         layers = [layer.tiers.lengths(tier).cpu() for layer in self._compressed if layer.tiers is not None]
         if not layers:
-            return torch.zeros(0, 0, 0, dtype=torch.int64)
+            return torch.zeros(0, 0, 0, dtype=torch.int64, device="cpu")
         heads = max(layer.shape[1] for layer in layers)
         return torch.stack([F.pad(layer, (0, heads - layer.shape[1])) for layer in layers])
 

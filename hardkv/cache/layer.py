@@ -96,6 +96,8 @@ class HardKVLayer(CacheLayerMixin):
         return HeldStates(shape, self.dtype, self.device)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.offloading is not None and self.is_initialized and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # copies to the host may be under way
         return self.__dict__ | {"_module": None}  # weak references cannot be pickled
 
     def __repr__(self) -> str:
@@ -419,7 +421,7 @@ class HardKVLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch."""
         if self.seen:
-            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given sequences of the batch, in that order (int64, or bool over the batch)."""

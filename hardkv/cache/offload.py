@@ -15,9 +15,10 @@ from hardkv.cache.tiers import RaggedTier, Tiers
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """The tensor in host memory, pinned if it comes from a CUDA device; complete on return."""
+    """The tensor in host memory; pinned if it comes from a CUDA device, whose current stream may still be copying."""
     if tensor.device.type == "cuda":
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+        home = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        return home.copy_(tensor, non_blocking=True)
     return tensor.cpu()
 
 

@@ -64,7 +64,7 @@ class RiskCurves:
         mean = (total[..., None, 1:] - total[..., :-1, None]) / span.masked_fill(span <= 0, torch.inf)
         forward = span > 0
         best = mean.masked_fill(~forward, -torch.inf).flip(-1).cummax(-1).values.flip(-1)  # over all b >= k
-        rows = torch.arange(width.shape[0])
+        rows = torch.arange(width.shape[0], device=width.device)
         reached = rows[:, None] <= rows  # a <= k
         return best.masked_fill(~reached, torch.inf).amin(-2).clamp_min(0.0)
 
@@ -79,10 +79,10 @@ class RiskCurves:
         """
         length = self.length
         far = [math.ceil(length * 2 ** (step / 4)) for step in range(1, 4 * FAR.bit_length())]
-        counts = torch.cat([self.counts, torch.tensor(sorted({n for n in far if length < n < FAR} | {FAR}))])
+        counts = torch.cat([self.counts, self.counts.new_tensor(sorted({n for n in far if length < n < FAR} | {FAR}))])
         middle = _middle(counts)
         known = self.counts.shape[0] - 1
-        x, gains = middle[:known], self.gains / reach(middle[:known], torch.tensor(length)).clamp_min(1e-3)
+        x, gains = middle[:known], self.gains / reach(middle[:known], middle.new_tensor(length)).clamp_min(1e-3)
         fitted = self.counts.diff() * ((x >= length / 8) & (x <= length * 3 / 4)) * (gains > 0)  # [L, H, K - 1]
         total = fitted.sum(-1, keepdim=True)
         log_x, log_y = x.log(), gains.clamp_min(torch.finfo(torch.float64).tiny).log()
@@ -214,7 +214,7 @@ class Risk(FixedTotal):
 
     def allocation(self, curves: RiskCurves, length: int, num_protected: int) -> Tensor:
         """The counts `[L, H]` of a sequence of `length` tokens, protected ones (`num_protected` a head) included."""
-        at = torch.tensor([length]), torch.tensor([num_protected])
+        at = curves.counts.new_tensor([length]), curves.counts.new_tensor([num_protected])
         return torch.cat([budget.totals(*at) for budget in self.for_layers(curves)])
 
     def counts(self, ranking: Ranking) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hardkv import HardKVCache
+from hardkv import HardKVCache, calibrate
 from tests.cache.test_modes import EVICT, HOLD_ALL, greedy, held, step
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -368,3 +368,23 @@ def test_columns_taken_back_from_a_pinned_prompt_are_no_longer_pinned(tiny_model
     for head in cache.kept(0)[0]:
         assert head[:10].tolist() == list(range(10))
         assert head[10] > 13
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_nothing_is_made_on_the_default_device(offload, tiny_model, tiny_prompts, run_generate):
+    """Users set it to where their model is, or not: here to where tensors hold no numbers."""
+    model, inputs = tiny_model("qwen3"), tiny_prompts(3)
+    texts = [tiny_prompts(1, length=40)["input_ids"][0].cpu()]
+    settings = {"window": 4, "sinks": 1, "interval": 3, "scorer": "attention"}
+    results = []
+    for device in (torch.get_default_device(), torch.device("meta")):
+        with device:
+            calibration = calibrate(model, texts, progress=False, **settings)
+            cache = HardKVCache(config=model.config, budget=8, calibration=calibration, offload=offload, **settings)
+            assert cache.lengths().tolist() == []
+            _, logits = run_generate(model, cache, inputs, 8)
+            cache.batch_repeat_interleave(2)
+            cache.crop(-1)
+            results.append((logits, cache.lengths(), calibration.risk, calibration.counts, calibration.curves.gains))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
