@@ -274,7 +274,7 @@ def test_more_elements_than_int32_counts():
     many = torch.zeros(before + length, dim, dtype=keys.dtype, device="cuda")
     many[before:] = keys
     options = {"num_kv_heads": 1, "scale": dim**-0.5}
-    alone = window_attention(*last, cumulative(torch.tensor([length], device="cuda")), length, **options)
+    alone = window_attention(*last, cumulative(torch.tensor([length], device="cuda")), **options)
     found = window_attention(
         queries.repeat(1, 2, 1, 1),
         query_positions,
@@ -282,7 +282,6 @@ def test_more_elements_than_int32_counts():
         many,
         torch.cat([torch.zeros(before, dtype=torch.int32, device="cuda"), positions]),
         cumulative(torch.tensor([before, length], device="cuda")),
-        before,
         **{**options, "num_kv_heads": 2},
     )
     torch.testing.assert_close(found[before:], alone, rtol=1e-4, atol=0)
