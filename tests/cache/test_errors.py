@@ -9,19 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
+    AutoModelForSeq2SeqLM,
     DynamicCache,
     EncoderDecoderCache,
-    T5Config,
-    T5ForConditionalGeneration,
+    PreTrainedModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, HardKVConfig, UnroutedKVError
 from hardkv.selectors import RKV, SCORERS, AdaKV, Adaptive, Attention, Pyramid, SnapKV, TopK, TopP, register_scorer
+from tests.models.tiny import tiny_config
+from tests.models.tiny import tiny_model as make_model
 
 EVICT: dict[str, Any] = {"budget": 8, "window": 4, "sinks": 1, "interval": 3}
 
@@ -54,15 +52,6 @@ def held(cache: HardKVCache) -> list[Any]:
     kept = [[[head.tolist() for head in heads] for heads in cache.kept(idx)] for idx in layers]
     lengths = [layer.get_seq_length() for layer in cache.layers]
     return [kept, lengths, cache.lengths("sparse").tolist(), cache.nbytes(), cache.stats().events]
-
-
-def randomized(model: torch.nn.Module) -> torch.nn.Module:
-    """Normal weights, so that attention is uneven; norms keep theirs."""
-    generator = torch.Generator().manual_seed(0)
-    for path, parameter in model.named_parameters():
-        if "norm" not in path:
-            parameter.normal_(0, 0.2, generator=generator)
-    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -294,40 +283,15 @@ def test_a_handle_of_an_earlier_forward(tiny_model, tiny_prompts):
 # ---------------------------------------------------------------------------------------------- models
 
 
-def bart(attn: str = "sdpa") -> BartForConditionalGeneration:
-    config = BartConfig(
-        vocab_size=98,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=1,
+def encoder_decoder(model_type: str, attn: str = "sdpa") -> PreTrainedModel:
+    return make_model(
+        model_type,
+        attn=attn,
+        kind=AutoModelForSeq2SeqLM,
+        is_decoder=False,
         decoder_start_token_id=1,
         forced_eos_token_id=None,
     )
-    config._attn_implementation = attn
-    return randomized(BartForConditionalGeneration(config))
-
-
-def t5() -> T5ForConditionalGeneration:
-    config = T5Config(
-        vocab_size=98,
-        d_model=32,
-        d_kv=8,
-        num_layers=2,
-        num_heads=4,
-        d_ff=32,
-        pad_token_id=0,
-        eos_token_id=None,
-        decoder_start_token_id=0,
-    )
-    return randomized(T5ForConditionalGeneration(config))
 
 
 def decode(model, inputs, cache, **options) -> Any:
@@ -342,16 +306,16 @@ def decode(model, inputs, cache, **options) -> Any:
 
 
 def test_an_encoder_decoder_model_with_a_bare_cache(tiny_prompts):
-    model = bart()
+    model = encoder_decoder("bart")
     with pytest.raises(RuntimeError, match=r"EncoderDecoderCache\(HardKVCache\(...\), DynamicCache\(\)\)"):
         decode(model, tiny_prompts(3), HardKVCache(config=model.config))
-    model = t5()
+    model = encoder_decoder("t5")
     with pytest.raises(NotImplementedError, match="position_bias|EncoderDecoderCache"):
         decode(model, tiny_prompts(3), HardKVCache(config=model.config))
 
 
 def test_position_bias_is_refused(tiny_prompts):
-    model = t5()
+    model = encoder_decoder("t5")
     cache = HardKVCache(config=model.config)
     with pytest.raises(NotImplementedError, match=r"'position_bias' \(T5Attention\): use DynamicCache"):
         decode(model, tiny_prompts(3), EncoderDecoderCache(cache, DynamicCache()))
@@ -360,7 +324,7 @@ def test_position_bias_is_refused(tiny_prompts):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_an_encoder_decoder_model_with_its_cache(options, tiny_prompts):
-    model = bart()
+    model = encoder_decoder("bart")
     expected = decode(model, tiny_prompts(3), EncoderDecoderCache(DynamicCache(), DynamicCache()), **options)
     for config in (model.config, None):
         cache = HardKVCache(config=config, **(EVICT | {"budget": 100}))
@@ -375,39 +339,14 @@ def test_an_encoder_decoder_model_with_its_cache(options, tiny_prompts):
 
 def test_an_eager_encoder_decoder_model_names_the_way_out(tiny_prompts):
     """Its decoder config is made anew at every call, so that nothing can be switched; sdpa works."""
-    model = bart("eager")
+    model = encoder_decoder("bart", "eager")
     cache = HardKVCache(config=model.config)
     with pytest.raises(UnroutedKVError, match="sdpa"):
         decode(model, tiny_prompts(1), EncoderDecoderCache(cache, DynamicCache()))
 
 
-def latent_config() -> DeepseekV3Config:
-    return DeepseekV3Config(
-        vocab_size=98,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
-        num_experts_per_tok=2,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        v_head_dim=8,
-        qk_nope_head_dim=8,
-        first_k_dense_replace=1,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=1,
-    )
-
-
 def test_latent_attention_needs_the_config(tiny_prompts):
-    model = randomized(DeepseekV3ForCausalLM(latent_config()))
+    model = make_model("deepseek_v3")
     cache = HardKVCache()
     with pytest.raises(UnroutedKVError, match=r"'linear'.*HardKVCache\(config=model.config\)"):
         model(**tiny_prompts(3), past_key_values=cache)
@@ -438,7 +377,7 @@ def projected(keys, values, weight):
 )
 def test_latents_that_a_model_expands_in_its_own_way(expand, match, tiny_model):
     """What is not transformers' `expand_kv` cannot be absorbed by queries, and must not pass for it."""
-    cache, new = HardKVCache(config=latent_config()), torch.randn(1, 1, 3, 8)
+    cache, new = HardKVCache(config=tiny_config("deepseek_v3")), torch.randn(1, 1, 3, 8)
     module = tiny_model("llama", "sdpa").model.layers[0].self_attn
     keys, values = cache.update(new, new, 0)
     with pytest.raises(UnroutedKVError, match=match):

@@ -16,11 +16,12 @@ import torch
 import transformers.cache_utils
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, NemotronHConfig, NemotronHForCausalLM
+from transformers import DynamicCache
 
 import hardkv.cache
 from hardkv import HardKVCache
 from hardkv.selectors import AdaKV
+from tests.models.tiny import tiny_model as make_model
 
 SAMPLES = int(os.environ.get("HARDKV_FAULTS", "6"))
 EVICT: dict[str, Any] = {"budget": AdaKV(8), "window": 3, "sinks": 1, "interval": 3, "patience": 1}
@@ -77,35 +78,15 @@ class Interrupt:
         return self.line
 
 
-@torch.no_grad()
-def lfm2(layer_types: list[str]) -> torch.nn.Module:
-    """Short convolutions among full attention."""
-    config = Lfm2Config(
-        vocab_size=98,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=len(layer_types),
-        layer_types=layer_types,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    model = Lfm2ForCausalLM(config).eval()
-    generator = torch.Generator("cpu").manual_seed(0)
-    for path, parameter in model.named_parameters():
-        if "norm" not in path:
-            parameter.normal_(0, 0.2, generator=generator)
-    return model
-
-
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "one layer": ("llama", {"num_hidden_layers": 1}),
     "two layers": ("llama", {"num_hidden_layers": 2}),
     "sliding last": ("gemma3", {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}),
     "sliding first": ("gemma3", {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}),
-    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
+    "convolutions": (
+        "lfm2",
+        {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": [1, 3]},
+    ),
 }
 
 
@@ -223,7 +204,7 @@ def refuses(model, cache) -> bool:
 @pytest.fixture(scope="module")
 def models(tiny_model):
     return {
-        name: lfm2(**overrides) if kind == "lfm2" else tiny_model(kind, "sdpa", **overrides)
+        name: make_model(kind, **overrides) if kind == "lfm2" else tiny_model(kind, "sdpa", **overrides)
         for name, (kind, overrides) in MODELS.items()
     }
 
@@ -329,7 +310,7 @@ def test_a_forward_that_dies_between_linear_layers(path, start):
     """Their states have no length to tell how far it came; here no attention layer follows the last of them."""
     if start == "prompt" and path != "layers.0" and not hasattr(transformers.cache_utils, "DummyLayer"):
         pytest.skip("transformers 5.17 has linear layers that no model uses, so one that was not reached says nothing")
-    model = lfm2(["conv", "full_attention", "conv"])
+    model = make_model("lfm2")  # a convolution, attention, a convolution
     cache = HardKVCache(config=model.config, **EVICT) if start == "prompt" else filled(model)
     hook = model.get_submodule(f"model.{path}").register_forward_hook(out_of_memory)
     try:
@@ -391,26 +372,9 @@ def test_a_chunk_that_fails_leaves_the_window_that_the_next_event_reads(models, 
 
 def test_no_false_alarm_in_a_hybrid_with_layers_that_hold_nothing():
     """Mamba, attention and layers without a cache: whole forwards, and reordering between them, are not refused."""
-    config = NemotronHConfig(
-        vocab_size=98,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        layers_block_type=["mamba", "mlp", "attention", "mlp", "mamba"],
-        mamba_num_heads=4,
-        mamba_head_dim=8,
-        ssm_state_size=8,
-        n_groups=2,
-        chunk_size=4,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    model = NemotronHForCausalLM(config).eval()
-    cache = HardKVCache(config=config, **(EVICT | {"budget": 1000}))
-    dense = DynamicCache(config=config)
+    model = make_model("nemotron_h", layers_block_type=["mamba", "mlp", "attention", "mlp", "mamba"])
+    cache = HardKVCache(config=model.config, **(EVICT | {"budget": 1000}))
+    dense = DynamicCache(config=model.config)
     for action in (prompt, token, reorder, token, token, token):
         actual, expected = action(model, cache), action(model, dense)
         if action is not reorder:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM
+from transformers import DynamicCache
 
 from hardkv import HardKVCache
-from tests.cache.test_routing import hybrid, randomized
+from tests.models.tiny import tiny_model as make_model
 
 EVICT = {"budget": 8, "window": 4, "sinks": 1, "interval": 3}
 MODELS = [("llama", "sdpa"), ("qwen3", "eager"), ("gpt2", "sdpa"), ("gemma3", "sdpa")]
@@ -69,12 +69,9 @@ def test_nothing_to_refuse_without_a_graph(tiny_model, tiny_prompts):
 
 
 def test_a_gradient_to_the_models_sinks_alone_is_refused(tiny_prompts):
-    config = GptOssConfig(**hybrid(num_local_experts=4, num_experts_per_tok=2))
-    config._attn_implementation = "eager"
-    with torch.no_grad():
-        model = randomized(GptOssForCausalLM(config)).requires_grad_(False)
+    model = make_model("gpt_oss", attn="eager").requires_grad_(False)
     model.model.layers[1].self_attn.sinks.requires_grad_(True)
-    cache = HardKVCache(config=config, **EVICT)
+    cache = HardKVCache(config=model.config, **EVICT)
     model(**tiny_prompts(1), past_key_values=cache)
     logits = model(torch.tensor([[9]]), past_key_values=cache).logits
     assert not any(tensor.requires_grad for tensor in stored(cache))

@@ -11,12 +11,6 @@ import transformers.modeling_flash_attention_utils as flash
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3nForCausalLM,
-    Gemma3nTextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
     LogitsProcessor,
 )
 from transformers.integrations import hub_kernels
@@ -26,13 +20,11 @@ from hardkv.selectors import AdaKV, Adaptive
 from tests.cache.test_routing import (
     EVICT,
     HOLD_ALL,
-    VOCABULARY,
     assert_parity,
     assert_same_logits,
     generate,
-    hybrid,
-    randomized,
 )
+from tests.models.tiny import tiny_model as make_model
 
 
 @pytest.fixture(autouse=True)
@@ -208,33 +200,17 @@ def test_attention_weights_are_those_of_the_first_forward(tiny_model, tiny_promp
 
 
 def test_softcap(tiny_prompts):
-    config = Gemma2Config(**hybrid(attn_logit_softcapping=2.0, query_pre_attn_scalar=8))
-    config._attn_implementation = "eager"
-    assert_parity(randomized(Gemma2ForCausalLM(config)), tiny_prompts(3))
+    assert_parity(make_model("gemma2", attn="eager", attn_logit_softcapping=2.0), tiny_prompts(3))
 
 
 def test_attention_sinks(tiny_prompts):
-    config = GptOssConfig(**hybrid(num_local_experts=4, num_experts_per_tok=2))
-    config._attn_implementation = "eager"
-    model = randomized(GptOssForCausalLM(config))
-    for layer in model.model.layers:
-        layer.self_attn.sinks.normal_(0, 1)  # large enough to matter
-    assert_parity(model, tiny_prompts(3))
+    assert_parity(make_model("gpt_oss", attn="eager"), tiny_prompts(3))
 
 
 def test_layers_that_share_keys_and_values(tiny_prompts):
     """The last two layers of Gemma 3n read what the last sliding and the last full layer stored."""
-    config = Gemma3nTextConfig(
-        **hybrid(
-            num_kv_shared_layers=2,
-            vocab_size_per_layer_input=VOCABULARY,
-            hidden_size_per_layer_input=8,
-            laurel_rank=4,
-            activation_sparsity_pattern=None,
-            intermediate_size=[48] * 4,
-        )
-    )
-    model = randomized(Gemma3nForCausalLM(config))
+    model = make_model("gemma3n_text")
+    config = model.config
     expected = generate(model, tiny_prompts(3), DynamicCache(config=config), max_new_tokens=20)
     cache = HardKVCache(config=config, **HOLD_ALL)
     assert_same_logits(generate(model, tiny_prompts(3), cache, max_new_tokens=20), expected)

@@ -12,14 +12,13 @@ import weakref
 
 import pytest
 import torch
-from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from hardkv import HardKVCache, HardKVConfig
 from hardkv.cache import offload
 from hardkv.selectors import AdaKV
 from tests.cache.following import Follower
 from tests.cache.test_modes import EVICT, MODELS, MODES, extended, greedy, held, look_up, repetitive, step
-from tests.cache.test_routing import hybrid, randomized
+from tests.models.tiny import tiny_model as make_model
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -137,12 +136,8 @@ def test_held_events_crop_and_drafts(transfers, tiny_model):
 
 def test_layers_that_share_keys_and_values(transfers, tiny_prompts):
     """Gemma 3n's last layers read what an earlier layer stored: its tiers come again."""
-    sharing = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 98, "hidden_size_per_layer_input": 8}
-    config = Gemma3nTextConfig(
-        **hybrid(**sharing, laurel_rank=4, activation_sparsity_pattern=None, intermediate_size=[48] * 4)
-    )
-    model = randomized(Gemma3nForCausalLM(config))
-    plain, away = (HardKVCache(config=config, offload=flag, **EVICT) for flag in (False, True))
+    model = make_model("gemma3n_text")
+    plain, away = (HardKVCache(config=model.config, offload=flag, **EVICT) for flag in (False, True))
     expected = greedy(model, tiny_prompts(3), plain, max_new_tokens=12)
     assert torch.equal(greedy(model, tiny_prompts(3), away, max_new_tokens=12), expected)
     assert away.lengths().equal(plain.lengths())
@@ -258,6 +253,26 @@ def test_on_a_gpu(mode, tiny_model, tiny_prompts):
                 assert tensor.device.type == "cpu"
                 assert tensor.is_pinned() or not tensor.numel()
                 assert torch.equal(tensor, getattr(mine, name).cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_host_does_not_wait_for_what_leaves(tiny_model, tiny_prompts):
+    """And a copy of the cache is whole all the same."""
+    model, inputs = tiny_model("llama").cuda(), {name: tensor.cuda() for name, tensor in tiny_prompts(3).items()}
+    cache = HardKVCache(config=model.config, offload=True, **EVICT)
+    model(**inputs, past_key_values=cache)
+    layer = cache.layers[0]
+    layer.tiers = layer.offloading.arrive(0, layer.tiers, layer.device)
+    here = layer.tiers.condensed
+    layer.offloading.forget()  # so that it counts as new
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # cycles, about half a second
+    layer.tiers = layer.offloading.leave(0, layer.tiers)
+    assert not torch.cuda.current_stream().query()
+    twin = copy.deepcopy(cache).layers[0].tiers.condensed
+    assert torch.equal(twin.keys, here.keys.cpu())
+    assert torch.equal(twin.values, here.values.cpu())
 
 
 class Stream:

@@ -17,6 +17,7 @@ from transformers import (
     DynamicCache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
 )
 from transformers.integrations.eager_paged import eager_paged_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, UnroutedKVError
+from tests.models.tiny import random_normal, randomize, tiny_arguments
 
 VOCABULARY = 98
 HOLD_ALL = dict(budget=1000, window=4, sinks=1, interval=3)  # an event every 3 tokens, and nothing is lost
@@ -34,37 +36,6 @@ EVICT = dict(budget=8, window=4, sinks=1, interval=3)
 def no_grad():
     with torch.no_grad():
         yield
-
-
-def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Normal weights, so that attention is uneven; norms keep theirs."""
-    generator = torch.Generator().manual_seed(seed)
-    for path, parameter in model.named_parameters():
-        if "norm" not in path:
-            parameter.normal_(0, 0.2, generator=generator)
-    return model.eval()
-
-
-def hybrid(**arguments: Any) -> dict[str, Any]:
-    """Config arguments of a tiny decoder with a sliding window in every second layer."""
-    return (
-        dict(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            num_hidden_layers=4,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            sliding_window=6,
-            max_position_embeddings=512,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=None,
-        )
-        | arguments
-    )
 
 
 def generate(model: Any, inputs: dict[str, Tensor], cache: Any, **options: Any) -> Any:
@@ -171,7 +142,7 @@ def test_the_config_of_a_registered_implementation_is_untouched(tiny_model, tiny
 
 
 def image_model(attn: str) -> Gemma3ForConditionalGeneration:
-    text = hybrid(query_pre_attn_scalar=8)
+    text = tiny_arguments(Gemma3TextConfig())
     vision = dict(
         hidden_size=16,
         intermediate_size=16,
@@ -191,7 +162,7 @@ def image_model(attn: str) -> Gemma3ForConditionalGeneration:
         pad_token_id=0,
         eos_token_id=None,
     )
-    model = randomized(Gemma3ForConditionalGeneration(config))
+    model = randomize(Gemma3ForConditionalGeneration(config).eval())
     model.set_attn_implementation(attn)
     return model
 
@@ -206,7 +177,7 @@ def test_images_are_seen_both_ways_and_only_the_text_config_is_switched(attn):
         "input_ids": ids,
         "attention_mask": (ids != 0).long(),
         "token_type_ids": (ids == 96).long(),
-        "pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)),
+        "pixel_values": random_normal(2, 3, 28, 28),
     }
     assert_parity(model, inputs)
     assert model.config.vision_config._attn_implementation == attn

@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hardkv import HardKVCache
 from hardkv.cache.handles import KVHandle
-from tests.models.tiny import PAD, VOCABULARY, tiny_model
+from tests.models.tiny import PAD, random_ids, tiny_model
 
 PROMPT, NEW = 12, 12
 HOLD_ALL: dict[str, Any] = {"budget": 1000, "window": 4, "sinks": 1, "interval": 3}
@@ -65,8 +65,7 @@ class Forced(LogitsProcessor):
 
 def run(model: PreTrainedModel, cache: Any, **inputs: Any) -> Tensor:
     """Logits `[NEW, 2, V]` of generate() over given random tokens, the first row left-padded."""
-    generator = torch.Generator("cpu").manual_seed(1)
-    tokens = torch.randint(2, VOCABULARY - 8, (2, PROMPT + NEW), generator=generator)
+    tokens = random_ids(2, PROMPT + NEW)
     attention_mask = torch.ones(2, PROMPT, dtype=torch.long)
     tokens[0, : PROMPT // 3] = PAD
     attention_mask[0, : PROMPT // 3] = 0

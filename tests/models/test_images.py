@@ -19,7 +19,7 @@ from transformers import (
 
 from hardkv import HardKVCache
 from tests.models.probe import EVICT, PROMPT, SUPPORTED, probe_model, run
-from tests.models.tiny import PAD, VOCABULARY, randomize
+from tests.models.tiny import PAD, VOCABULARY, random_ids, random_normal, randomize
 
 IMAGE = 96  # the placeholder of one image token
 TEXT: dict[str, Any] = {
@@ -44,13 +44,9 @@ VISION: dict[str, Any] = {
 }
 
 
-def pictures(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
 def prompt(image_tokens: int) -> dict[str, Tensor]:
     """Two rows with a picture each, the first left-padded."""
-    ids = torch.randint(2, VOCABULARY - 8, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+    ids = random_ids(2, PROMPT)
     ids[:, 4 : 4 + image_tokens] = IMAGE
     ids[0, :3] = PAD
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
@@ -70,7 +66,7 @@ def gemma3() -> tuple[PreTrainedModel, dict[str, Tensor]]:
         eos_token_id=None,
     )
     inputs = prompt(4)
-    inputs |= {"pixel_values": pictures(2, 3, 28, 28), "token_type_ids": (inputs["input_ids"] == IMAGE).long()}
+    inputs |= {"pixel_values": random_normal(2, 3, 28, 28), "token_type_ids": (inputs["input_ids"] == IMAGE).long()}
     return Gemma3ForConditionalGeneration(config), inputs
 
 
@@ -82,7 +78,7 @@ def llava() -> tuple[PreTrainedModel, dict[str, Tensor]]:
         vision_feature_layer=-1,
         pad_token_id=PAD,
     )
-    return LlavaForConditionalGeneration(config), prompt(4) | {"pixel_values": pictures(2, 3, 28, 28)}
+    return LlavaForConditionalGeneration(config), prompt(4) | {"pixel_values": random_normal(2, 3, 28, 28)}
 
 
 def qwen2_5_vl() -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -105,7 +101,7 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, dict[str, Tensor]]:
     inputs = prompt(4)
     inputs["input_ids"][:, 3] = 94  # a picture starts
     inputs["attention_mask"][:, 3] = 1
-    inputs |= {"pixel_values": pictures(2 * 16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    inputs |= {"pixel_values": random_normal(2 * 16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
     return Qwen2_5_VLForConditionalGeneration(config), inputs
 
 
@@ -124,7 +120,7 @@ def mllama() -> tuple[PreTrainedModel, dict[str, Tensor]]:
         image_token_index=IMAGE,
     )
     inputs = prompt(1) | {
-        "pixel_values": pictures(2, 1, 1, 3, 28, 28),
+        "pixel_values": random_normal(2, 1, 1, 3, 28, 28),
         "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
         "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
         "cross_attention_mask": torch.ones(2, PROMPT, 1, 1, dtype=torch.long),
@@ -135,7 +131,7 @@ def mllama() -> tuple[PreTrainedModel, dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("build", "compressed"), [(gemma3, 2), (llava, 3), (qwen2_5_vl, 3), (mllama, 2)], ids=lambda value: str(value)
 )
-def test_pictures(build, compressed):
+def test_random_normal(build, compressed):
     model, inputs = build()
     randomize(model.eval())
     verdict = probe_model(model, **inputs)

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from hardkv import HardKVCache, calibrate
 from hardkv.cache.hybrid import HybridLayer
 from tests.models.probe import EVICT, HOLD_ALL, NEW, PROMPT, Recording, assert_near, oracle_run, run
-from tests.models.tiny import tiny_model
+from tests.models.tiny import random_ids, tiny_model
 
 HYBRIDS = ["falcon_h1", "zamba2", "zaya"]  # all layers; some; with two states
 LATENT = ["deepseek_v2", "deepseek_v3", "kimi_linear"]
@@ -24,7 +24,7 @@ def no_grad():
 
 def beams(model, cache):
     """Scores and tokens of beam search, which reorders the cache."""
-    ids = torch.randint(2, 90, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+    ids = random_ids(2, PROMPT)
     return model.generate(
         input_ids=ids, past_key_values=cache, max_new_tokens=NEW, num_beams=3, do_sample=False
     )  # [2, PROMPT + NEW]
@@ -84,7 +84,7 @@ def test_states_that_cannot_go_back_leave_the_cache_as_it_was():
 def test_calibration(model_type, tmp_path):
     """Survey layers carry states, rank latents, and know heads of more than one size."""
     model = tiny_model(model_type)
-    texts = [torch.randint(2, 90, (60,), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    texts = [random_ids(60, seed=seed) for seed in range(2)]
     calibration = calibrate(model, texts, window=4, sinks=1, interval=3, scorer="attention", progress=False)
     calibration.save(tmp_path / "calibration.safetensors")
     settings = EVICT | {"calibration": tmp_path / "calibration.safetensors"}
@@ -134,7 +134,7 @@ def test_latents_in_double_precision(scorer):
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_linear", "falcon_h1"])
 def test_the_prompt_in_chunks(model_type, chunks):
     model = tiny_model(model_type)
-    ids = torch.randint(2, 90, (2, sum(chunks)), generator=torch.Generator().manual_seed(1))
+    ids = random_ids(2, sum(chunks))
     logits = []
     for cache in (DynamicCache(config=model.config), HardKVCache(config=model.config, **HOLD_ALL)):
         parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(chunks, 1)]

@@ -7,6 +7,7 @@ a few are kept, so that each kind of layer occurs. A table names what these rule
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -169,22 +170,42 @@ def kept_layers(values: dict[str, Any], count: int) -> list[int]:
     return sorted(kept)
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """A config of the type, for some ten thousand parameters."""
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """A config of the type, for some ten thousand parameters; `overrides` are config arguments."""
     klass = CONFIG_MAPPING[model_type]
-    return klass(**tiny_arguments(klass()))
+    return klass(**(tiny_arguments(klass()) | overrides))
 
 
-def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny random model in eval mode, with the attention implementation that transformers chooses."""
-    with torch.random.fork_rng(devices=[]):
+def tiny_model(
+    model_type: str, seed: int = 0, *, attn: str | None = None, kind: Any = AutoModelForCausalLM, **overrides: Any
+) -> PreTrainedModel:
+    """A tiny random model in eval mode on the default device.
+
+    Args:
+        attn: its attention implementation; None for what transformers chooses. kind: another auto class.
+        overrides: config arguments.
+    """
+    device = torch.get_default_device()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same weights everywhere
         torch.manual_seed(seed)  # for what keeps its initial value
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
-    randomize(model, seed)
-    return model
+        model = kind.from_config(tiny_config(model_type, **overrides), attn_implementation=attn).eval()
+    return randomize(model, seed).to(device)
 
 
-def randomize(model: PreTrainedModel, seed: int = 0) -> None:
+def random_ids(*shape: int, seed: int = 1) -> Tensor:
+    """Tokens, int64 on the default device: the same on each, and none of those that mean something."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ids = torch.randint(2, VOCABULARY - 8, shape, generator=generator, device="cpu")
+    return ids.to(torch.get_default_device())
+
+
+def random_normal(*shape: int, seed: int = 0) -> Tensor:
+    """Float32 on the default device, the same on each."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cpu").to(torch.get_default_device())
+
+
+def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Weights at which activations are O(1) and attention is uneven; norms, biases and decays keep their values."""
     generator = torch.Generator("cpu").manual_seed(seed)
     embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
@@ -192,7 +213,7 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
         for path, parameter in model.named_parameters():
             name = path.rsplit(".", 2)[-2:]
             if path.endswith("sinks"):
-                parameter.normal_(0, 1, generator=generator)
+                draw(parameter, 1, generator)
             elif "gate" in path and parameter.numel() == 1:
                 parameter.fill_(0.5)  # Mllama's start closed
             elif parameter.ndim >= 2 and parameter.is_floating_point():
@@ -201,4 +222,11 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
                     scale = 1.0
                 elif any(part in "".join(name) for part in ("q_proj", "k_proj", "c_attn", "qkv", "query", "key")):
                     scale *= 1.5
-                parameter.normal_(0, scale, generator=generator)
+                draw(parameter, scale, generator)
+    return model
+
+
+def draw(parameter: Tensor, scale: float, generator: torch.Generator) -> None:
+    """Fill with normal numbers of a CPU generator, wherever the parameter is."""
+    drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+    parameter.copy_(drawn.normal_(0, scale, generator=generator))
