@@ -9,8 +9,18 @@ from hardkv.cache.routing import install
 from hardkv.calibration import calibrate
 from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
+from hardkv.generation import generate, graphed
 
 __version__ = "0.1.0"
-__all__ = ["Calibration", "HardKVCache", "HardKVConfig", "Stats", "UnroutedKVError", "calibrate"]
+__all__ = [
+    "Calibration",
+    "HardKVCache",
+    "HardKVConfig",
+    "Stats",
+    "UnroutedKVError",
+    "calibrate",
+    "generate",
+    "graphed",
+]
 
 install()

@@ -92,7 +92,7 @@ class HardKVCache(DynamicCache):
             scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload
         )
         self._offload = Offload() if offload else None
-        self.steps: DecodeSteps | None = None  # of hardkv.graphed
+        self.steps: DecodeSteps | None = None  # of hardkv.generation
         self.warnings: list[str] = []
         self._broken: str | None = None
         self._start = 0  # logical length before the forward pass under way
@@ -494,6 +494,9 @@ class HardKVCache(DynamicCache):
             budget=str(self.settings.budget),
             attention=self._backends(lambda layer: backend_for(self.settings.attention, layer.device, layer.dtype)),
             kernels=self._backends(lambda layer: kernels_for(layer.device, layer.dtype, layer.key_dim)),
+            decode="" if self.steps is None else self.steps.how,
+            captures=0 if self.steps is None else self.steps.captures,
+            replays=0 if self.steps is None else self.steps.replays,
             warnings=[*self.warnings, *_clamped(held)],
         )
 

@@ -38,6 +38,17 @@ class QueryRing:
             self.valid[:, place] = True if valid is None else valid[:, new]
             first += length
 
+    def appended(self, count: int, end: int) -> None:
+        """`count` queries of every sequence, before column `end`, were written to the buffer by somebody else."""
+        start = end - count
+        self.first = max(start if self.first is None else self.first, end - self.capacity)
+        first, last = (end - min(count, self.capacity)) % self.capacity, end % self.capacity
+        if first < last:
+            self.valid[:, first:last] = True
+        else:
+            self.valid[:, first:] = True
+            self.valid[:, :last] = True
+
     def available(self, end: int) -> int:
         """How many columns before `end` are not overwritten."""
         return 0 if self.first is None else max(end - self.first, 0)

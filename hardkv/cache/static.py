@@ -18,7 +18,7 @@ from hardkv.cache.handles import KVHandle
 from hardkv.cache.layer import HardKVLayer, compress_together
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
-from hardkv.kernels.append import append
+from hardkv.kernels.append import append_step
 from hardkv.kernels.attention import attend_tiers
 from hardkv.kernels.rows import Rows
 
@@ -133,7 +133,6 @@ class StaticDecoding:
         self.pools: dict[int, Pool] = {}
         with torch.inference_mode(False):
             self.column = torch.zeros(1, dtype=torch.int64, device=first.device)
-            self.slot = torch.zeros(1, dtype=torch.int64, device=first.device)
         self.steps = 0  # that the host's numbers do not know of yet
         self.filled: dict[int, Tensor] = {}  # every layer's fill as the host's numbers have it
         for idx, layer in self.layers.items():  # one after the other, as a layer's old tiers go when its pool has them
@@ -204,8 +203,6 @@ class StaticDecoding:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around a forward of one new token a sequence: it then reads and writes the pools."""
-        ring = next(iter(self.pools.values())).ring
-        torch.remainder(self.column, ring.capacity, out=self.slot)
         _current.decoding = self
         try:
             yield
@@ -240,9 +237,7 @@ class StaticDecoding:
         condensed, dense = layer.tiers.condensed, layer.tiers.dense
         if store:
             stored = dense.keys, dense.values, dense.positions, dense.fill
-            append(*stored, keys, values, self.column, out_fill=dense.fill)
-            ring.buffer.index_copy_(2, self.slot, query)
-            ring.valid.index_fill_(1, self.slot, True)
+            append_step(*stored, ring.buffer, self.column, query, keys, values)
         out, _ = attend_tiers(
             query,
             condensed.keys,
@@ -274,8 +269,7 @@ class StaticDecoding:
             prompt_length = tiers.seen if layer.prompt_length is None else layer.prompt_length
             dense = replace(tiers.dense, bound=tiers.dense.bound + count)
             tiers = replace(tiers, dense=dense, tokens=tiers.tokens + count, seen=tiers.seen + count)
-            oldest = tiers.seen - ring.capacity
-            ring.first = oldest if ring.first is None else max(ring.first, oldest)
+            ring.appended(count, tiers.seen)
             layer.tiers, layer.prompt_length = tiers, prompt_length
             self.filled[idx] = self.filled[idx] + count
 
@@ -294,7 +288,7 @@ class StaticDecoding:
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
-        return [self.column, self.slot, *(tensor for pool in self.pools.values() for tensor in pool.tensors())]
+        return [self.column, *(tensor for pool in self.pools.values() for tensor in pool.tensors())]
 
 
 def _room(layer: HardKVLayer, length: int) -> int:

@@ -32,6 +32,8 @@ class Stats:
         sparse: deselected tokens that are held but not read, over all rows. events: selection events per layer so far.
         scorer, budget: what selects. attention: backend that computes attention after the
             prompt. kernels: "triton" or "torch", which scores, selects and compacts.
+        decode: how `graphed` ran its steps: "" where it did not, "captured", or "uncaptured" without CUDA.
+        captures, replays: CUDA graphs captured, and steps that replayed one.
         warnings: what the user should know.
     """
 
@@ -50,6 +52,9 @@ class Stats:
     budget: str
     attention: str
     kernels: str
+    decode: str
+    captures: int
+    replays: int
     warnings: list[str]
 
     @property
@@ -74,6 +79,7 @@ class Stats:
             f"selection       {self.scorer}, {self.budget}",
             *([f"temperatures    {_range(self.temperatures)}"] if self.temperatures else []),
             f"attention       {self.attention}, other kernels {self.kernels}",
+            *([f"decode steps    {self.decode}, {self.replays} replays of {self.captures} captures"] if self.decode else []),
             *(f"warning         {warning}" for warning in self.warnings),
         ]
         return "HardKVCache stats\n  " + "\n  ".join(lines)

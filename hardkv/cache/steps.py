@@ -96,6 +96,13 @@ class DecodeSteps:
         """Whether these are steps of that model."""
         return self._model() is model and self.compiled == compiled
 
+    @property
+    def how(self) -> str:
+        """ "captured", "uncaptured" where there is no CUDA, or "" before the first step."""
+        if self.decoding is None:
+            return ""
+        return "captured" if self.decoding.column.device.type == "cuda" else "uncaptured"
+
     def prefilling(self, cache: "HardKVCache") -> AbstractContextManager[None]:
         """Around a prefill: an empty cache that has pools fills them at once."""
         return nullcontext() if self.decoding is None or cache.get_seq_length() else self.decoding.placing()

@@ -1,4 +1,4 @@
-"""New tokens into a rectangular buffer with a fill per sequence, in place."""
+"""New tokens into a rectangular buffer with a fill per sequence, in place; of a captured step, its queries too."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,8 @@ def append(
     fill: Tensor,
     keys: Tensor,
     values: Tensor,
-    start: int | Tensor,
+    start: int,
     valid: Tensor | None = None,
-    out_fill: Tensor | None = None,
 ) -> Tensor:
     """Write new tokens behind every sequence's fill, in their order.
 
@@ -23,10 +22,8 @@ def append(
         dense_keys: `[B, H, C, D]`; dense_values: `[B, H, C, Dv]`; dense_positions: int32 `[B, C]`; written in place,
             and what lies behind the new fill may be written too.
         fill: int64 `[B]`, with room for all new tokens behind it.
-        keys: `[B, H, q, D]`; values: `[B, H, q, Dv]`.
-        start: position of their first column, or an int64 tensor `[1]` on the device, for captured graphs.
+        keys: `[B, H, q, D]`; values: `[B, H, q, Dv]`; start: position of their first column.
         valid: bool `[B, q]`, which of them to take, all when None.
-        out_fill: where the new fill goes, made when None; it may be `fill`.
 
     Returns:
         The new fill, int64 `[B]`.
@@ -35,15 +32,10 @@ def append(
         from hardkv.kernels.triton import append as kernel
         from hardkv.kernels.triton import ops
 
+        run = ops.append if torch.compiler.is_compiling() else kernel.append
         with current(keys):
-            tensors = dense_keys, dense_values, dense_positions, fill, keys, values
-            if torch.compiler.is_compiling() and not isinstance(start, Tensor):
-                new_fill = ops.append(*tensors, start, valid)
-            else:
-                return kernel.append(*tensors, start, valid, out_fill=out_fill)
-    else:
-        new_fill = append_reference(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
-    return new_fill if out_fill is None else out_fill.copy_(new_fill)
+            return run(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
+    return append_reference(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
 
 
 def append_reference(
@@ -53,7 +45,7 @@ def append_reference(
     fill: Tensor,
     keys: Tensor,
     values: Tensor,
-    start: int | Tensor,
+    start: int,
     valid: Tensor | None = None,
 ) -> Tensor:
     """The PyTorch reference of `append`."""
@@ -72,3 +64,52 @@ def append_reference(
     dense_values[sequence, :, slot] = values
     dense_positions[sequence, slot] = (start + order).to(torch.int32)
     return new_fill
+
+
+def append_step(
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    dense_positions: Tensor,
+    fill: Tensor,
+    ring: Tensor,
+    column: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """One token of every sequence, all in place and without the host: for captured graphs.
+
+    Args:
+        dense_keys, dense_values, dense_positions: as in `append`; written at every sequence's fill.
+        fill: int64 `[B]`, one more afterwards; there must be room.
+        ring: `[B, Hq, W, D]`, written at `column % W`. column: int64 `[1]`, position of the token.
+        query: `[B, Hq, 1, D]`; keys: `[B, H, 1, D]`; values: `[B, H, 1, Dv]`.
+    """
+    tensors = dense_keys, dense_values, dense_positions, fill, ring, column, query, keys, values
+    if kernels_for(keys.device, keys.dtype) == "triton":
+        from hardkv.kernels.triton import append as kernel
+
+        with current(keys):
+            kernel.append_step(*tensors)
+    else:
+        append_step_reference(*tensors)
+
+
+def append_step_reference(
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    dense_positions: Tensor,
+    fill: Tensor,
+    ring: Tensor,
+    column: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """The PyTorch reference of `append_step`."""
+    sequence = torch.arange(fill.shape[0], device=fill.device)
+    dense_keys[sequence, :, fill] = keys[:, :, 0]
+    dense_values[sequence, :, fill] = values[:, :, 0]
+    dense_positions[sequence, fill] = column.to(torch.int32)
+    fill += 1
+    ring.index_copy_(2, column % ring.shape[2], query)

@@ -173,3 +173,130 @@ def append(
         num_warps=4,
     )
     return new_fill if out_fill is None or alone else out_fill.copy_(new_fill)
+
+
+@triton.jit
+def _append_step_kernel(
+    dense_keys,
+    dense_values,
+    dense_positions,
+    fill,
+    ring,
+    column,
+    query,
+    keys,
+    values,
+    ring_capacity,
+    dense_key_stride_b,
+    dense_key_stride_h,
+    dense_key_stride_c,
+    dense_value_stride_b,
+    dense_value_stride_h,
+    dense_value_stride_c,
+    position_stride_b,
+    ring_stride_b,
+    ring_stride_h,
+    ring_stride_c,
+    query_stride_b,
+    query_stride_h,
+    key_stride_b,
+    key_stride_h,
+    value_stride_b,
+    value_stride_h,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    slot = tl.load(fill + sequence)
+    position = tl.load(column)
+    _copy_heads(
+        query + sequence * query_stride_b,
+        ring + sequence * ring_stride_b + (position % ring_capacity) * ring_stride_c,
+        query_stride_h, ring_stride_h, HEADS, D, BLOCK_H, BLOCK_D,
+    )  # fmt: skip
+    _copy_heads(
+        keys + sequence * key_stride_b,
+        dense_keys + sequence * dense_key_stride_b + slot * dense_key_stride_c,
+        key_stride_h, dense_key_stride_h, KV_HEADS, D, BLOCK_H, BLOCK_D,
+    )  # fmt: skip
+    _copy_heads(
+        values + sequence * value_stride_b,
+        dense_values + sequence * dense_value_stride_b + slot * dense_value_stride_c,
+        value_stride_h, dense_value_stride_h, KV_HEADS, DV, BLOCK_H, BLOCK_DV,
+    )  # fmt: skip
+    tl.store(dense_positions + sequence * position_stride_b + slot, position.to(tl.int32))
+    tl.debug_barrier()  # every warp has read the fill
+    tl.store(fill + sequence, slot + 1)
+
+
+@triton.jit
+def _copy_heads(
+    source,
+    target,
+    source_stride,
+    target_stride,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK_D)[None, :]
+    for first in tl.static_range(0, HEADS, BLOCK_H):
+        head = (first + tl.arange(0, BLOCK_H))[:, None].to(tl.int64)
+        mask = (head < HEADS) & (column < D)
+        tl.store(
+            target + head * target_stride + column,
+            tl.load(source + head * source_stride + column, mask=mask),
+            mask=mask,
+        )
+
+
+def append_step(
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    dense_positions: Tensor,
+    fill: Tensor,
+    ring: Tensor,
+    column: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """One token of every sequence, in one launch; see `hardkv.kernels.append.append_step`."""
+    batch, heads, _, dim = query.shape
+    kv_heads, value_dim = keys.shape[1], values.shape[-1]
+    query, keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, keys, values))
+    block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
+    rows = max(TILE_BYTES // (max(block_d, block_dv) * keys.element_size()), 1)
+    _append_step_kernel[(batch,)](
+        dense_keys,
+        dense_values,
+        dense_positions,
+        fill,
+        ring,
+        column,
+        query,
+        keys,
+        values,
+        ring.shape[2],
+        *dense_keys.stride()[:3],
+        *dense_values.stride()[:3],
+        dense_positions.stride(0),
+        *ring.stride()[:3],
+        *query.stride()[:2],
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        D=dim,
+        DV=value_dim,
+        BLOCK_H=min(triton.next_power_of_2(heads), rows),
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        num_warps=8,
+    )

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from hardkv.kernels.append import append_step_reference
 from hardkv.kernels.triton import append as module
-from hardkv.kernels.triton.append import append
+from hardkv.kernels.triton.append import append, append_step
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -231,3 +232,43 @@ def test_in_a_captured_graph():
     assert torch.equal(fill, wanted)
     for held, hoped in zip(dense, expected, strict=True):
         assert torch.equal(held, hoped)
+
+
+class TestStep:
+    """`append_step` against a loop over sequences, and the reference too."""
+
+    @settings(max_examples=12, deadline=None)
+    @given(
+        *(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.sampled_from([3, 64, 80])),
+        *(st.sampled_from([3, 64, 80]), st.integers(1, 7), st.integers(0, 40), st.sampled_from(DTYPES)),
+    )
+    def test_any_shape(self, batch, heads, group, dim, value_dim, capacity, column, dtype):
+        dense = buffers(batch, heads, 9, dim, value_dim, dtype)
+        ring = tokens(batch, heads * group, capacity, dim).to(dtype)
+        fill = torch.randint(0, 9, (batch,), device=DEVICE)
+        query, keys = tokens(batch, heads * group, 1, dim).to(dtype), tokens(batch, heads, 1, dim).to(dtype)
+        values = tokens(batch, 1, heads, value_dim).to(dtype).transpose(1, 2)
+        right, right_ring = clones(dense), ring.clone()
+        right_fill = definition(right, fill, keys, values, column)
+        right_ring[:, :, column % capacity] = query[:, :, 0]
+        for run in (append_step, append_step_reference):
+            found, found_fill, found_ring = clones(dense), fill.clone(), ring.clone()
+            run(*found, found_fill, found_ring, torch.tensor([column], device=DEVICE), query, keys, values)
+            for held, wanted in zip((*found, found_fill, found_ring), (*right, right_fill, right_ring), strict=True):
+                assert torch.equal(held, wanted)
+
+    @pytest.mark.parametrize("heads", [1, 5, 24])
+    def test_heads_in_several_blocks(self, monkeypatch, heads):
+        monkeypatch.setattr(module, "TILE_BYTES", 256)
+        dense, ring = buffers(2, heads, 4, 32, 16), tokens(2, 2 * heads, 3, 32)
+        fill, column = torch.tensor([3, 0], device=DEVICE), torch.tensor([7], device=DEVICE)
+        new = tokens(2, 2 * heads, 1, 32), tokens(2, heads, 1, 32), tokens(2, heads, 1, 16)
+        found, right = [*clones(dense), fill.clone(), ring.clone()], [*clones(dense), fill.clone(), ring.clone()]
+        append_step(*found, column, *new)
+        append_step_reference(*right, column, *new)
+        for held, wanted in zip(found, right, strict=True):
+            assert torch.equal(held, wanted)
+
+
+def clones(tensors):
+    return [tensor.clone() for tensor in tensors]

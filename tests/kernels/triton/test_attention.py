@@ -175,6 +175,20 @@ class TestSchedule:
         for program, row in enumerate(first_row):
             assert row == (line[program * share] if program * share < len(line) else len(lengths))
 
+    @settings(max_examples=50, deadline=None)
+    @given(st.data(), st.integers(1, 8), st.integers(0, 40), st.integers(1, 40))
+    def test_recut_in_place_is_as_made_anew(self, data, rows, capacity, programs):
+        """For rows that have as many programs; and the addresses stay."""
+        lengths = [data.draw(st.lists(st.integers(0, 300), min_size=rows, max_size=rows)) for _ in range(2)]
+        before, after = (cumulative(torch.tensor(each)) for each in lengths)
+        schedule = Schedule.make(before, 300 * rows, capacity, programs)
+        addresses = [tensor.data_ptr() for tensor in schedule.tensors()]
+        schedule.recut(after, capacity)
+        anew = Schedule.make(after, 300 * rows, capacity, programs)
+        assert [tensor.data_ptr() for tensor in schedule.tensors()] == addresses
+        for mine, new in zip(schedule.tensors(), anew.tensors(), strict=True):
+            assert torch.equal(mine, new)
+
     def test_launches_leave_the_counters_at_zero(self):
         case = make_case(5, [100, 300], 1)
         cu_seqlens = cumulative(torch.tensor(case.lengths, device=DEVICE))

@@ -7,7 +7,6 @@ events nothing that a step reads changes its place, so the step is captured once
 
 import sys
 from collections import deque
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +21,13 @@ from hardkv.kernels.attention import backend_for
 
 
 def generate(
-    model: Any, *args: Any, compile: bool = False, streamer: Any = None, tokenizer: Any = None, **kwargs: Any
+    model: Any, *args: Any, compile: bool = False, tokenizer: Any = None, **kwargs: Any
 ) -> Any:
     """`model.generate(...)` by `graphed`, with a new HardKVCache unless `past_key_values` is given.
 
     Args:
         model: a transformers model that generates. compile: see `graphed`.
-        args, kwargs, streamer, tokenizer: as for `model.generate`.
+        args, kwargs, tokenizer: as for `model.generate`.
 
     Returns:
         What `model.generate` returns.
@@ -44,7 +43,7 @@ def generate(
             raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
         criteria = [*(kwargs.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)]
         kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
-    return model.generate(*args, custom_generate=partial(graphed, compile=compile, streamer=streamer), **kwargs)
+    return model.generate(*args, custom_generate=graphed, compile=compile, **kwargs)
 
 
 @torch.no_grad()
@@ -55,7 +54,6 @@ def graphed(
     stopping_criteria: Any,
     generation_config: Any,
     synced_gpus: bool = False,
-    streamer: Any = None,
     compile: bool = False,
     **model_kwargs: Any,
 ) -> "GenerateDecoderOnlyOutput | Tensor":
@@ -77,7 +75,7 @@ def graphed(
         cache.steps = DecodeSteps(model, compile)
     with cache.steps.prefilling(cache):
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    loop = _Loop(logits_processor, stopping_criteria, generation_config, streamer or _streamer_of_caller())
+    loop = _Loop(logits_processor, stopping_criteria, generation_config, _streamer_of_caller())
     with model._optimize_model_for_decode():
         return loop.run(model, cache, input_ids, outputs, model_kwargs)
 
@@ -112,6 +110,11 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool) -> None:
             f"custom_generate=graphed captures Triton's attention only, and attention={cache.settings.attention!r} is "
             f"{backend!r} here: pip install 'hardkv[triton]' and take attention='auto'"
         )
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host prepares a step while the device is still at the one before."""
+    return device.type == "cuda"
 
 
 def _streamer_of_caller() -> Any:
@@ -173,7 +176,7 @@ class _Loop:
         length = self.stopping_criteria.max_length
         columns = cache.get_seq_length() + (length or self.config.max_length) - ids.shape[1]
         unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-        behind = int(ids.device.type == "cuda")  # how many flags the host does not wait for
+        behind = int(runs_ahead(ids.device))  # how many flags the host does not wait for
         started = False
         try:
             while True:

@@ -1,0 +1,461 @@
+"""Decoding by static steps against generate()'s own loop with the same cache settings: same tokens, same cache.
+
+On a CPU the steps run uncaptured; with HARDKV_TEST_DEVICE=cuda they are replays of a CUDA graph.
+"""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+import hardkv
+import hardkv.generation as module
+from hardkv import Calibration, HardKVCache
+from hardkv.cache.handles import UnroutedKVError
+from hardkv.cache.static import GROWTH
+from hardkv.calibration_file import geometry
+from hardkv.generation import graphed
+from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
+from tests.cache.conftest import generate_logits, make_model, make_prompts
+from tests.models.tiny import tiny_model
+
+EVICT = {"budget": 12, "window": 4, "interval": 5, "sinks": 1}
+NEW = 23
+ON_GPU = torch.get_default_device().type == "cuda"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("qwen3")
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["waiting", "ahead"])
+def running_ahead(request, monkeypatch):
+    """On a CPU too, the host may draw and step before it reads whether all sequences have ended."""
+    monkeypatch.setattr(module, "runs_ahead", lambda device: request.param)
+
+
+def risk(model, n):
+    """A risk budget whose heads differ, and what it was measured by."""
+    config = model.config
+    counts = torch.tensor([0, 4, 8, 16, 32, 64])
+    steep = torch.linspace(0.02, 0.6, config.num_hidden_layers * config.num_key_value_heads)
+    loss = torch.exp(-steep.view(config.num_hidden_layers, -1, 1) * counts) * (1 - counts / 64)
+    temperatures = torch.ones(loss.shape[:2])
+    provenance = {
+        **{"geometry": geometry(config), "layers": list(range(config.num_hidden_layers))},
+        **{"scorer": {"name": "attention"}, "window": EVICT["window"]},
+    }
+    return {"budget": Risk(n), "calibration": Calibration(temperatures, temperatures, counts, loss, None, provenance)}
+
+
+def same(model, inputs, new=NEW, atol=2e-6, cache_settings=None, **kwargs):
+    """Both loops; returns their caches, the static one second."""
+    arguments = EVICT | (cache_settings or {})
+    caches = HardKVCache(config=model.config, **arguments), HardKVCache(config=model.config, **arguments)
+    torch.manual_seed(3)
+    tokens, logits = generate_logits(model, caches[0], inputs, new, **kwargs)
+    torch.manual_seed(3)
+    ours, our_logits = generate_logits(model, caches[1], inputs, new, custom_generate=graphed, **kwargs)
+    assert torch.equal(ours, tokens)
+    torch.testing.assert_close(our_logits, logits, atol=atol, rtol=1e-5)
+    alike(*caches)
+    return caches
+
+
+def alike(one, other):
+    """The same tokens in the same tiers, and the same numbers on the host."""
+    assert one.get_seq_length() == other.get_seq_length()
+    assert one.stats().events == other.stats().events
+    for idx in range(len(one.layers)):
+        for row, other_row in zip(one.kept(idx), other.kept(idx), strict=True):
+            for positions, other_positions in zip(row, other_row, strict=True):
+                assert torch.equal(positions, other_positions)
+        tiers, theirs = one.layers[idx].tiers, other.layers[idx].tiers
+        assert torch.equal(tiers.tokens, theirs.tokens)
+        assert torch.equal(tiers.dense.fill, theirs.dense.fill)
+        assert tiers.dense.bound == theirs.dense.bound
+        for dense in (tiers.dense, theirs.dense):
+            assert not dense.even or bool((dense.fill == dense.bound).all())
+        assert one.layers[idx].prompt_length == other.layers[idx].prompt_length
+        assert torch.equal(one.lengths("sparse"), other.lengths("sparse"))
+
+
+@pytest.mark.parametrize(
+    "cache_settings",
+    [
+        {"budget": TopK(12)},
+        {"budget": AdaKV(12), "scorer": "snapkv"},
+        {"budget": Adaptive(12), "scorer": "rkv", "patience": 1},
+        {"budget": TopP(0.9, cap=20), "calibration": "online", "refit": 2},
+        {"budget": Pyramid(12)},
+        {"budget": 40},  # more than there is
+        {"pin_prompt": True, "budget": 20},
+        {"interval": 1},
+    ],
+    ids=lambda each: ",".join(f"{key}={value}" for key, value in each.items()),
+)
+def test_greedy(model, cache_settings):
+    cache = same(model, make_prompts(3), cache_settings=cache_settings)[1]
+    stats = cache.stats()
+    assert stats.decode == ("captured" if ON_GPU else "uncaptured")
+    assert (stats.captures > 0) == ON_GPU
+    assert "decode steps" in str(stats)
+
+
+def test_risk(model):
+    cache = same(model, make_prompts(2, length=30), new=40, cache_settings=risk(model, 12))[1]
+    assert cache.lengths().amin() < cache.lengths().amax()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_models(name, attn):
+    same(make_model(name, attn), make_prompts(2))
+
+
+def test_sampling(model):
+    same(model, make_prompts(3), do_sample=True, temperature=1.3, top_p=0.9)
+
+
+def test_processors_and_copies_of_a_prompt(model):
+    arguments = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "num_return_sequences": 2, "do_sample": True}
+    same(model, make_prompts(2), **arguments)
+
+
+@pytest.mark.parametrize("after", [1, 2, 5, 6])
+def test_the_last_sequence_ends(model, after):
+    """Whenever it does, also in the step of an event: nothing of a step too many stays."""
+    inputs = make_prompts(1)
+    tokens, _ = generate_logits(model, HardKVCache(config=model.config, **EVICT), inputs, NEW)
+    eos = int(tokens[0, inputs["input_ids"].shape[1] + after])
+    first = tokens[0, inputs["input_ids"].shape[1] :].tolist().index(eos)
+    cache = same(model, inputs, eos_token_id=eos)[1]
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + first
+
+
+def test_sequences_that_end_early_are_padded(model):
+    inputs = make_prompts(3)
+    tokens, _ = generate_logits(model, DynamicCache(config=model.config), inputs, NEW)
+    same(model, inputs, eos_token_id=[int(row[inputs["input_ids"].shape[1] + 4]) for row in tokens[:2]])
+
+
+class EndAt(StoppingCriteria):
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.columns, device=input_ids.device)
+
+
+@pytest.mark.parametrize("more", [1, 3, 5, 10])
+def test_stopping_criteria(model, more):
+    inputs = make_prompts(2)
+    criteria = StoppingCriteriaList([EndAt(inputs["input_ids"].shape[1] + more)])
+    cache = same(model, inputs, stopping_criteria=criteria)[1]
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + more - 1
+
+
+class Tape:
+    def __init__(self):
+        self.pieces, self.ended = [], False
+
+    def put(self, piece):
+        self.pieces.append(piece.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("ours", [False, True])
+def test_streamer(model, ours, stop):
+    inputs = make_prompts(1)
+    tokens, _ = generate_logits(model, HardKVCache(config=model.config, **EVICT), inputs, NEW)
+    options = {"eos_token_id": int(tokens[0, -4])} if stop else {}
+    tapes = []
+    for way in (model.generate, lambda **kw: hardkv.generate(model, **kw) if ours else model.generate(
+        custom_generate=graphed, **kw)):  # fmt: skip
+        tapes.append(Tape())
+        cache = HardKVCache(config=model.config, **EVICT)
+        way(**inputs, **options, past_key_values=cache, max_new_tokens=NEW, do_sample=False, streamer=tapes[-1])
+    assert tapes[0].pieces == tapes[1].pieces
+    assert tapes[0].ended
+    assert tapes[1].ended
+
+
+def test_scores_and_plain_tokens(model):
+    inputs = make_prompts(2)
+    options = {"max_new_tokens": 7, "do_sample": False, "repetition_penalty": 1.5}
+    results = []
+    for extra in ({}, {"custom_generate": graphed}):
+        cache = HardKVCache(config=model.config, **EVICT)
+        out = model.generate(
+            **inputs, **options, **extra, past_key_values=cache, return_dict_in_generate=True, output_scores=True
+        )
+        assert out.past_key_values is cache
+        assert out.logits is None
+        results.append(torch.stack(out.scores))
+        plain = model.generate(
+            **inputs, **options, **extra, past_key_values=HardKVCache(config=model.config, **EVICT)
+        )
+        assert torch.equal(plain, out.sequences)
+    torch.testing.assert_close(*results, atol=2e-6, rtol=1e-5)
+
+
+def test_in_one_call(model):
+    inputs = make_prompts(2)
+    tokens = model.generate(**inputs, max_new_tokens=9, do_sample=False)
+    assert torch.equal(hardkv.generate(model, **inputs, max_new_tokens=9, do_sample=False), tokens)
+    with pytest.raises(ValueError, match="tokenizer"):
+        hardkv.generate(model, **inputs, max_new_tokens=9, stop_strings="x")
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_prefill_in_chunks_and_further_turns(model, chunk):
+    """A second question on the compressed context of the first, and the same pools."""
+    inputs = make_prompts(2)
+    caches = [HardKVCache(config=model.config, **EVICT) for _ in range(2)]
+    tokens = [inputs["input_ids"], inputs["input_ids"]]
+    addresses = None
+    for turn in range(3):
+        for i, extra in enumerate(({}, {"custom_generate": graphed})):
+            mask = torch.nn.functional.pad(
+                inputs["attention_mask"], (0, tokens[i].shape[1] - inputs["attention_mask"].shape[1]), value=1
+            )
+            tokens[i] = model.generate(
+                tokens[i],
+                attention_mask=mask,
+                past_key_values=caches[i],
+                max_new_tokens=11 + turn,
+                do_sample=False,
+                prefill_chunk_size=chunk,
+                **extra,
+            )
+            tokens[i] = torch.cat([tokens[i], make_prompts(2, seed=turn)["input_ids"][:, -3:]], 1)
+        assert torch.equal(*tokens)
+        alike(*caches)
+        decoding = caches[1].steps.decoding
+        if turn:
+            assert decoding.addresses == addresses
+        addresses = decoding.addresses
+
+
+def test_a_reset_cache_fills_its_pools_at_once(model):
+    inputs, cache = make_prompts(2), HardKVCache(config=model.config, **EVICT)
+    run = lambda **kw: generate_logits(model, cache, inputs, NEW, **kw)[0]  # noqa: E731
+    first = run(custom_generate=graphed)
+    decoding, held = cache.steps.decoding, cache.nbytes()
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(run(custom_generate=graphed), first)
+    assert cache.steps.decoding is decoding
+    assert cache.nbytes() == held
+    cache.reset()
+    with decoding.placing():
+        model(**inputs, past_key_values=cache)
+    for idx, pool in decoding.pools.items():
+        tiers = cache.layers[idx].tiers
+        assert tiers.condensed.keys.data_ptr() == pool.tokens[0].data_ptr()
+        assert tiers.dense.keys.data_ptr() == pool.dense.keys.data_ptr()
+
+
+def test_what_follows_without_static_steps(model):
+    """The cache is an ordinary one before and after: eager steps, crop, and other batches."""
+    inputs = make_prompts(2)
+    caches = same(model, inputs)
+    more = make_prompts(2, seed=9)["input_ids"][:, -1:]
+    mask = torch.ones(2, inputs["input_ids"].shape[1] + NEW, dtype=torch.long)
+    mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+    with torch.no_grad():
+        for _ in range(7):
+            logits = [model(more, attention_mask=mask, past_key_values=cache).logits for cache in caches]
+            torch.testing.assert_close(*logits, atol=2e-6, rtol=1e-5)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    for cache in caches:
+        cache.crop(-1)
+        cache.batch_select_indices(torch.tensor([1, 0, 1]))
+    alike(*caches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids = torch.randint(2, 40, (3, mask.shape[1] - 2 + 3))
+        outs = [
+            model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False, **extra)
+            for cache, extra in zip(caches, ({}, {"custom_generate": graphed}), strict=True)
+        ]
+    assert torch.equal(*outs)
+    alike(*caches)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copies_begin_without_pools(model, copier):
+    cache = same(model, make_prompts(2))[1]
+    other = copier(cache)
+    assert other.steps is None
+    alike(cache, other)
+
+
+def test_fixed_totals_never_move(model):
+    """Pools have room for the whole answer from the start."""
+    prompts = make_prompts(2, length=9)
+    for cache_settings in ({"budget": AdaKV(20)}, {"budget": Adaptive(20)}, risk(model, 20)):
+        cache = HardKVCache(config=model.config, **(EVICT | cache_settings))
+        criteria = StoppingCriteriaList([Watch(lambda cache=cache: cache.steps and cache.steps.decoding)])
+        generate_logits(model, cache, prompts, 70, custom_generate=graphed, stopping_criteria=criteria)
+        assert len(criteria[0].seen) == 1
+        assert cache.stats().captures == ON_GPU
+
+
+def test_other_budgets_grow(model):
+    cache = HardKVCache(config=model.config, **(EVICT | {"budget": TopP(0.97, cap=None)}))
+    criteria = StoppingCriteriaList([Watch(lambda: cache.steps and cache.steps.decoding)])
+    inputs = make_prompts(2)
+    tokens, _ = generate_logits(model, cache, inputs, 60, custom_generate=graphed, stopping_criteria=criteria)
+    assert len(criteria[0].seen) > 1
+    for idx, pool in cache.steps.decoding.pools.items():
+        assert pool.room <= GROWTH * max(criteria[0].totals[idx])
+    plain = HardKVCache(config=model.config, **(EVICT | {"budget": TopP(0.97, cap=None)}))
+    assert torch.equal(tokens, generate_logits(model, plain, inputs, 60)[0])
+    if ON_GPU:
+        assert cache.stats().captures > 1
+
+
+class Watch(StoppingCriteria):
+    """Notes where pools lie and what they hold."""
+
+    def __init__(self, find):
+        self.find, self.seen, self.totals = find, set(), {}
+
+    def __call__(self, input_ids, scores, **kwargs):
+        decoding = self.find()
+        if decoding:
+            self.seen.add(decoding.addresses)
+            for idx, layer in decoding.layers.items():
+                self.totals.setdefault(idx, []).append(layer.tiers.condensed.rows.total)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class Interrupt(LogitsProcessor):
+    def __init__(self, at):
+        self.left = at
+
+    def __call__(self, input_ids, scores):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return scores
+
+
+@pytest.mark.parametrize("at", [2, 6, 7, 8])
+def test_an_interrupt_leaves_whole_steps(model, at):
+    inputs = make_prompts(2)
+    cache = HardKVCache(config=model.config, **EVICT)
+    with pytest.raises(KeyboardInterrupt):
+        generate_logits(
+            model, cache, inputs, NEW, custom_generate=graphed, logits_processor=LogitsProcessorList([Interrupt(at)])
+        )
+    other = HardKVCache(config=model.config, **EVICT)
+    generate_logits(model, other, inputs, at)
+    alike(cache, other)
+
+
+@pytest.mark.skipif(ON_GPU, reason="a replay comes whole or not at all")
+@pytest.mark.parametrize("step", [1, 2, 6])
+def test_a_step_that_fails_is_not_there(model, step):
+    model, inputs = make_model("qwen3"), make_prompts(2)
+    cache, calls = HardKVCache(config=model.config, **EVICT), []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == step + 1:  # the first is the prefill
+            raise MemoryError
+
+    model.model.layers[-1].mlp.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        generate_logits(model, cache, inputs, NEW, custom_generate=graphed)
+    other = HardKVCache(config=model.config, **EVICT)
+    generate_logits(make_model("qwen3"), other, inputs, step)
+    alike(cache, other)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 30), st.integers(6, 30), st.integers(1, 6), st.data())
+def test_any_lengths(batch, length, new, budget, interval, data):
+    model = make_model("llama", num_hidden_layers=1)
+    scorer = data.draw(st.sampled_from(["attention", "snapkv", "rkv"]))
+    kind = data.draw(st.sampled_from([TopK, AdaKV, Adaptive]))
+    arguments = {"budget": kind(budget), "interval": interval, "scorer": scorer, "sinks": 0}
+    same(model, make_prompts(batch, length=length), new=new, cache_settings=arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_beams": 2}, NotImplementedError, "beams"),
+        ({"prompt_lookup_num_tokens": 2}, NotImplementedError, "assisted"),
+        ({"return_dict_in_generate": True, "output_hidden_states": True}, NotImplementedError, "output_hidden_states"),
+        ({"past_key_values": None}, TypeError, "past_key_values=HardKVCache"),
+        ({"cache": {"offload": True}}, NotImplementedError, "offload"),
+    ],
+)
+def test_refusals(model, arguments, error, message):
+    cache = HardKVCache(config=model.config, **(EVICT | arguments.get("cache", {})))
+    arguments = {"past_key_values": cache} | {name: each for name, each in arguments.items() if name != "cache"}
+    with pytest.raises(error, match=message):
+        model.generate(**make_prompts(2), max_new_tokens=4, custom_generate=graphed, **arguments)
+    assert cache.get_seq_length() == 0
+
+
+def test_models_that_cannot():
+    for name in ("deepseek_v3", "gemma3_text"):
+        model = tiny_model(name)
+        cache = HardKVCache(config=model.config, **EVICT)
+        with pytest.raises(NotImplementedError, match="leave one of them out"):
+            model.generate(**make_prompts(2), max_new_tokens=4, custom_generate=graphed, past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
+def test_lengths_that_a_model_computes_with(model, monkeypatch):
+    """Positions from the cache's length would be captured as they were in the first step."""
+    forward = model.model.forward
+
+    def own_positions(*args, past_key_values, position_ids=None, input_ids, **kwargs):
+        start = past_key_values.get_seq_length()
+        positions = torch.arange(start, start + input_ids.shape[1])[None]
+        return forward(*args, past_key_values=past_key_values, position_ids=positions, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", own_positions)
+    with pytest.raises(NotImplementedError, match="length of its cache"):
+        same(model, make_prompts(1))
+
+
+def test_static_attention_outside_of_a_step():
+    from hardkv.cache.static import static_attention
+
+    tensors = [torch.zeros(1, 1, 1, 4)] * 3
+    with pytest.raises(RuntimeError, match="step"):
+        static_attention(*tensors, 0, True, 1.0, None, None)
+
+
+def test_static_handles_are_opaque():
+    from hardkv.cache.static import StaticHandle
+
+    handle = StaticHandle(0, torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+    with pytest.raises(UnroutedKVError):
+        handle + 1
+
+
+def test_compiled():
+    model = make_model("qwen3", num_hidden_layers=2)
+    inputs = make_prompts(2)
+    caches = [HardKVCache(config=model.config, **EVICT) for _ in range(2)]
+    tokens, logits = generate_logits(model, caches[0], inputs, 12)
+    ours, our_logits = generate_logits(model, caches[1], inputs, 12, custom_generate=graphed, compile=True)
+    assert torch.equal(ours, tokens)
+    torch.testing.assert_close(our_logits, logits, atol=1e-5, rtol=1e-4)
+    alike(*caches)
