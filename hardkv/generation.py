@@ -20,9 +20,7 @@ from hardkv.cache.steps import DecodeSteps
 from hardkv.kernels.attention import backend_for
 
 
-def generate(
-    model: Any, *args: Any, compile: bool = False, tokenizer: Any = None, **kwargs: Any
-) -> Any:
+def generate(model: Any, *args: Any, compile: bool = False, tokenizer: Any = None, **kwargs: Any) -> Any:
     """`model.generate(...)` by `graphed`, with a new HardKVCache unless `past_key_values` is given.
 
     Args:
@@ -84,9 +82,8 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool) -> None:
     """Raise for what is not greedy search or sampling with a HardKVCache whose layers all have pools."""
     what = type(model).__name__
     if not isinstance(cache, HardKVCache):
-        raise TypeError(
-            f"custom_generate=graphed needs past_key_values=HardKVCache(config=model.config), got {type(cache).__name__}"
-        )
+        got = type(cache).__name__
+        raise TypeError(f"custom_generate=graphed needs past_key_values=HardKVCache(config=model.config), got {got}")
     layers = {type(layer).__name__ for layer in cache.layers if type(layer) is not HardKVLayer}
     devices = {parameter.device for parameter in model.parameters()}
     refusals = {
@@ -131,16 +128,12 @@ class _Flight:
     """Whether all sequences have ended, and their newest tokens, on the way to the host."""
 
     def __init__(self, ended: Tensor, tokens: Tensor | None):
-        device = ended.device
         self._landed: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (ended, tokens) if t is not None]
-            for mine, theirs in zip(pinned, (ended, tokens), strict=False):
-                mine.copy_(theirs, non_blocking=True)
-            ended, tokens = pinned[0], pinned[1] if tokens is not None else None
-            self._landed = torch.cuda.Event()
-            self._landed.record(torch.cuda.current_stream(device))
         self._ended, self._tokens = ended, tokens
+        if ended.device.type == "cuda":
+            self._ended, self._tokens = _leave(ended), None if tokens is None else _leave(tokens)
+            self._landed = torch.cuda.Event()
+            self._landed.record(torch.cuda.current_stream(ended.device))
 
     def land(self, streamer: Any) -> bool:
         """Wait, stream the tokens, and tell whether all sequences have ended."""
@@ -150,6 +143,12 @@ class _Flight:
             assert self._tokens is not None
             streamer.put(self._tokens.cpu())
         return bool(self._ended)
+
+
+def _leave(tensor: Tensor) -> Tensor:
+    """A copy in host memory, which is complete some time later."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
 
 
 class _Loop:
@@ -193,26 +192,26 @@ class _Loop:
                     steps.start(cache, inputs, columns)
                     started = True
                 logits = steps(tokens)
-                if steps.decoding.event_due:
+                if steps.running.event_due:
                     if self._land(0):
-                        steps.decoding.take_back()
+                        steps.running.take_back()
                         break
                     with cache._whole_or_broken():
-                        steps.decoding.compress()
+                        steps.running.compress()
         except BaseException:
             if started and cache._broken is None:
-                steps.decoding.recover()
+                steps.running.recover()
             raise
         if started:
-            steps.decoding.settle()
+            steps.running.settle()
         if self.streamer is not None:
             self.streamer.end()
         if not self.config.return_dict_in_generate:
             return ids
         return GenerateDecoderOnlyOutput(
-            sequences=ids,
-            scores=tuple(self.scores) if self.config.output_scores else None,
-            logits=tuple(self.logits) if self.config.output_logits else None,
+            sequences=ids,  # type: ignore[arg-type]  # here and below, transformers' annotations are too narrow
+            scores=tuple(self.scores) if self.config.output_scores else None,  # type: ignore[arg-type]
+            logits=tuple(self.logits) if self.config.output_logits else None,  # type: ignore[arg-type]
             past_key_values=cache,
         )
 
@@ -224,10 +223,9 @@ class _Loop:
             self.scores.append(scores.clone())
         if config.return_dict_in_generate and config.output_logits:
             self.logits.append(logits.clone())
+        tokens = scores.argmax(-1)
         if config.do_sample:
             tokens = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
-        else:
-            tokens = scores.argmax(-1)
         if any(hasattr(criterion, "eos_token_id") for criterion in self.stopping_criteria):
             pad = config._pad_token_tensor.to(ids.device)
             tokens = tokens * unfinished + pad * (1 - unfinished)
@@ -244,6 +242,5 @@ class _Loop:
         return False
 
     def _undo(self, steps: DecodeSteps) -> None:
-        assert steps.decoding is not None
-        steps.decoding.take_back()
+        steps.running.take_back()
         self.scores, self.logits = self.scores[:-1], self.logits[:-1]

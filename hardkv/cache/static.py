@@ -97,7 +97,7 @@ class Pool:
             recut_schedules(rows, bound)
         return replace(
             tiers,
-            condensed=RaggedTier(*held, rows),
+            condensed=RaggedTier(held[0], held[1], held[2], held[3], rows),
             dense=replace(self.dense, bound=bound, even=dense.even),
         )
 

@@ -79,7 +79,11 @@ class Stats:
             f"selection       {self.scorer}, {self.budget}",
             *([f"temperatures    {_range(self.temperatures)}"] if self.temperatures else []),
             f"attention       {self.attention}, other kernels {self.kernels}",
-            *([f"decode steps    {self.decode}, {self.replays} replays of {self.captures} captures"] if self.decode else []),
+            *(
+                [f"decode steps    {self.decode}, {self.replays} replays of {self.captures} captures"]
+                if self.decode
+                else []
+            ),
             *(f"warning         {warning}" for warning in self.warnings),
         ]
         return "HardKVCache stats\n  " + "\n  ".join(lines)

@@ -103,6 +103,12 @@ class DecodeSteps:
             return ""
         return "captured" if self.decoding.column.device.type == "cuda" else "uncaptured"
 
+    @property
+    def running(self) -> StaticDecoding:
+        """What steps, after `start`."""
+        assert self.decoding is not None
+        return self.decoding
+
     def prefilling(self, cache: "HardKVCache") -> AbstractContextManager[None]:
         """Around a prefill: an empty cache that has pools fills them at once."""
         return nullcontext() if self.decoding is None or cache.get_seq_length() else self.decoding.placing()
@@ -157,7 +163,6 @@ class DecodeSteps:
         Raises:
             NotImplementedError: the forward cannot be captured, or compiled as a whole.
         """
-        assert self.decoding is not None
         self._inputs["input_ids"].copy_(tokens[:, None])
         if tokens.device.type != "cuda":
             logits = self._run()
@@ -175,18 +180,19 @@ class DecodeSteps:
             self._graph.replay()
             self.replays += 1
             logits = self._logits
-        self.decoding.steps += 1
+        self.running.steps += 1
         return logits
 
     def _run(self) -> Tensor:
         """The step itself."""
-        model, decoding = self._model(), self.decoding
+        model, decoding = self._model(), self.running
         assert model is not None
-        assert decoding is not None
         compiled = self.compiled and self._runs > 0  # the first run finds what the model asks the cache
         forward = _compile(model) if compiled else model
         length = 1 if compiled else UnknownLength(1)
-        layers = [StepLayer(idx, length) for idx in range(model.config.get_text_config(decoder=True).num_hidden_layers)]
+        layers: list[Any] = [
+            StepLayer(idx, length) for idx in range(model.config.get_text_config(decoder=True).num_hidden_layers)
+        ]
         with decoding.step():
             try:
                 out = forward(**self._inputs, past_key_values=Cache(layers=layers), return_dict=True)
@@ -202,9 +208,8 @@ class DecodeSteps:
 
     def _capture(self) -> None:
         """Have a graph that is captured with everything where it lies now."""
-        model, decoding = self._model(), self.decoding
+        model, decoding = self._model(), self.running
         assert model is not None
-        assert decoding is not None
         place = decoding.addresses, tuple(each.data_ptr() for each in model.parameters())
         if self._graph is not None and place == self._place:
             return

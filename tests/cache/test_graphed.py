@@ -201,9 +201,7 @@ def test_scores_and_plain_tokens(model):
         assert out.past_key_values is cache
         assert out.logits is None
         results.append(torch.stack(out.scores))
-        plain = model.generate(
-            **inputs, **options, **extra, past_key_values=HardKVCache(config=model.config, **EVICT)
-        )
+        plain = model.generate(**inputs, **options, **extra, past_key_values=HardKVCache(config=model.config, **EVICT))
         assert torch.equal(plain, out.sequences)
     torch.testing.assert_close(*results, atol=2e-6, rtol=1e-5)
 
@@ -448,6 +446,16 @@ def test_static_handles_are_opaque():
     handle = StaticHandle(0, torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
     with pytest.raises(UnroutedKVError):
         handle + 1
+
+
+def test_nothing_is_made_on_the_default_device(model):
+    """Here it is one where tensors hold no numbers."""
+    inputs = make_prompts(2)
+    with torch.device("meta"):
+        cache = HardKVCache(config=model.config, **EVICT)
+        tokens, _ = generate_logits(model, cache, inputs, NEW, custom_generate=graphed)
+    plain = HardKVCache(config=model.config, **EVICT)
+    assert torch.equal(tokens, generate_logits(model, plain, inputs, NEW)[0])
 
 
 def test_compiled():

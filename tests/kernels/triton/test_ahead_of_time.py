@@ -215,6 +215,22 @@ def add(dim, dtype, q_len, options):
     )
 
 
+def append_step(dim, dtype, group=8):
+    dtype = getattr(torch, dtype)
+    dense, new = torch.empty(B, H, C, dim, dtype=dtype), torch.empty(B, H, 1, dim, dtype=dtype)
+    append.append_step(
+        dense,
+        dense.clone(),
+        torch.zeros(B, C, dtype=torch.int32),
+        torch.zeros(B, dtype=torch.int64),
+        torch.empty(B, H * group, 33, dim, dtype=dtype),
+        torch.tensor([3]),
+        torch.empty(B, H * group, 1, dim, dtype=dtype),
+        new,
+        new.clone(),
+    )
+
+
 # Architecture, head dimension, dtype, query heads of a KV head, new tokens, options.
 ATTENTION = [
     # up to 16 queries a row
@@ -245,6 +261,13 @@ SCORING = [
 LAYOUTS = ("strided", "flat")
 # New tokens, options.
 APPENDS = [(1, "plain"), (8, "graph"), (512, "valid")]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "dtype"), [*SHAPES[:4], ("sm_80", 128, "bfloat16"), ("sm_90", 256, "bfloat16")]
+)
+def test_append_step(check, arch, dim, dtype):
+    check(arch, append_step, dim, dtype)
 
 
 @pytest.mark.parametrize(("arch", "dim", "dtype", "group", "q_len", "options"), ATTENTION)
