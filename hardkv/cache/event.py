@@ -35,7 +35,7 @@ class Event:
         pinned: columns of the prompt that are kept whatever their score, 0 for none.
         scale, softcap: of the layer's attention.
         temperatures: `[H]`, of this layer's heads, calibrated before; None without.
-        latent: whether the tiers hold latents and rotated keys instead of keys and values.
+        latent: width of the latents where the keys are latents and rotated keys, joined, and the values the latents.
     """
 
     settings: HardKVConfig
@@ -44,7 +44,7 @@ class Event:
     scale: float
     softcap: float | None
     temperatures: Tensor | None = None
-    latent: bool = False
+    latent: int | None = None
 
     def kind(self, tiers: Tiers, ring: QueryRing) -> tuple[Any, ...]:
         """What layers must have in common to be scored together."""
@@ -168,9 +168,8 @@ def _observe(event: Event, layers: Sequence[Tiers], rings: Sequence[QueryRing], 
     queries, valid = newest_of(rings, count, seen)
     keys = merged.gather(layers, 0)
     load_values: Callable[[], Tensor] = partial(merged.gather, layers, 1)
-    if event.latent:
-        keys, latents = keys_and_values(keys, load_values())
-        load_values = partial(Tensor.detach, latents)
+    if event.latent is not None:
+        load_values = partial(Tensor.narrow, keys, 1, 0, event.latent)
     return Observation(
         keys=keys,
         load_values=load_values,
@@ -187,11 +186,6 @@ def _observe(event: Event, layers: Sequence[Tiers], rings: Sequence[QueryRing], 
         window=event.settings.window,
         softcap=event.softcap,
     )
-
-
-def keys_and_values(latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents `[..., C]` and rotated keys `[..., P]` as keys `[..., C + P]` and values `[..., C]` of one row."""
-    return torch.cat([latents, rotated], -1), latents
 
 
 def _check_shape(z: Any, observation: Observation, scorer: Any) -> None:

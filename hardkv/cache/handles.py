@@ -62,13 +62,19 @@ for _operator in (
 
 
 class NewTokens:
-    """The keys and values of one `update()`, `[B, H, q, D]` and `[B, H, q, Dv]`, on their way to attention."""
+    """The keys and values of one `update()`, `[B, H, q, D]` and `[B, H, q, Dv]`, on their way to attention.
+
+    Of latents and rotated keys `keys` are both, joined, and `values` have no width: they are the keys' first part.
+    """
 
     def __init__(self, layer: "HardKVLayer", keys: Tensor, values: Tensor, start: int):
         self.layer = layer
         self.given = (keys, values)  # with their graph
         self.keys = keys.detach()
         self.values = values.detach()
+        if layer.latent:
+            self.keys = torch.cat([self.keys, self.values], -1)
+            self.values = self.keys[..., :0]
         self.start = start  # column of the first of them
         self.ingested_at: int | None = None  # the layer's event count when they were stored
         self.group: list[HardKVLayer] = []  # the layers whose events wait for the last of them; empty: none waits
@@ -136,7 +142,7 @@ class LatentHandle(KVHandle):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handle, bias = args[0], (kwargs or {}).get("bias", args[2] if len(args) > 2 else None)
         if func is torch.nn.functional.linear and isinstance(handle, KVHandle) and bias is None:
-            return ExpandedHandle(handle)
+            return ExpandedHandle(handle, args[1] if len(args) > 1 else (kwargs or {})["weight"])
         return super().__torch_function__(func, types, args, kwargs)
 
     def expand(self, *args: Any, **kwargs: Any) -> "ExpandedHandle":
@@ -144,11 +150,16 @@ class LatentHandle(KVHandle):
 
 
 class ExpandedHandle(KVHandle):
-    """A latent after the model's `expand_kv`, which may lay the heads out but not compute any further."""
+    """A latent after the model's `expand_kv`, which may lay the heads out but not compute any further.
 
-    def __init__(self, latent: KVHandle):
+    Args:
+        latent: what was expanded. weight: by what linear map, `[out, C]`; None: only repeated.
+    """
+
+    def __init__(self, latent: KVHandle, weight: Tensor | None = None):
         HeldStates.__init__(self, latent.shape, latent.dtype, latent.device)
         self.new = latent.new
+        self.weight = weight
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

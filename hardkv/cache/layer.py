@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hardkv.cache.event import Event, check, condense, groups, keys_and_values, select
+from hardkv.cache.event import Event, check, condense, groups, select
 from hardkv.cache.handles import HeldStates, KVHandle, LatentHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.merged import Selection
 from hardkv.cache.offload import Offload
@@ -36,7 +36,8 @@ class HardKVLayer(CacheLayerMixin):
         shared: the layer's keys are read again by later layers, so its events wait for its next `update()`.
         temperatures: `[H]`, calibrated before, that the budget divides scores by; None without.
         offloading: what keeps the ragged tiers on the host while they do not attend; None: they stay.
-        latent: whether the model expands what it stores: "keys" are then latents, and "values" rotated keys.
+        latent: whether the model expands what it stores: "keys" are then latents, and "values" rotated keys; they are
+            stored joined, as keys.
         place: takes the tiers of an event to where they shall lie; None: they stay where they were made.
     """
 
@@ -223,8 +224,8 @@ class HardKVLayer(CacheLayerMixin):
             assert self.tiers is not None
             condensed, dense = self.tiers.condensed, self.tiers.dense
             held, recent = (condensed.keys, condensed.values), (dense.keys, dense.values)
-            if self.latent:
-                held, recent = keys_and_values(*held), keys_and_values(*recent)
+            if self.latent:  # the first part of what is stored
+                held, recent = ((keys, keys[..., : self.head_dim]) for keys, _ in (held, recent))
             out, _ = attend_tiers(
                 query,
                 *held,
@@ -335,7 +336,8 @@ class HardKVLayer(CacheLayerMixin):
         pinned = 0
         if self.settings.pin_prompt:
             pinned = tiers.seen if self.prompt_length is None else self.prompt_length
-        return Event(self.settings, self.budget, pinned, scale, softcap, self.temperatures, self.latent)
+        latent = self.head_dim if self.latent else None
+        return Event(self.settings, self.budget, pinned, scale, softcap, self.temperatures, latent)
 
     def _check_pinned(self, new: NewTokens, padding: Tensor | None) -> None:
         limit = self.budget.limit

@@ -98,7 +98,7 @@ def _routed(
     padding = _padding(mask, query.shape[0], new)
     new.layer.check_module(module)
     scale, softcap = _scale(query, kwargs), _softcap(name, kwargs)
-    latent = Latent.of(module, key)
+    latent = Latent.of(module, key, query)
     if new.start == 0:  # the first call: nothing is compressed yet, and the original kernel is exact
         full_mask = mask.original if isinstance(mask, HardKVMask) else mask
         states = new.given if latent is None else latent.expand(new)

@@ -385,6 +385,25 @@ def test_latents_that_a_model_expands_in_its_own_way(expand, match, tiny_model):
     assert cache.get_seq_length() == 0
 
 
+def test_latents_that_a_model_lays_out_in_its_own_way(monkeypatch, tiny_prompts):
+    """Rotated first: queries of the same layout would be taken apart at the wrong place."""
+    model = make_model("deepseek_v3")
+
+    def expand_kv(module, latent, rotated):
+        keys, values = expand(module, latent, rotated)
+        other = keys.new_empty(*keys.shape)
+        plain, rotated = torch.split(keys, [module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
+        other[..., : module.qk_rope_head_dim].copy_(rotated)
+        other[..., module.qk_rope_head_dim :].copy_(plain)
+        return other, values
+
+    attention = type(model.model.layers[0].self_attn)
+    expand = attention.expand_kv
+    monkeypatch.setattr(attention, "expand_kv", expand_kv)
+    with pytest.raises(UnroutedKVError, match="lays keys and values out in another way.*use DynamicCache"):
+        model(**tiny_prompts(3), past_key_values=HardKVCache(config=model.config))
+
+
 @pytest.mark.parametrize("name", ["position_bias", "indices", "block_indices"])
 def test_attention_arguments_that_are_refused(name, tiny_model):
     model, cache, states = tiny_model("llama", "sdpa"), HardKVCache(), torch.randn(1, 2, 3, 8)

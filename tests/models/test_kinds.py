@@ -105,8 +105,9 @@ def test_latents_are_what_is_stored(model_type):
     assert latent
     for layer in latent:
         assert layer.num_kv_heads == 1
-        assert layer.tiers.condensed.keys.shape[-1] == model.config.kv_lora_rank
-        assert layer.tiers.condensed.values.shape[-1] == model.config.qk_rope_head_dim
+        for tier in (layer.tiers.condensed, layer.tiers.dense):
+            assert tier.keys.shape[-1] == model.config.kv_lora_rank + model.config.qk_rope_head_dim
+            assert tier.values.shape[-1] == 0
     assert cache.dense_nbytes() == sum(
         tensor.nbytes
         for layer in dense.layers

@@ -135,7 +135,7 @@ def append(
     if not q_len or not batch:
         return fill.clone() if out_fill is None else out_fill.copy_(fill)
 
-    block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
+    block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(max(value_dim, 1))
     row = max(block_d, block_dv) * keys.element_size()
     block_h = min(triton.next_power_of_2(heads), max(TILE_BYTES // row, 1))
     block_t = min(triton.next_power_of_2(q_len), max(TILE_BYTES // (row * block_h), 1))

@@ -212,9 +212,14 @@ def _output(out: Tensor | None, name: str, shape: tuple[int, ...], like: Tensor)
     return out
 
 
+def _block(width: int) -> int:
+    """Columns of a tile; values may have none."""
+    return triton.next_power_of_2(max(width, 1))
+
+
 def _tile(*buffers: Tensor) -> int:
     """Tokens that one program copies."""
-    row = max(triton.next_power_of_2(buffer.shape[-1]) * buffer.element_size() for buffer in buffers)
+    row = max(_block(buffer.shape[-1]) * buffer.element_size() for buffer in buffers)
     return min(max(TILE_BYTES // row, 1), MAX_TILE_TOKENS)
 
 
@@ -270,8 +275,8 @@ def gather_tiers(
             D=dim,
             DV=value_dim,
             BLOCK=tile,
-            BLOCK_D=triton.next_power_of_2(dim),
-            BLOCK_DV=triton.next_power_of_2(value_dim),
+            BLOCK_D=_block(dim),
+            BLOCK_DV=_block(value_dim),
             KEYS_FLAT=keys[-1].is_contiguous(),
             VALUES_FLAT=values[-1].is_contiguous(),
             num_warps=4,
@@ -305,7 +310,7 @@ def gather_keys(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | Non
             n_second,
             D=dim,
             BLOCK=tile,
-            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_D=_block(dim),
             FLAT=buffers[-1].is_contiguous(),
             num_warps=4,
         )

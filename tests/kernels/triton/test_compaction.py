@@ -40,7 +40,7 @@ def dense(layout, batch, heads, capacity, dim, dtype=torch.float32):
 
 
 def concatenated(buffers):
-    return torch.cat([buffer.reshape(-1, buffer.shape[-1]) for buffer in buffers])
+    return torch.cat([buffer.flatten(0, -2) for buffer in buffers])
 
 
 def guarded(shape, dtype, sentinel=77):
@@ -85,7 +85,7 @@ def shuffled(total, count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("dim", "value_dim"), [(3, 3), (64, 64), (80, 80), (96, 64), (64, 3)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(3, 3), (64, 64), (80, 80), (96, 64), (64, 0)])
 def test_three_tiers(dtype, dim, value_dim):
     sizes, shape = (37, 50), (2, 3, 11)
     keys = [*(tokens(size, dim, dtype=dtype) for size in sizes), dense("contiguous", *shape, dim, dtype)]
