@@ -83,8 +83,8 @@ class Record:
         fit = fit_temperatures(z, reference, p, mask=mask, solver=solver)
         before = kept_counts(z, None, reference, p, mask=mask)
         after = kept_counts(z, fit.temperatures, reference, p, mask=mask)
-        kept = torch.stack([counts.median(1).values for counts in (fit.counts, before, after)])
-        return fit.temperatures.float().cpu(), fit.residuals.float().cpu(), kept.cpu()
+        kept = torch.stack([counts.cpu().median(1).values for counts in (fit.counts, before, after)])
+        return fit.temperatures.float().cpu(), fit.residuals.float().cpu(), kept
 
 
 def curve_edges(most: int) -> list[int]:
