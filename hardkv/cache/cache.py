@@ -172,6 +172,7 @@ class HardKVCache(DynamicCache):
         else:
             layer = HardKVLayer(self.settings, budget, idx)
         layer.offloading = self._offload
+        layer.first = not self._compressed
         return layer
 
     def _warn(self, message: str) -> None:

@@ -102,8 +102,20 @@ def select(events: Sequence[Event], layers: Sequence[Tiers], rings: Sequence[Que
 
 
 def check(event: Event, sizes: Sequence[int]) -> None:
-    """Raise ValueError if the scores behind a layer's `Selection.sizes` were not finite."""
-    if not sizes[-1]:
+    """Raise for what the device noticed, by a layer's `Selection.sizes`.
+
+    Raises:
+        ValueError: scores that are not finite.
+        NotImplementedError: steps of one token whose masks hid tokens that had been stored.
+    """
+    *_, sound, hidden = sizes
+    if hidden:
+        raise NotImplementedError(
+            f"since the last event the attention mask hid past tokens of {hidden} sequences, and they were attended "
+            "all the same: HardKVCache lets every new token see all kept ones. reset() it, and leave the mask of past "
+            "columns as it was, or use DynamicCache"
+        )
+    if not sound:
         raise ValueError(
             f"scorer {event.settings.scorer!r} returned NaN or infinite scores; return log-scores, such as "
             "torch.log(s + 1e-38) for s >= 0"

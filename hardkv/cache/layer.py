@@ -33,6 +33,7 @@ class HardKVLayer(CacheLayerMixin):
 
     The cache that makes it may set:
         knows_model: whether the cache was built with a model config.
+        first: whether it is the first that the cache compresses, which looks at masks for all.
         shared: the layer's keys are read again by later layers, so its events wait for its next `update()`.
         temperatures: `[H]`, calibrated before, that the budget divides scores by; None without.
         offloading: what keeps the ragged tiers on the host while they do not attend; None: they stay.
@@ -52,6 +53,7 @@ class HardKVLayer(CacheLayerMixin):
         self.budget = budget
         self.layer_idx = layer_idx
         self.knows_model = True
+        self.first = False
         self.shared = False
         self.latent = False
         self.temperatures: Tensor | None = None
@@ -220,6 +222,9 @@ class HardKVLayer(CacheLayerMixin):
                 valid = _columns(padding, new)
                 assert self.tiers is not None
                 tiers = self.tiers.append(new.keys, new.values, valid)
+                # of a chunk it was looked at before; for every step the host should not wait, so the next event tells
+                if self.first and padding is not None and new_mask is None and query.shape[2] == 1:
+                    tiers = tiers.seen_through(padding)
                 self._store(new, tiers, self._observe(query.detach(), valid, self.ring, new), scale, softcap)
             assert self.tiers is not None
             condensed, dense = self.tiers.condensed, self.tiers.dense
@@ -474,6 +479,7 @@ def compress_together(layers: Sequence[HardKVLayer]) -> None:
 
     Raises:
         ValueError: a scorer did not keep to its contract; nothing has changed then.
+        NotImplementedError: see `event.check`; nothing has changed then.
     """
     events, tiers, rings = [], [], []
     for layer in layers:

@@ -71,7 +71,9 @@ class Selection:
     chosen: tuple[Tensor, Tensor]  # bool [N] each: selected tokens outside the window; deselected ones on probation
     cu_seqlens: Tensor  # int32 [2, L, R + 1], of both ragged tiers of every layer
     temperatures: Sequence[Tensor | None]  # [R] of each layer, what the event selected with, to be kept
-    sizes: Tensor  # int64 [L, 6]: total and longest row of condensed and of sparse, least dense fill, whether sound
+    # int64 [L, 7]: total and longest row of condensed and of sparse, least dense fill, whether sound, sequences that
+    # had tokens hidden
+    sizes: Tensor
 
     @classmethod
     def of(
@@ -95,7 +97,9 @@ class Selection:
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(2, dtype=torch.int32), (1, 0))
         found = torch.stack([lengths.sum(2), lengths.amax(2)], -1).transpose(0, 1).flatten(1)  # [L, 4]
         fill = torch.stack([tiers.dense.fill for tiers in layers]).amin(1, keepdim=True)
-        sizes = torch.cat([found, fill, sound.long().expand(len(layers), 1)], 1)
+        none = found.new_zeros(())
+        hidden = torch.stack([none if tiers.hidden is None else tiers.hidden.sum() for tiers in layers])
+        sizes = torch.cat([found, fill, sound.long().expand(len(layers), 1), hidden[:, None]], 1)
         chosen = condensed, sparse
         return cls(merged.positions, misses, merged.address, chosen, cu_seqlens, temperatures, sizes)
 

@@ -176,6 +176,7 @@ class Tiers:
     compressed_at: int | None = None  # logical length at the last event
     events: int = 0
     temperatures: Tensor | None = None  # [R], fitted online
+    hidden: Tensor | None = None  # bool [B], where a mask since the last event hid tokens stored before; None: nowhere
 
     @classmethod
     def of(cls, dense: DenseTier, seen: int) -> "Tiers":
@@ -203,6 +204,11 @@ class Tiers:
         held = torch.arange(dense.capacity, device=columns.device) < dense.fill[:, None]
         recent = columns.gather(1, dense.positions.long().masked_fill(~held, 0)) & held
         return bool(columns[sequence, tier.positions.long()].any() | recent.any())
+
+    def seen_through(self, mask: Tensor) -> "Tiers":
+        """After a step with `mask`, `[B, seen]`, zero where it hides a column: `hidden` knows, without the host."""
+        hidden = mask.count_nonzero(1) < self.tokens
+        return replace(self, hidden=hidden if self.hidden is None else self.hidden | hidden)
 
     def merged(self, window: int, sinks: int = 0, pinned: int = 0) -> tuple[tuple[Tensor, ...], Rows]:
         """Lay out every held token by row and position.
@@ -288,6 +294,7 @@ class Tiers:
             dense=self.dense.select_sequences(indices),
             tokens=self.tokens[indices],
             temperatures=None if self.temperatures is None else self.temperatures[rows],
+            hidden=None if self.hidden is None else self.hidden[indices],
         )
 
     @property
@@ -312,5 +319,5 @@ class Tiers:
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
-        fitted = [] if self.temperatures is None else [self.temperatures]
-        return [*self.condensed.tensors(), *self.sparse.tensors(), *self.dense.tensors(), self.tokens, *fitted]
+        optional = [each for each in (self.temperatures, self.hidden) if each is not None]
+        return [*self.condensed.tensors(), *self.sparse.tensors(), *self.dense.tensors(), self.tokens, *optional]

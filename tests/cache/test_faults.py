@@ -237,13 +237,13 @@ def test_a_fault(name, scenario, fault, models):
     start = HardKVCache(config=model.config, **EVICT)
     for earlier in history:
         earlier(model, start)
+    before = go_on(model, copy.deepcopy(start), [action, *future])  # and what is made only once is there
     whole = copy.deepcopy(start)
     counter = fault(1 << 40)
     with counter:
         action(model, whole)
     total = (1 << 40) - counter.left
     after = go_on(model, copy.deepcopy(whole), future)
-    before = go_on(model, copy.deepcopy(start), [action, *future])
     assert [*before[0][1:], before[1]] == [*after[0], after[1]]
     outcomes = {"before": 0, "after": 0, "refused": 0}
     for count in range(0, total, max(1, total // SAMPLES)):

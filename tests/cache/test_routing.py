@@ -456,6 +456,42 @@ def test_a_later_4d_mask_that_cannot_be_followed_is_refused(hide, q_len, prefill
     assert [[head.tolist() for head in heads] for heads in cache.kept(0)] == kept
 
 
+def single_steps(model, cache, mask: Tensor, count: int) -> None:
+    """Steps of one token; `mask` covers the past before the first of them."""
+    for _ in range(count):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        model(torch.full((len(mask), 1), 5), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_2d_mask_that_hides_past_tokens_from_single_steps(late, offload, tiny_model, tiny_prompts):
+    """Attended all the same, as the host does not look; what it reads at the next event tells."""
+    model, inputs = tiny_model("llama"), tiny_prompts(3)
+    cache = HardKVCache(config=model.config, offload=offload, **EVICT)
+    model(**inputs, past_key_values=cache)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 4, dtype=torch.long)], 1)
+    single_steps(model, cache, mask[:, :13], late)
+    hiding = mask.clone()
+    hiding[1, 12] = 0  # in the window, so that all heads hold it
+    single_steps(model, cache, hiding[:, : 13 + late], 2 - late)
+    spared, twin = copy.deepcopy(cache), copy.deepcopy(cache)
+    with pytest.raises(NotImplementedError, match=r"mask hid past tokens of 1 sequences.*reset\(\) it"):
+        single_steps(model, cache, hiding[:, :15], 1)
+    with pytest.raises(RuntimeError, match=r"reset\(\)"):  # and for good
+        single_steps(model, cache, hiding[:, :16], 1)
+    if late == 0:
+        with pytest.raises(NotImplementedError, match="mask hid past tokens"):  # too late to take it back
+            single_steps(model, twin, mask[:, :15], 1)
+        spared.batch_select_indices(torch.tensor([2, 0]))  # without the sequence that it was
+        single_steps(model, spared, mask[[2, 0], :15], 1)
+        assert spared.stats().events == 2
+    cache.reset()
+    model(**inputs, past_key_values=cache)
+    single_steps(model, cache, inputs["attention_mask"], 4)
+    assert cache.stats().events == 2
+
+
 @pytest.mark.parametrize("q_len", [1, 3])
 def test_a_mask_that_adds_biases_is_refused(q_len, prefilled):
     """ALiBi and the like inside a mask: read as a plain mask it would be lost from later steps."""
