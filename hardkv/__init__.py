@@ -10,17 +10,21 @@ from hardkv.calibration import calibrate
 from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
 from hardkv.generation import generate, graphed
+from hardkv.planning import MemoryPlan, max_batch_size, plan
 
 __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "HardKVCache",
     "HardKVConfig",
+    "MemoryPlan",
     "Stats",
     "UnroutedKVError",
     "calibrate",
     "generate",
     "graphed",
+    "max_batch_size",
+    "plan",
 ]
 
 install()

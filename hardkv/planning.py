@@ -1,0 +1,133 @@
+"""What a HardKVCache will hold, before anything runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from hardkv.cache.cache import HardKVCache
+from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.stats import format_bytes
+from hardkv.config import HardKVConfig
+from hardkv.selectors.budgets import Budget
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of keys, values and what belongs to them, at the most; activations and weights are not among them.
+
+    Args:
+        condensed: the tokens that events keep, and those on probation. recent: the dense tiers, of the window and an
+            interval. queries: those that score. sliding: layers that attend within a window, which stay uncompressed
+            (transformers keeps their whole prompt until the first step).
+        dense_nbytes: what a DynamicCache holds at `max_length`.
+        fixed: whether the budget's totals are fixed, so that `graphed` allocates this from the start; otherwise it is
+            a bound that a cache stays below.
+        uncounted: kinds of layers, such as linear attention, whose states are not counted.
+    """
+
+    condensed: int
+    recent: int
+    queries: int
+    sliding: int
+    dense_nbytes: int
+    fixed: bool
+    uncounted: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes of the cache."""
+        return self.condensed + self.recent + self.queries + self.sliding
+
+    def __str__(self) -> str:
+        share = f", {self.nbytes / self.dense_nbytes:.1%} of dense {format_bytes(self.dense_nbytes)}"
+        uncounted = f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else ""
+        return f"{'' if self.fixed else 'at most '}{format_bytes(self.nbytes)}{share}{uncounted}"
+
+
+def plan(
+    config: Any,
+    budget: "int | Budget | dict[str, Any]" = HardKVConfig.budget,
+    batch: int = 1,
+    prompt_length: int = 0,
+    max_length: int = 4096,
+    dtype: torch.dtype = torch.bfloat16,
+    **settings: Any,
+) -> MemoryPlan:
+    """Bytes that `HardKVCache(config=config, budget=budget, **settings)` holds for a batch, without running anything.
+
+    Args:
+        config: `model.config`. batch: sequences.
+        prompt_length: columns of the prompt, which matter where it is pinned.
+        max_length: columns of prompt and answer. dtype: of keys and values.
+        settings: as for `HardKVCache`.
+
+    Raises:
+        ValueError: lengths or batch are not positive, the prompt is longer than `max_length`, the model has latent
+            attention, or an argument is not one that HardKVCache takes.
+    """
+    if batch < 1 or max_length < 1 or not 0 <= prompt_length <= max_length:
+        raise ValueError(
+            f"batch={batch} and max_length={max_length} must be positive, and prompt_length={prompt_length} within it"
+        )
+    cache = HardKVCache(config=config, budget=budget, **settings)
+    text = config.get_text_config(decoder=True)
+    if any(layer.latent for layer in cache._compressed):
+        raise ValueError("plan() does not know latent attention (MLA): ask cache.nbytes() after a prompt")
+    query_heads = text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or query_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
+    token = 2 * dim * dtype.itemsize  # key and value
+    window, columns = cache.settings.window, cache.settings.window + cache.settings.interval
+    protected = window + cache.settings.sinks + (prompt_length if cache.settings.pin_prompt else 0)
+    condensed = recent = queries = sliding = 0
+    fixed, uncounted = cache.settings.patience == 0, set()
+    for layer in cache.layers:
+        if isinstance(layer, HardKVLayer):
+            total = layer.budget.fixed_total(heads, max_length, protected)
+            if total is None:
+                fixed = False
+                limit = max_length if layer.budget.limit is None else max(layer.budget.limit, protected)
+                total = heads * min(limit, max_length)
+            if cache.settings.patience:  # all that the condensed tier does not keep may be on probation
+                total = heads * max_length
+            ragged = max(total - heads * min(window, max_length), 0)
+            condensed += batch * ragged * (token + 5)  # position, misses
+            condensed += 2 * (batch * heads + 1) * 4 + batch * heads * 24  # where rows begin; schedules
+            recent += batch * (heads * columns * token + columns * 4 + 16)  # positions, fill, tokens so far
+            queries += batch * (window + 1) * (query_heads * dim * dtype.itemsize + 1)
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            sliding += batch * heads * min(layer.sliding_window, max_length) * token
+        else:
+            uncounted.add(type(layer).__name__)
+    dense = batch * heads * max_length * token * len(cache._compressed) + sliding
+    return MemoryPlan(condensed, recent, queries, sliding, dense, fixed, tuple(sorted(uncounted)))
+
+
+def max_batch_size(
+    config: Any,
+    budget: "int | Budget | dict[str, Any]" = HardKVConfig.budget,
+    prompt_length: int = 0,
+    max_length: int = 4096,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    memory: int | None = None,
+    **settings: Any,
+) -> int:
+    """The most sequences whose `plan` fits into memory, 0 if none does.
+
+    Args:
+        config, budget, prompt_length, max_length, dtype, settings: as for `plan`.
+        memory: bytes for the cache: what the device has, less weights and the activations of the prompt. None: what is
+            free on the current CUDA device now, so ask when the model is loaded, and leave room for activations.
+
+    Raises:
+        ValueError: as `plan`; or `memory` is None and there is no CUDA device.
+    """
+    if memory is None:
+        if not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device to ask for its free memory: pass memory=, in bytes")
+        memory = torch.cuda.mem_get_info()[0]
+    one, two = (plan(config, budget, batch, prompt_length, max_length, dtype, **settings).nbytes for batch in (1, 2))
+    return max(0, 1 + (memory - one) // (two - one)) if memory >= one else 0

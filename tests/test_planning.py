@@ -1,0 +1,81 @@
+"""What is planned against what caches then hold."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hardkv
+from hardkv import HardKVCache, graphed
+from hardkv.cache.tiers import storage_nbytes
+from hardkv.selectors import AdaKV, Adaptive, Pyramid, TopK, TopP
+from tests.cache.conftest import generate_logits, make_model, make_prompts
+
+SIZES = {"window": 8, "interval": 16, "sinks": 2}
+
+
+def run(model, batch, length, new, static=True, **arguments):
+    cache = HardKVCache(config=model.config, **(SIZES | arguments))
+    inputs = make_prompts(batch, length=length)
+    inputs["attention_mask"].fill_(1)
+    generate_logits(model, cache, inputs, new, **({"custom_generate": graphed} if static else {}))
+    return cache
+
+
+@pytest.mark.parametrize("budget", [TopK(60), AdaKV(60), Adaptive(60), Pyramid(60)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fixed_totals_are_held_exactly(budget, batch):
+    """To three in a hundred, as schedules differ between kernels."""
+    model = make_model("qwen3")
+    planned = hardkv.plan(model.config, budget, batch, 80, 80 + 40, torch.float32, **SIZES)
+    assert planned.fixed
+    held = run(model, batch, 80, 40, budget=budget)
+    assert held.nbytes() == pytest.approx(planned.nbytes, rel=0.03)
+    plain = run(model, batch, 80, 40, static=False, budget=budget)
+    assert plain.nbytes() <= planned.nbytes
+    assert planned.dense_nbytes == batch * model.config.num_hidden_layers * 2 * 120 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("arguments", [{"budget": TopP(0.9, cap=30)}, {"budget": TopP(0.9, cap=None)}, {"patience": 2}])
+def test_others_are_bounded(arguments):
+    model = make_model("llama")
+    arguments = {"budget": 20} | arguments
+    lengths = {"batch": 2, "prompt_length": 60, "max_length": 100}
+    planned = hardkv.plan(model.config, **lengths, dtype=torch.float32, **SIZES, **arguments)
+    assert not planned.fixed
+    assert "at most" in str(planned)
+    held = run(model, 2, 60, 40, static=False, **arguments).nbytes()
+    assert held <= planned.nbytes
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 60), st.integers(2, 40), st.integers(11, 80))
+def test_never_more_than_planned(batch, length, new, n):
+    model = make_model("llama", num_hidden_layers=1)
+    planned = hardkv.plan(model.config, AdaKV(n), batch, length, length + new, torch.float32, **SIZES)
+    assert run(model, batch, length, new, static=False, budget=AdaKV(n)).nbytes() <= planned.nbytes
+
+
+def test_pinned_prompts_and_sliding_layers():
+    model = make_model("gemma3")
+    planned = hardkv.plan(model.config, 40, 2, 30, 70, torch.float32, pin_prompt=True, **SIZES)
+    held = run(model, 2, 30, 40, static=False, budget=40, pin_prompt=True)
+    sliding = [layer for layer in held.layers if not hasattr(layer, "tiers")]
+    assert planned.sliding == storage_nbytes(each for layer in sliding for each in (layer.keys, layer.values))
+    assert held.nbytes() <= planned.nbytes
+
+
+def test_batches_that_fit():
+    config = make_model("qwen3").config
+    arguments = {"budget": 60, "prompt_length": 80, "max_length": 200, "dtype": torch.float16} | SIZES
+    for batch in (1, 2, 17):
+        memory = hardkv.plan(config, batch=batch, **arguments).nbytes
+        assert hardkv.max_batch_size(config, memory=memory, **arguments) == batch
+        assert hardkv.max_batch_size(config, memory=memory - 1, **arguments) == batch - 1
+    with pytest.raises(ValueError, match="positive"):
+        hardkv.plan(config, batch=0)
+    with pytest.raises(ValueError, match="within"):
+        hardkv.plan(config, prompt_length=10, max_length=9)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="memory="):
+            hardkv.max_batch_size(config)
