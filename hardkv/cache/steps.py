@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from hardkv.cache.handles import LogicalLen
 from hardkv.cache.static import StaticDecoding, StaticHandle
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 MOVING = ("input_ids", "position_ids")
 CONSTANT = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 REPLACED = ("past_key_values", "attention_mask")
+# Batch sizes that a model may be compiled for.
+MAX_SHAPES = 64
 
 
 class UnknownLength(int):
@@ -53,8 +56,8 @@ class StepLayer(CacheLayerMixin):
         return handle, handle
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of the new token alone, as attention reads no mask."""
-        return query_length, 0
+        """Of the new token alone, marked as ours where nothing is compiled: no mask is made then, and none is read."""
+        return query_length if torch.compiler.is_compiling() else LogicalLen(query_length), 0
 
     def get_seq_length(self) -> int:
         """Some length above 0."""
@@ -169,9 +172,11 @@ class DecodeSteps:
         elif self._runs <= self.compiled:  # kernels are built and workspaces made before anything is captured
             side, here = torch.cuda.Stream(tokens.device), torch.cuda.current_stream(tokens.device)
             side.wait_stream(here)
-            with torch.cuda.stream(side):
-                logits = self._run()
-            here.wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    logits = self._run()
+            finally:  # what fails may free memory that the other stream still works on
+                here.wait_stream(side)
             logits.record_stream(here)
         else:
             self._capture()
@@ -195,7 +200,8 @@ class DecodeSteps:
         ]
         with decoding.step():
             try:
-                out = forward(**self._inputs, past_key_values=Cache(layers=layers), return_dict=True)
+                with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+                    out = forward(**self._inputs, past_key_values=Cache(layers=layers), return_dict=True)
             except torch._dynamo.exc.Unsupported as error:
                 raise NotImplementedError(
                     f"the forward of {type(model).__name__} cannot be compiled as a whole: leave out compile=True"
@@ -214,11 +220,12 @@ class DecodeSteps:
         if self._graph is not None and place == self._place:
             return
         self._graph = self._logits = None
-        graph = torch.cuda.CUDAGraph()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = self._run()
         except RuntimeError as error:
+            torch.cuda.set_stream(here)  # PyTorch stays on the capture's where ending it fails
             if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
                 raise
             raise NotImplementedError(

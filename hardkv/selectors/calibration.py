@@ -286,7 +286,8 @@ def _adam(problem: _Problem, start: Tensor, max_steps: int, tolerance: float) ->
         loss = loss.detach()
         better = (loss < best_loss) & (small_steps < 3)  # one small step may be a turning point
         best, best_loss = torch.where(better, before, best), torch.where(better, loss, best_loss)
-        optimizer.step()
+        with torch.device("cpu"):  # where Adam counts its steps, whatever the default device is
+            optimizer.step()
         schedule.step()
         log_t.clamp_(-_LIMIT, _LIMIT)
         small = (log_t - before).abs() < tolerance

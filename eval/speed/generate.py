@@ -1,0 +1,363 @@
+"""Decoding a full-size model end to end: hardkv and its peers in one run, against the least time that memory allows.
+
+    python -m eval.speed.generate --out eval/results/generate.json    # one CUDA GPU
+    python -m eval.speed.generate_report eval/results/generate.json   # tables, and the picture beside the JSON
+
+Models have their real shapes and random weights. Every method decodes through `model.generate`; a step is the time
+between two calls of a stopping criterion. Where only decoding is timed, the context is not computed but filled in with
+random keys and values ("synthetic fill"): of hardkv's caches with what a budget keeps of it. `limit_ms` is the time in
+which a large copy moves as many bytes as a step has to read: weights, without the input embedding, and keys and values.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+import hardkv
+from eval.speed.events import synthetic_curves
+from eval.speed.inputs import Setting, make_tiers
+from eval.speed.timing import CudaTimer, copy_bandwidth, describe
+from hardkv import Calibration, HardKVCache, graphed
+from hardkv.cache.queries import QueryRing
+from hardkv.cache.tiers import storage_nbytes
+from hardkv.calibration_file import geometry
+from hardkv.selectors import Risk, TopK
+
+COMMON = {"num_key_value_heads": 8, "num_attention_heads": 32, "head_dim": 128, "max_position_embeddings": 1 << 18}
+MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3-8b": lambda: Qwen3Config(
+        **COMMON, vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36
+    ),
+    "qwen3-4b": lambda: Qwen3Config(
+        **COMMON,
+        **{"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36},
+        tie_word_embeddings=True,
+    ),
+    "llama-3.1-8b": lambda: LlamaConfig(
+        **COMMON, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32
+    ),
+}
+# Name -> (what the cache is, further arguments of generate()).
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic": ("dynamic", {}),
+    "static-compile": ("static", {}),
+    "topk-eager": ("topk", {}),
+    "topk": ("topk", {"custom_generate": graphed}),
+    "topk-compile": ("topk", {"custom_generate": graphed, "compile": True}),
+    "risk": ("risk", {"custom_generate": graphed}),
+    "risk-compile": ("risk", {"custom_generate": graphed, "compile": True}),
+}
+# Steps that are timed, after steps that are not: two events fall among them.
+STEPS, WARM = 256, 12
+SLOW_STEPS = 40  # of methods without events
+# Of the memory that is free beside the weights, what the largest batch's cache may take.
+SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is decoded: sequences of `context` columns; `batch` 0 is the largest that fits."""
+
+    context: int
+    batch: int
+    kept: int = 2048
+
+
+CASES = (
+    *(Case(2048, batch) for batch in (32, 8, 1)),
+    *(Case(8192, batch) for batch in (32, 1)),
+    *(Case(32768, batch) for batch in (0, 8, 1)),
+    Case(131072, 0),
+)
+
+
+class Clock(StoppingCriteria):
+    """When each step came; ends after `steps` of them."""
+
+    def __init__(self, steps: int):
+        self.steps, self.times = steps, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.full((input_ids.shape[0],), len(self.times) > self.steps, device=input_ids.device)
+
+
+class Bench:
+    """One model on one device.
+
+    Args:
+        name: a key of `MODELS`. config: its config, or a smaller one. device: where it runs; with CUDA, timed there.
+    """
+
+    def __init__(self, name: str, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype):
+        self.name, self.config, self.device = name, config, device
+        with device:
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self.setting = Setting(
+            device,
+            dtype,
+            heads=config.num_key_value_heads,
+            group=config.num_attention_heads // config.num_key_value_heads,
+            dim=config.head_dim,
+        )
+        self.weights = storage_nbytes(self.model.parameters())
+        embedding = self.model.get_input_embeddings().weight
+        self.read = self.weights - (0 if config.tie_word_embeddings else embedding.nbytes)
+        self.curves = synthetic_curves(_shape(config), config.num_key_value_heads)
+
+    # ------------------------------------------------------------------ caches
+
+    def hardkv_cache(self, budget: str, kept: int, scorer: str = "snapkv") -> HardKVCache:
+        """An empty cache whose budget keeps `kept` tokens of a head."""
+        window, interval = self.setting.window, self.setting.interval
+        options: dict[str, Any] = {"scorer": scorer, "window": window, "interval": interval}
+        if budget != "risk":
+            return HardKVCache(config=self.config, budget=TopK(kept), **options)
+        ones = torch.ones(self.curves.loss.shape[:2])
+        layers = list(range(self.config.num_hidden_layers))
+        provenance = {"geometry": geometry(self.config), "layers": layers}
+        provenance |= {"scorer": hardkv.HardKVConfig(scorer=scorer).to_dict()["scorer"], "window": window}
+        calibration = Calibration(ones, ones, self.curves.counts, self.curves.loss.float(), None, provenance)
+        return HardKVCache(config=self.config, budget=Risk(kept), calibration=calibration, **options)
+
+    def filled(self, kind: str, case: Case, room: int) -> Any:
+        """A cache of `case.context` columns, filled in; `room` more will come."""
+        if kind == "dynamic":
+            return self._fill(DynamicCache(config=self.config), case)
+        if kind == "static":
+            return self._fill(StaticCache(config=self.config, max_cache_len=case.context + room), case)
+        cache = self.hardkv_cache(kind, case.kept)
+        setting, heads = self.setting, self.setting.heads
+        fill = setting.window
+        protected = setting.window + cache.settings.sinks
+        if kind == "risk":
+            counts = Risk(case.kept).allocation(self.curves, case.context, protected)
+        else:
+            counts = torch.full((len(cache.layers), heads), min(case.kept, case.context))
+        for idx, layer in enumerate(cache.layers):
+            lengths = (counts[idx] - fill).clamp_min(1).repeat(case.batch)
+            tiers = make_tiers(setting, lengths, fill, case.context, idx)
+            layer.lazy_initialization(tiers.dense.keys, tiers.dense.values)
+            queries = setting.normal(idx + 1000)(case.batch, heads * setting.group, setting.window, setting.dim)
+            layer.ring = QueryRing(queries, setting.window + 1)
+            layer.ring.append(queries, None, case.context - setting.window)
+            layer.tiers = replace(tiers, compressed_at=case.context, events=1)
+            layer.scale, layer.prompt_length = setting.dim**-0.5, case.context
+        return cache
+
+    def _fill(self, cache: Any, case: Case) -> Any:
+        shape = case.batch, self.setting.heads, case.context, self.setting.dim
+        for idx in range(self.config.num_hidden_layers):
+            draw = self.setting.normal(idx)
+            cache.update(draw(*shape), draw(*shape), idx)
+        return cache
+
+    def largest(self, kind: str, case: Case, room: int) -> int:
+        """Sequences whose cache takes `SHARE` of what is free."""
+        free = torch.cuda.mem_get_info()[0] * SHARE
+        length = case.context + room
+        if kind in ("dynamic", "static"):
+            return int(free // (length * self.config.num_hidden_layers * self.setting.heads * self.setting.token_bytes))
+        cache = self.hardkv_cache(kind, case.kept)
+        options = {"window": self.setting.window, "interval": self.setting.interval}
+        if kind == "risk":
+            options["calibration"] = cache.settings.calibration
+        return hardkv.max_batch_size(
+            self.config, cache.settings.budget, case.context, length, self.setting.dtype, memory=int(free), **options
+        )
+
+    # ------------------------------------------------------------------ measurements
+
+    def decode(self, method: str, case: Case, steps: int | None = None) -> dict[str, Any]:
+        """Decode after a synthetic fill."""
+        kind, options = METHODS[method]
+        steps = steps or (STEPS if kind in ("topk", "risk") else SLOW_STEPS)
+        batch = case.batch or self.largest(kind, case, WARM + steps)
+        case = replace(case, batch=batch)
+        record: dict[str, Any] = {"measure": "decode", "method": method, "model": self.name, **asdict(case)}
+        self._begin()
+        cache = self.filled(kind, case, WARM + steps + 2)
+        clock = Clock(WARM + steps)
+        begun = time.perf_counter()
+        self._generate(cache, case, clock, options)
+        if kind == "static":  # whose graphs keep the cache
+            torch.compiler.reset()
+            self.model._compiled_call = None
+        times = clock.times[WARM:]
+        each = [b - a for a, b in zip(times, times[1:], strict=False)]
+        mean = (times[-1] - times[0]) / len(each)
+        held = cache.nbytes() if isinstance(cache, HardKVCache) else _nbytes(cache)
+        record |= {
+            "steps": len(each),
+            "step_ms": mean * 1e3,
+            "median_ms": median(each) * 1e3,
+            "tokens_per_s": batch / mean,
+            "kv_bytes": held,
+            "read_bytes": self.read + held,
+            "start_s": clock.times[WARM] - begun,
+        }
+        if isinstance(cache, HardKVCache):
+            stats = cache.stats()
+            record |= {"events": stats.events - 1, "captures": stats.captures, "replays": stats.replays}
+        return record | self._peak()
+
+    def first_token(self, method: str, scorer: str, length: int, batch: int, repeats: int = 3) -> dict[str, Any]:
+        """Time of a real prompt's prefill and its first token."""
+        ids = torch.randint(5, self.config.vocab_size, (batch, length), device=self.device)
+        times = []
+        for _ in range(repeats + 1):
+            self._begin()
+            cache = DynamicCache(config=self.config) if method == "dynamic" else self.hardkv_cache("topk", 2048, scorer)
+            options = {} if method == "dynamic" else METHODS[method][1]
+            begun = time.perf_counter()
+            self.model.generate(
+                ids, past_key_values=cache, max_new_tokens=1, do_sample=False, pad_token_id=0, **options
+            )
+            self._wait()
+            times.append(time.perf_counter() - begun)
+        record = {"measure": "first token", "method": method, "scorer": scorer, "model": self.name, "context": length}
+        return record | {"batch": batch, "seconds": median(times[1:])} | self._peak()
+
+    def _generate(self, cache: Any, case: Case, clock: Clock, options: dict[str, Any]) -> None:
+        ids = torch.randint(5, self.config.vocab_size, (case.batch, case.context + 1), device=self.device)
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=clock.steps + 1,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **options,
+        )
+        self._wait()
+
+    def _begin(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _peak(self) -> dict[str, Any]:
+        return {"peak_bytes": torch.cuda.max_memory_allocated()} if self.device.type == "cuda" else {}
+
+    def trace(self, method: str, case: Case) -> dict[str, Any]:
+        """Where the device's time goes in one replayed step: kernels by name, and the gaps between them."""
+        kind, options = METHODS[method]
+        cache = self.filled(kind, case, WARM + 2)
+        self._begin()
+        self._generate(cache, case, Clock(WARM), options)
+        graph = cache.steps._graph
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            graph.replay()
+            torch.cuda.synchronize()
+        rows = sorted(profile.key_averages(), key=lambda row: -row.device_time_total)
+        kernels = [{"name": row.key, "calls": row.count, "ms": row.device_time_total / 1e3} for row in rows]
+        record = {"measure": "trace", "method": method, "model": self.name, **asdict(case)}
+        return record | {"replay_ms": begin.elapsed_time(end), "kernels": [k for k in kernels if k["ms"] > 0]}
+
+
+def _shape(config: PreTrainedConfig) -> Any:
+    from eval.speed.events import QWEN
+
+    return replace(QWEN, layers=config.num_hidden_layers)
+
+
+def _nbytes(cache: Any) -> int:
+    return storage_nbytes(each for layer in cache.layers for each in (layer.keys, layer.values))
+
+
+def run(bench: Bench, methods: list[str], cases: list[Case], lengths: list[int]) -> Iterator[dict[str, Any]]:
+    """The records of a model, one after the other; a measurement that fails says how."""
+    for length in lengths:
+        for method, scorer in (("dynamic", ""), ("topk", "snapkv"), ("topk", "attention")):
+            call = partial(bench.first_token, method, scorer, length, 1)
+            yield _tried(call, measure="first token", method=method, scorer=scorer, context=length)
+    for case in cases:
+        for method in methods:
+            yield _tried(partial(bench.decode, method, case), measure="decode", method=method, **asdict(case))
+    for method in ("topk", "topk-compile"):
+        for batch in (1, 32):
+            if method in methods and any(case.batch == batch for case in cases):
+                case = Case(2048, batch)
+                yield _tried(partial(bench.trace, method, case), measure="trace", method=method, **asdict(case))
+
+
+def _tried(call: Callable[[], dict[str, Any]], **what: Any) -> dict[str, Any]:
+    try:
+        return call()
+    except Exception as error:
+        return what | {"error": describe(error)}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What everything ran on."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "triton")}
+    return {"gpu": torch.cuda.get_device_name(device), "hardkv": hardkv.__version__, **versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.speed.generate", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("eval/results/generate.json"))
+    parser.add_argument("--model", choices=MODELS, default="qwen3-8b")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--cases", nargs="+", metavar="CONTEXTxBATCH", help="such as 2048x32; 32768x0: what fits")
+    parser.add_argument("--first-token", nargs="*", type=int, default=[8192], metavar="LENGTH")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs a CUDA device, and PyTorch finds none: run it on a machine with an NVIDIA GPU")
+    cases = [Case(*map(int, case.split("x"))) for case in args.cases] if args.cases else list(CASES)
+    device = torch.device("cuda")
+    bandwidth = copy_bandwidth(CudaTimer(), Setting(device, torch.bfloat16))
+    bench = Bench(args.model, MODELS[args.model](), device, torch.bfloat16)
+    found: dict[str, Any] = {"machine": machine(device), "copy_bytes_per_s": bandwidth, "records": []}
+    if args.out.exists():
+        earlier = json.loads(args.out.read_text())
+        found["records"] = earlier["records"] if earlier["machine"] == found["machine"] else []
+    for record in run(bench, args.methods, cases, args.first_token):
+        if "read_bytes" in record:
+            record["limit_ms"] = record["read_bytes"] / bandwidth * 1e3
+        found["records"] = [old for old in found["records"] if _key(old) != _key(record)] + [record]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        shown = {key: round(value, 3) if isinstance(value, float) else value for key, value in record.items()}
+        print({key: value for key, value in shown.items() if key != "kernels"}, flush=True)
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in ("measure", "model", "method", "scorer", "context", "batch", "kept"))
+
+
+if __name__ == "__main__":
+    main()
