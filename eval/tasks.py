@@ -63,7 +63,7 @@ TASKS = {
     "gsm8k": Task(("openai/gsm8k", "main", "test"), max_new_tokens=4096),
     "umath": Task(("toloka/u-math", None, "test")),
     "needle": Task(instruction="", grade=contains_all, boxed=False, max_new_tokens=48, sampled=False, least_dense=0.8),
-    "reasoner": Task(instruction="", max_new_tokens=5000, sampled=False, least_dense=0.8),
+    "reasoner": Task(instruction="", max_new_tokens=4000, sampled=False, least_dense=0.8),
 }
 
 

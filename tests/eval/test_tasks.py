@@ -8,6 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from eval.grading import check_golds
 from eval.tasks import TASKS, load_problems, normalise, read_rows
 from tests.eval import tiny
 
@@ -100,6 +101,17 @@ def test_an_answer_cut_off_counts_only_in_a_box():
     assert not task.correct("hence 25", "25", truncated=True)
     assert task.correct(r"hence \boxed{25}. Let me check", "25", truncated=True)
     assert TASKS["needle"].correct("It is 12345, which", "12345", truncated=True)
+
+
+def test_the_reasoners_problems_are_taken_as_they_come():
+    pytest.importorskip("eval.reasoner.problems")
+    found = load_problems("reasoner", limit=5, difficulty=6)
+    assert len({problem.id for problem in found}) == 5
+    assert load_problems("reasoner", limit=2, difficulty=6) == found[:2]
+    assert not {problem.id for problem in found} & {p.id for p in load_problems("reasoner", limit=5, seed=1)}
+    check = check_golds((problem.id, problem.answer) for problem in found)
+    assert not check.failed
+    assert not check.exact_only
 
 
 # ---------------------------------------------------------------- needles

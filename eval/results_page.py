@@ -1,0 +1,152 @@
+"""docs/results.md from the committed results: python -m eval.results_page.
+
+Reads every report of `python -m eval.run` in eval/results (`python -m eval.report OUT --to eval/results/NAME`) and the
+study of budgets, budgets.json. What helps and what does not is read off the intervals, not written by hand.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.budgets_report import Study
+from eval.report import budget_table, more_bytes, percent
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "eval" / "results"
+PAGE = ROOT / "docs" / "results.md"
+# Of the study of budgets: what was compared on texts that nothing was chosen by.
+SECTIONS = ("main", "long")
+
+PAPER = """\
+No checkpoint of several billion parameters has been run. These commands make the table of the paper (HARD-KV,
+[2606.28831](https://arxiv.org/abs/2606.28831)) for Qwen3-8B, with budgets of 1,024, 2,048 and 4,096 tokens; interrupted
+ones go on when they are started again:
+
+```bash
+pip install -e '.[eval]'
+for task in aime24 aime25 math500 umath; do
+    accelerate launch -m eval.run --model Qwen/Qwen3-8B --task $task --out eval-runs/qwen3-8b-$task \\
+        --method full,topk,adakv,pyramid,adaptive,adaptive-calibrated,risk,topp,topp-calibrated \\
+        --scorer attention,snapkv,rkv --budget 1024,2048,4096 --mass 0.9,0.95,0.99 \\
+        --samples $([ ${task#aime} = $task ] && echo 1 || echo 8) --batch-size 8 --stop-when-separated
+    python -m eval.report eval-runs/qwen3-8b-$task --to eval/results/qwen3-8b-$task
+done
+python -m eval.results_page
+```
+"""
+
+
+def verdict(difference: Mapping[str, float]) -> str:
+    """`helps`, `does not` or `open`, by whether the interval of a gain excludes 0."""
+    if difference["low"] > 0:
+        return "helps"
+    return "does not" if difference["high"] < 0 else "open"
+
+
+def common(verdicts: Iterable[str]) -> str:
+    """The verdict that all budgets share; `open` if they differ."""
+    found = set(verdicts)
+    return found.pop() if len(found) == 1 else "open"
+
+
+def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
+    """Reports of the harness, by name."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {name: data for name, data in found.items() if data.get("kind") == "harness"}
+
+
+def harness_findings(reports: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    """(verdict, sentence) of every method that was compared with TopK at equal bytes, over all its budgets."""
+    for name, report in reports.items():
+        methods: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+        for row in report["configurations"]:
+            difference = row.get("versus_topk")
+            # a method that won with more bytes has shown nothing
+            if difference is not None and not (difference["low"] > 0 and more_bytes(difference)):
+                methods[row["method"], row["scorer"]].append(row)
+        for (method, scorer), rows in methods.items():
+            cells = ", ".join(f"{percent(row['versus_topk'], '+')} at {row['budget']}" for row in rows)
+            said = f"`{method}` ({scorer}) in [{name}](#{name}): {cells}, in points of accuracy above `topk`"
+            yield common(verdict(row["versus_topk"]) for row in rows), said
+
+
+def study_findings(study: Study) -> Iterable[tuple[str, str]]:
+    """(verdict, sentence) of every way to share a budget, over all budgets of one scorer and length."""
+    for group, labels in study.cells.items():
+        section, _, length, scorer = group
+        if section not in SECTIONS:
+            continue
+        for name in labels:
+            counts = sorted(n for n in labels["TopK"] if study.ratio(group, name, n) is not None)
+            if name == "TopK" or not counts:
+                continue
+            found = {n: study.ratio(group, name, n) for n in counts}
+            ratios = {n: ratio[1:] for n, ratio in found.items() if ratio is not None}
+            # the loss above the dense cache's, so less is better
+            gains = [verdict({"low": 1 - high, "high": 1 - low}) for _, low, high in ratios.values()]
+            cells = ", ".join(f"{ratio:.2f} [{low:.2f}, {high:.2f}] at {n}" for n, (ratio, low, high) in ratios.items())
+            said = f"{name} ({scorer}, {length:,} tokens): {cells} of `TopK`'s loss"
+            yield common(gains), said
+
+
+def page(reports: Mapping[str, Mapping[str, Any]], study: Study, model: str) -> str:
+    """The page's Markdown; `model` is the study's."""
+    findings = [*harness_findings(reports), *study_findings(study)]
+    lines = [
+        "# Results",
+        "",
+        "Written by `python -m eval.results_page`, from the JSON files in [eval/results](../eval/results).",
+        "",
+        "Two kinds of measurement: accuracy of whole answers (`python -m eval.run`), and the loss on given texts, "
+        f"teacher-forced, above the dense cache's (`python -m eval.budgets`, {model}). Both compare with `TopK`, an "
+        "even split, at equal bytes. Intervals are of 95 %, over problems or texts, paired. What helps has an interval "
+        "beyond no difference at every budget that was measured; what does not has one on the other side; the rest is "
+        "open. "
+        "Nothing is corrected for the number of comparisons.",
+        "",
+    ]
+    for title, kind in (("What helps", "helps"), ("What does not", "does not"), ("Open", "open")):
+        found = [f"- {text}" for key, text in findings if key == kind]
+        lines += [f"## {title}", "", *(found or ["Nothing so far."]), ""]
+    lines += ["## Accuracy", ""]
+    for name, report in reports.items():
+        lines += _section(name, report)
+    if not reports:
+        lines += ["Not measured yet.", ""]
+    lines += ["## Loss on given texts", "", "All tables: [eval/results/budgets.md](../eval/results/budgets.md).", ""]
+    lines += ["![loss against budget](../eval/results/budgets.png)", "", "## Not tested", "", PAPER]
+    return "\n".join(lines)
+
+
+def _section(name: str, report: Mapping[str, Any]) -> list[str]:
+    settings, rows = report["settings"], report["configurations"]
+    extra = [f"{key} {settings[key]}" for key in ("length", "needles", "asked", "difficulty") if settings.get(key)]
+    told = ", ".join([settings["task"], *extra])
+    return [
+        f"### {name}",
+        "",
+        f"{settings['model']}, {told}; {max(row['problems'] for row in rows)} problems; bytes by "
+        f"{report['bytes']}; {'; '.join(settings['machines'])}. All figures: "
+        f"[{name}.md](../eval/results/{name}.md).",
+        "",
+        *budget_table(rows),
+        "",
+        f"![accuracy against bytes](../eval/results/{name}.png)",
+        "",
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.results_page", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="with the JSON files")
+    parser.add_argument("--to", type=Path, default=PAGE, metavar="FILE", help="of the page")
+    args = parser.parse_args(argv)
+    data = json.loads((args.results / "budgets.json").read_text())
+    args.to.write_text(page(read_reports(args.results), Study(data["records"]), data["model"]))
+
+
+if __name__ == "__main__":
+    main()
