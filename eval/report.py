@@ -73,7 +73,8 @@ def _summary(label: str, records: Records, field: str, budgets: Mapping[str, int
         "truncated": _mean(records, "truncated"),
         "bytes_mean": _mean(records, f"{field}_mean"),
         "bytes_peak": max(record[f"{field}_peak"] for record in records),
-        "tokens_per_head": {"mean": float(heads.mean()), "min": float(heads.min()), "max": float(heads.max())},
+        "tokens_per_head": {"mean": float(heads.mean()), "min": float(heads.min()), "max": float(heads.max())}
+        | {"heads": np.round(heads, 1).tolist()},
         "tokens_per_second": float(np.median([record["tokens_per_second"] for record in records])),
         "batch": max(record["rows"] for record in records),
     }
@@ -299,7 +300,9 @@ def report(folder: Path, to: Path | None = None) -> str:
     to = to or folder / "report"
     summary = summarise(Store(folder))
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    head = json.dumps({name: value for name, value in summary.items() if name != "configurations"})
+    lines = ",\n".join(json.dumps(row) for row in summary["configurations"])
+    to.with_suffix(".json").write_text(f'{head[:-1]},\n"configurations": [\n{lines}\n]}}\n')
     draw(summary, to.with_suffix(".png"))
     text = markdown(summary, to.with_suffix(".png").name)
     to.with_suffix(".md").write_text(text)

@@ -57,10 +57,9 @@ class Harness:
         """What every HardKVCache gets."""
         return cache_options(self.args)
 
-    def run(self, configuration: Configuration) -> None:
+    def run(self, configuration: Configuration, settings: HardKVConfig | None) -> None:
         """Everything of one configuration that its file lacks, or until it is told apart from the full cache."""
         label, args = configuration.label, self.args
-        settings = self.settings(configuration)
         prompts = {problem.id: self.encode(problem) for problem in self.problems}
         done = {(record["id"], record["sample"]) for record in self.store.records(label)}
         wanted = [(problem, sample) for problem in self.problems for sample in range(args.samples)]
@@ -273,7 +272,11 @@ def main(argv: list[str] | None = None) -> None:
         if configuration.method != "full" and (dense := too_weak(harness)) is not None:
             harness.say(f"The full cache solves {dense:.0%}, below {args.least_dense:.0%}: nothing else is run")
             break
-        harness.run(configuration)
+        try:
+            settings = harness.settings(configuration)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"eval.run: {configuration.label}: {error}") from error
+        harness.run(configuration, settings)
     if harness.is_main:
         print(report(args.out))
 

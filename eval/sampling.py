@@ -118,14 +118,17 @@ class Meter(StoppingCriteria):
     """Looks at the cache while `generate` runs; stops nothing.
 
     Args:
-        cache: the batch's. lengths: tokens of every prompt, `[B]`. on_step: called with the tokens generated so far.
+        cache: the batch's. lengths: tokens of every prompt, `[B]`. devices: CUDA devices of the model.
+        on_step: called with the tokens generated so far.
     """
 
-    def __init__(self, cache: DynamicCache, lengths: Sequence[int], on_step: Callable[[int], None]):
-        self.cache, self.lengths, self.on_step = cache, torch.tensor(lengths), on_step
+    def __init__(
+        self, cache: DynamicCache, lengths: Sequence[int], devices: Sequence[Any], on_step: Callable[[int], None]
+    ):
+        self.cache, self.lengths, self.devices, self.on_step = cache, torch.tensor(lengths), devices, on_step
         self.steps = 0
         self.looks: list[tuple[int, int, int, Tensor]] = []  # step, bytes held, allocated, tokens [L, B, H]
-        self.baseline = allocated()
+        self.baseline = allocated(devices)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.steps += 1
@@ -140,7 +143,7 @@ class Meter(StoppingCriteria):
             tokens = self.cache.lengths()
         else:  # of the last token there are no keys yet
             tokens = (self.lengths + self.steps - 1)[None, :, None]
-        self.looks.append((self.steps, held_bytes(self.cache), allocated() - self.baseline, tokens))
+        self.looks.append((self.steps, held_bytes(self.cache), allocated(self.devices) - self.baseline, tokens))
 
     def of_row(self, row: int, steps: int) -> tuple[float, float, float, list[list[float]]]:
         """Mean and peak of the bytes held, mean of the bytes allocated, and mean tokens a head, while a row lived."""
@@ -161,9 +164,9 @@ def held_bytes(cache: DynamicCache) -> int:
     return sum(part.nbytes for part in flat if isinstance(part, Tensor))
 
 
-def allocated() -> int:
-    """Bytes that this process holds on its CUDA devices; 0 without any."""
-    return sum(torch.cuda.memory_allocated(device) for device in range(torch.cuda.device_count()))
+def allocated(devices: Sequence[Any]) -> int:
+    """Bytes that this process holds on CUDA devices."""
+    return sum(torch.cuda.memory_allocated(device) for device in devices)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
@@ -207,9 +210,10 @@ def answer_batch(
     processors = LogitsProcessorList()
     if parameters["do_sample"]:
         processors.append(SeededSampling(seeds, columns, max_new_tokens, parameters, model.device))
-    for device in range(torch.cuda.device_count()):
+    devices = list({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"})
+    for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
-    meter = Meter(cache, [len(ids) for ids in prompts], on_step)
+    meter = Meter(cache, [len(ids) for ids in prompts], devices, on_step)
     start = time.perf_counter()
     out = model.generate(
         **inputs,
@@ -228,7 +232,6 @@ def answer_batch(
     )
     new = out[:, columns:].tolist()  # waits for the device
     seconds = time.perf_counter() - start
-    devices = range(torch.cuda.device_count())
     peak = sum(torch.cuda.max_memory_allocated(device) for device in devices) - meter.baseline
     lengths = [next((place + 1 for place, token in enumerate(row) if token in end), len(row)) for row in new]
     answers = []

@@ -77,7 +77,9 @@ def test_figures_are_means_over_samples(rows):
     assert row["new_tokens"] == 50 + (PROBLEMS - 1) / 2
     assert row["truncated"] == 0.1
     assert row["bytes_peak"] == 400 + PROBLEMS - 1
-    assert row["tokens_per_head"] == {"mean": pytest.approx(25.125), "min": 10.0, "max": 40.5}
+    assert row["tokens_per_head"]["heads"] == [[10.0, 20.0], [30.0, 40.5]]
+    assert row["tokens_per_head"]["mean"] == pytest.approx(25.125)
+    assert (row["tokens_per_head"]["min"], row["tokens_per_head"]["max"]) == (10.0, 40.5)
     assert row["tokens_per_second"] == 5.0
     assert next(iter(rows)) == "full"
 

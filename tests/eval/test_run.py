@@ -226,6 +226,11 @@ def test_wrong_commands_say_what_to_do(command, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_fraction_that_leaves_no_room_is_named(command):
+    with pytest.raises(SystemExit, match="topk-attention-1_40: budget n=.* must be larger than window"):
+        main(command("--method", "full,topk", "--budget", "1/40", "--limit", "1"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
