@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from math_verify import parse, verify
 
 BOXED = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
+# Escaped braces, as of sets, delimit nothing.
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # A text that holds LaTeX between dollars is parsed as a text; anything else as one expression.
 INLINE = re.compile(r"(?<!\\)\$|\\\(|\\\[")
 
@@ -16,12 +18,10 @@ def final_answer(text: str) -> str | None:
     text = text.rpartition("</think>")[2]
     for start in reversed([match.end() for match in BOXED.finditer(text)]):
         depth = 1
-        for end in range(start, len(text)):
-            # escaped braces, as of sets, delimit nothing
-            if text[end] in "{}" and text[end - 1] != "\\":
-                depth += 1 if text[end] == "{" else -1
+        for mark in BRACE.finditer(text, start):
+            depth += {"{": 1, "}": -1}.get(mark.group(), 0)
             if depth == 0:
-                return text[start:end].strip()
+                return text[start : mark.start()].strip()
     return None
 
 
@@ -34,7 +34,8 @@ def grade(prediction_text: str, gold: str) -> bool:
 
     Args:
         prediction_text: what a model wrote.
-        gold: an expression (`025`, `\frac{1}{2}`, `\text{Evelyn}`), or a sentence with LaTeX between dollars.
+        gold: an expression (`025`, `\frac{1}{2}`, `\text{Evelyn}`), or a sentence with LaTeX between dollars, of which the
+            last formula counts.
     """
     answer = final_answer(prediction_text)
     if answer is None:

@@ -28,6 +28,7 @@ WRONG = [
     (r"<think>\boxed{8}</think> \boxed{7}", "8"),
     (r"first \boxed{8}, then \boxed{7}", "8"),
     (r"\boxed{1,2,3}", "2"),
+    (r"\boxed{1}", "It is $1$ for a and $2$ for b"),
     (r"\boxed{2}", "1,2,3"),
     (r"\boxed{(2, 1)}", "(1, 2)"),
     (r"\boxed{}", "8"),
@@ -54,6 +55,7 @@ def test_another_answer_is_wrong(text, gold):
         (r"\boxed{\{1\}}", r"\{1\}"),
         (r"\boxed{3} then \boxed{\frac{1}", "3"),  # cut off while writing: the last complete one
         (r"\fbox{ 4 }", "4"),
+        (r"\boxed{a\\}", r"a\\"),
         ("none", None),
     ],
 )
