@@ -1,10 +1,11 @@
-"""Is the final answer of a text right? Mathematics by math-verify, strings exactly."""
+"""Is the final answer of a text right? Mathematics by math-verify, strings exactly.
+
+math-verify is imported by the functions that need it: needles and the reasoner are graded without.
+"""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-from math_verify import parse, verify
 
 BOXED = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 # Escaped braces, as of sets, delimit nothing.
@@ -34,9 +35,11 @@ def grade(prediction_text: str, gold: str) -> bool:
 
     Args:
         prediction_text: what a model wrote.
-        gold: an expression (`025`, `\frac{1}{2}`, `\text{Evelyn}`), or a sentence with LaTeX between dollars, of which the
+        gold: an expression (`025`, `\frac{1}{2}`, `\text{Evelyn}`), or a sentence with LaTeX between dollars, whose
             last formula counts.
     """
+    from math_verify import parse, verify
+
     answer = final_answer(prediction_text)
     if answer is None:
         lines = prediction_text.rpartition("</think>")[2].strip().splitlines()
@@ -62,6 +65,8 @@ def check_golds(golds: Iterable[tuple[str, str]]) -> GoldCheck:
     Args:
         golds: (problem id, gold answer).
     """
+    from math_verify import verify
+
     check = GoldCheck()
     for name, gold in golds:
         parsed = _parse(gold)
@@ -78,7 +83,14 @@ def contains_all(prediction_text: str, gold: str) -> bool:
     return bool(gold.split()) and set(gold.split()) <= found
 
 
+def boxed_exactly(prediction_text: str, gold: str) -> bool:
+    r"""Whether the last \boxed{...} of the text holds just that."""
+    return final_answer(prediction_text) == gold
+
+
 def _parse(expression: str) -> list:
+    from math_verify import parse
+
     return parse(expression if INLINE.search(expression) else rf"\boxed{{{expression}}}")
 
 

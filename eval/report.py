@@ -142,7 +142,9 @@ def markdown(summary: Mapping[str, Any], picture: str) -> str:
             "Differences are in percentage points, paired over the problems that both have, with 95 % intervals; those "
             "to `topk` are taken at the bytes that the method really used, between two of its budgets where needed, or "
             "at the nearest within 5 %, which is then said. "
-            f"Bytes ({summary['bytes']}) are a sequence's share of its batch, while it lived: mean, and the highest.",
+            f"Bytes ({summary['bytes']}) are a sequence's share of its batch, while it lived: mean, and the highest. "
+            "Tokens a head: mean over time and heads (fewest–most of a head). Tokens/s: of a batch, prompts included, the "
+            "median.",
             "",
             f"![accuracy against bytes]({picture})",
             "",

@@ -32,6 +32,7 @@ from eval.store import Store
 from eval.tasks import TASKS, Problem, Task, load_problems
 from hardkv import Calibration, HardKVConfig, calibrate
 from hardkv.demo import load
+from hardkv.extras import MissingPackageError, require
 from hardkv.selectors import SCORERS
 
 REASONER = Path(__file__).parent / "reasoner" / "model"
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     try:
         harness, configurations = prepare(args, state)
-    except (OSError, ValueError) as error:
+    except (MissingPackageError, OSError, ValueError) as error:
         raise SystemExit(f"eval.run: {error}") from error
     if harness is None:
         return
@@ -289,12 +290,13 @@ def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list
         if state.is_main_process:
             print(text)
 
+    require("eval", "matplotlib", *(["datasets", "math_verify"] if task.source is not None else []))
     configurations = grid(args.method, args.scorer, args.budget, args.mass, cache_options(args))
     model = tokenizer = None
-    if not args.self_check or args.task == "needle":
+    if not args.self_check:
         model, tokenizer = load_model(args.model, args.device_map)
     problems = load_problems(args.task, **problem_options(args, tokenizer, args.seed, args.limit))
-    if task.source is not None or args.task == "reasoner":
+    if task.source is not None:
         self_check(problems, say)
     if args.self_check:
         return None, []
@@ -383,6 +385,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--device-map needs --model")
     if args.data is not None and task.source is None:
         parser.error(f"--data: the problems of {args.task} are generated")
+    if args.self_check and task.source is None:
+        parser.error(f"--self-check: the answers of {args.task} are generated")
     return args
 
 

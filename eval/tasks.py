@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyarrow import parquet
-
-from eval.grading import contains_all, grade
+from eval.grading import boxed_exactly, contains_all, grade
 
 # Fields by which data sets call the same thing; the first that a row has counts.
 PROBLEM_FIELDS = ("problem", "question", "problem_statement", "prompt")
@@ -63,7 +61,7 @@ TASKS = {
     "gsm8k": Task(("openai/gsm8k", "main", "test"), max_new_tokens=4096),
     "umath": Task(("toloka/u-math", None, "test")),
     "needle": Task(instruction="", grade=contains_all, boxed=False, max_new_tokens=48, sampled=False, least_dense=0.8),
-    "reasoner": Task(instruction="", max_new_tokens=4000, sampled=False, least_dense=0.8),
+    "reasoner": Task(instruction="", grade=boxed_exactly, max_new_tokens=4000, sampled=False, least_dense=0.8),
 }
 
 
@@ -141,6 +139,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"--data {path}: there is no such file")
     if path.suffix == ".parquet":
+        from pyarrow import parquet
+
         return parquet.read_table(path).to_pylist()
     # not by `datasets`, which wants a column to be of one type, and ids need not be
     text = path.read_text(encoding="utf-8")

@@ -236,6 +236,7 @@ def test_a_fraction_that_leaves_no_room_is_named(command):
     [
         (["--scorer", "best"], "--scorer best: allowed are attention"),
         (["--task", "needle"], "the problems of needle are generated"),
+        (["--task", "reasoner", "--self-check"], "generated"),
         (["--samples", "0"], "must be at least 1"),
     ],
 )
@@ -245,11 +246,17 @@ def test_wrong_arguments_are_named(command, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_missing_package_is_named_with_its_extra(command, monkeypatch):
+    monkeypatch.setattr("hardkv.extras.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"math_verify. Run: pip install 'hardkv\[eval\]'"):
+        main(command("--budget", "24"))
+
+
 def test_the_self_check_stops_at_gold_answers_that_are_wrong_by_themselves(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eval.run, "load_model", None)  # needs none
     main(command("--self-check"))
     assert "All 4 gold answers grade themselves correct" in capsys.readouterr().out
-    monkeypatch.setattr("eval.grading.verify", lambda gold, answer: False)
+    monkeypatch.setattr("math_verify.verify", lambda gold, answer: False)
     rows = [*PROBLEMS, {"id": "bad", "problem": "?", "answer": r"\boxed{"}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match=r"do not grade themselves correct: \{'bad'"):
