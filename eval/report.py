@@ -143,8 +143,8 @@ def markdown(summary: Mapping[str, Any], picture: str) -> str:
             "to `topk` are taken at the bytes that the method really used, between two of its budgets where needed, or "
             "at the nearest within 5 %, which is then said. "
             f"Bytes ({summary['bytes']}) are a sequence's share of its batch, while it lived: mean, and the highest. "
-            "Tokens a head: mean over time and heads (fewest–most of a head). Tokens/s: of a batch, prompts included, the "
-            "median.",
+            "Tokens a head: mean over time and heads (fewest–most of a head). Tokens/s: of a batch, prompts included; "
+            "the median.",
             "",
             f"![accuracy against bytes]({picture})",
             "",

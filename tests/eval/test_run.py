@@ -236,7 +236,6 @@ def test_a_fraction_that_leaves_no_room_is_named(command):
     [
         (["--scorer", "best"], "--scorer best: allowed are attention"),
         (["--task", "needle"], "the problems of needle are generated"),
-        (["--task", "reasoner", "--self-check"], "generated"),
         (["--samples", "0"], "must be at least 1"),
     ],
 )
@@ -244,6 +243,12 @@ def test_wrong_arguments_are_named(command, capsys, arguments, message):
     with pytest.raises(SystemExit):
         main(command(*arguments))
     assert message in capsys.readouterr().err
+
+
+def test_generated_answers_need_no_self_check(capsys):
+    with pytest.raises(SystemExit):
+        main(["--task", "needle", "--self-check"])
+    assert "--self-check: the answers of needle are generated" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_its_extra(command, monkeypatch):
