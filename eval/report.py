@@ -304,10 +304,11 @@ def report(folder: Path, to: Path | None = None) -> str:
     to.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({name: value for name, value in summary.items() if name != "configurations"})
     lines = ",\n".join(json.dumps(row) for row in summary["configurations"])
-    to.with_suffix(".json").write_text(f'{head[:-1]},\n"configurations": [\n{lines}\n]}}\n')
-    draw(summary, to.with_suffix(".png"))
-    text = markdown(summary, to.with_suffix(".png").name)
-    to.with_suffix(".md").write_text(text)
+    paths = {suffix: to.with_name(f"{to.name}.{suffix}") for suffix in ("json", "md", "png")}  # names may have dots
+    paths["json"].write_text(f'{head[:-1]},\n"configurations": [\n{lines}\n]}}\n')
+    draw(summary, paths["png"])
+    text = markdown(summary, paths["png"].name)
+    paths["md"].write_text(text)
     return text
 
 

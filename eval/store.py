@@ -34,7 +34,7 @@ class Store:
             raise ValueError(f"{self.folder} holds results of other settings ({told}): choose another --out")
         machines = [*found["machines"], *(name for name in new["machines"] if name not in found["machines"])]
         self._write(found | {"machines": machines})
-        for label in {path.name.split(".part")[0].rpartition(".")[0] for path in self.folder.glob("*.part")}:
+        for label in {_label(path) for path in self.folder.glob("*.part")}:
             self.merge(label)
 
     def settings(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Store:
     def merge(self, label: str) -> None:
         """Move all processes' samples into `LABEL.jsonl`, each once."""
         whole = self.folder / f"{label}.jsonl"
-        parts = sorted(self.folder.glob(f"{label}.*.part"))
+        parts = sorted(path for path in self.folder.glob("*.part") if _label(path) == label)
         records = {(record["id"], record["sample"]): record for path in [whole, *parts] for record in _read(path)}
         lines = [json.dumps(record) + "\n" for _, record in sorted(records.items())]
         _replace(whole, "".join(lines))
@@ -81,6 +81,10 @@ class Store:
 
     def _write(self, settings: dict[str, Any]) -> None:
         _replace(self.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def _label(part: Path) -> str:
+    return part.name.rsplit(".", 2)[0]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -139,19 +139,28 @@ def test_bytes_are_the_allocators_where_it_told_them(store):
 
 
 def test_the_command_writes_three_files(store, tmp_path, capsys):
-    main([str(store.folder), "--to", str(tmp_path / "results" / "made-up")])
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {"made-up.json", "made-up.md", "made-up.png"}
-    text = (tmp_path / "results" / "made-up.md").read_text()
+    main([str(store.folder), "--to", str(tmp_path / "results" / "made-2.5")])
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"made-2.5.json", "made-2.5.md", "made-2.5.png"}
+    text = (tmp_path / "results" / "made-2.5.md").read_text()
     assert text in capsys.readouterr().out
     assert "temperature 0.6" in text
     assert "min_p" not in text
-    assert "(made-up.png)" in text
+    assert "(made-2.5.png)" in text
     with pytest.raises(SystemExit, match="no results of python"):
         main([str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
     Store(tmp_path / "empty").open(SETTINGS)
     with pytest.raises(SystemExit, match="holds no results yet"):
         main([str(tmp_path / "empty")])
+
+
+def test_parts_belong_to_their_own_configuration(tmp_path):
+    store = Store(tmp_path, rank=3)
+    for label in ("topp-snapkv-p0.9", "topp-snapkv-p0.95", "topp-snapkv-p0"):
+        store.append(label, [{"id": label, "sample": 0}])
+    store.open(SETTINGS)
+    for label in ("topp-snapkv-p0.9", "topp-snapkv-p0.95", "topp-snapkv-p0"):
+        assert [record["id"] for record in store.records(label)] == [label]
 
 
 # ---------------------------------------------------------------- the page
