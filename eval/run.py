@@ -9,7 +9,6 @@ more methods, budgets, samples or a higher --limit ask for. The report comes at 
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -23,6 +22,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.budgets import machine
 from eval.grading import check_golds
 from eval.intervals import FAR, FEWEST, by_problem, separated
 from eval.methods import METHODS, Configuration, grid, new_cache
@@ -234,13 +234,6 @@ def load_model(name: str | None, device_map: str | None) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 
-def machine() -> str:
-    """What results are measured on and with."""
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
-    return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
-
-
 def self_check(problems: list[Problem], say: Callable[[str], None]) -> None:
     """Grade every gold answer by itself.
 
@@ -300,6 +293,9 @@ def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list
         self_check(problems, say)
     if args.self_check:
         return None, []
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is not None and args.max_new_tokens > room:
+        say(f"This model was made for at most {room:,} tokens, and --max-new-tokens is {args.max_new_tokens:,}")
     parameters = sampling_parameters(model, args.greedy or not task.sampled)
     if args.samples > 1 and not parameters["do_sample"]:
         raise ValueError(f"--samples {args.samples}: decoding is greedy here, so all would be the same")

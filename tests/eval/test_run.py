@@ -90,6 +90,14 @@ def test_a_budget_as_large_as_the_text_answers_as_the_full_cache(command, tmp_pa
     assert [record["text"] for record in topk] == [record["text"] for record in full]
 
 
+def test_answers_longer_than_the_model_are_warned_of(command, capsys):
+    arguments = command("--method", "full", "--limit", "1")
+    main(arguments)
+    assert "was made for" not in capsys.readouterr().out
+    main([*arguments, "--max-new-tokens", "600", "--out", arguments[arguments.index("--out") + 1] + "-long"])
+    assert "This model was made for at most 512 tokens, and --max-new-tokens is 600" in capsys.readouterr().out
+
+
 def test_results_do_not_depend_on_batches(command, tmp_path):
     main(command("--method", "topk", "--budget", "24"))
     main([*command("--method", "topk", "--budget", "24", out="other"), "--batch-size", "3"])

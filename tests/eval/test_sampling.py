@@ -157,3 +157,14 @@ def test_what_cannot_be_drawn_row_by_row_is_refused(model, monkeypatch, name, va
     with pytest.raises(ValueError, match="--greedy"):
         sampling_parameters(model, greedy=False)
     assert sampling_parameters(model, greedy=True) == {"do_sample": False}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["full", "topk"])
+def test_the_allocator_is_asked_on_gpus(model, calibration, method):
+    on_gpu = tiny.model().cuda()
+    cache = new_cache(on_gpu, settings(method, calibration))
+    for answer in answers(on_gpu, prompts(), cache, [1, 2, 3]):
+        assert answer.allocated_mean >= 0.9 * answer.held_mean
+        assert answer.allocated_peak >= answer.allocated_mean
