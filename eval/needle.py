@@ -47,16 +47,15 @@ def needles(count: int, length: int, facts: int, asked: int, seed: int, tokenize
         body: list[str] = []
         for place in range(len(sentences)):
             at = (start + place) % len(sentences)
-            room -= sizes[at]
-            if room < 0:
+            if sizes[at] <= room:
+                body.append(sentences[at])
+                room -= sizes[at]
+            elif len(body) >= facts:
                 break
-            body.append(sentences[at])
-        if room >= 0 or len(body) < facts:
-            limit = sum(sizes) + length - room if room >= 0 else None
-            raise ValueError(
-                f"--length {length} cannot be made: "
-                + (f"the texts have {limit} tokens" if limit else f"{facts} needles leave no room for a haystack")
-            )
+        if len(body) < facts:
+            raise ValueError(f"--length {length} cannot be made: {facts} needles leave no room for a haystack")
+        if len(body) == len(sentences):
+            raise ValueError(f"--length {length} cannot be made: the texts have {sum(sizes)} tokens")
         for fact, place in zip(hidden, rng.sample(range(len(body)), facts), strict=True):
             body[place] = f"{fact} {body[place]}"
         problems.append(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from eval.intervals import by_problem, interval, paired
-from eval.methods import METHODS
+from eval.methods import METHODS, Configuration
 from eval.store import Store
 from hardkv.cache.stats import format_bytes
 from hardkv.extras import require
@@ -132,7 +132,8 @@ def markdown(summary: Mapping[str, Any], picture: str) -> str:
             "",
             *budget_table(rows),
             "",
-            "Each cell: accuracy in %, with its 95 % interval over problems. **+x % bytes**: so much more than `topk` "
+            "Each cell: accuracy in %, with its 95 % interval over problems, by the bootstrap (of equal values "
+            "it is a point, however few they are). **+x % bytes**: so much more than `topk` "
             "held at this budget, so the cell is no comparison at equal bytes.",
             "",
             "## All configurations",
@@ -166,6 +167,8 @@ def _conditions(summary: Mapping[str, Any]) -> list[str]:
         f"- {drawn}; at most {settings['max_new_tokens']:,} new tokens; seed {settings['seed']}; window "
         f"{settings['window']}, sinks {settings['sinks']}, interval {settings['interval']}",
     ]
+    if (source := calibrated(summary)) is not None:
+        lines.append(f"- {source}")
     if extra:
         lines.append(f"- {', '.join(extra)}")
     full = next((row for row in rows if row["method"] == "full"), None)
@@ -175,6 +178,15 @@ def _conditions(summary: Mapping[str, Any]) -> list[str]:
             "methods were not run"
         )
     return lines
+
+
+def calibrated(summary: Mapping[str, Any]) -> str | None:
+    """What calibrations were made on; None if no method has one."""
+    if not any(Configuration(row["method"]).needs_calibration for row in summary["configurations"]):
+        return None
+    source = summary["settings"]["calibration"]
+    source = source.replace("on problems", "on other problems of the task and the full cache's answers")
+    return f"calibrated {source.replace('on texts', 'on the texts that come with hardkv')}"
 
 
 def budget_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.budgets_report import Study
-from eval.report import budget_table, more_bytes, percent
+from eval.intervals import FEWEST
+from eval.report import budget_table, calibrated, more_bytes, percent
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results"
@@ -70,7 +71,9 @@ def harness_findings(reports: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple
         for (method, scorer), rows in methods.items():
             cells = ", ".join(f"{percent(row['versus_topk'], '+')} at {row['budget']}" for row in rows)
             said = f"`{method}` ({scorer}) in [{name}](#{name}): {cells}, in points of accuracy above `topk`"
-            yield common(verdict(row["versus_topk"]) for row in rows), said
+            # of few problems the bootstrap is too sure
+            enough = all(row["versus_topk"]["problems"] >= FEWEST for row in rows)
+            yield common(verdict(row["versus_topk"]) for row in rows) if enough else "open", said
 
 
 def study_findings(study: Study) -> Iterable[tuple[str, str]]:
@@ -105,7 +108,7 @@ def page(reports: Mapping[str, Mapping[str, Any]], study: Study, model: str) -> 
         "even split, at equal bytes. Intervals are of 95 %, over problems or texts, paired. What helps has an interval "
         "beyond no difference at every budget that was measured; what does not has one on the other side; the rest is "
         "open. "
-        "Nothing is corrected for the number of comparisons.",
+        f"Accuracy on fewer than {FEWEST} problems stays open. Nothing is corrected for the number of comparisons.",
         "",
     ]
     for title, kind in (("What helps", "helps"), ("What does not", "does not"), ("Open", "open")):
@@ -124,7 +127,7 @@ def page(reports: Mapping[str, Mapping[str, Any]], study: Study, model: str) -> 
 def _section(name: str, report: Mapping[str, Any]) -> list[str]:
     settings, rows = report["settings"], report["configurations"]
     extra = [f"{key} {settings[key]}" for key in ("length", "needles", "asked", "difficulty") if settings.get(key)]
-    told = ", ".join([settings["task"], *extra])
+    told = ", ".join([settings["task"], *extra, *filter(None, [calibrated(report)])])
     return [
         f"### {name}",
         "",

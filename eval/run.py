@@ -36,6 +36,8 @@ from hardkv.extras import MissingPackageError, require
 from hardkv.selectors import SCORERS
 
 REASONER = Path(__file__).parent / "reasoner" / "model"
+# What a calibration is made from: other problems with their dense answers, or the texts that come with hardkv.
+CALIBRATE_ON = ("problems", "texts")
 # Problems whose dense answers a calibration is made from, where problems are generated.
 CALIBRATION_PROBLEMS = 6
 
@@ -146,12 +148,9 @@ class Harness:
             return Calibration.load(self.args.calibration)
         path = self.store.folder / "calibrations" / f"{scorer}.safetensors"
         if self.is_main and not path.exists():
-            texts: Any = None
-            if TASKS[self.args.task].source is None:
-                texts = self.own_answers()
             calibrate(
                 self.model,
-                texts,
+                self.own_answers() if self.args.calibrate_on == "problems" else None,
                 tokenizer=self.tokenizer,
                 scorer=scorer,
                 length=self.args.calibration_length,
@@ -161,7 +160,7 @@ class Harness:
         return Calibration.load(path)
 
     def own_answers(self) -> list[torch.Tensor]:
-        """Other problems of a generated task with the model's answers to them, ids `[n]`: no text is more alike."""
+        """Other problems of a generated task with the model's answers to them, ids `[n]`."""
         others = load_problems(
             self.args.task, **problem_options(self.args, self.tokenizer, self.args.seed + 1, CALIBRATION_PROBLEMS)
         )
@@ -322,7 +321,10 @@ def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[s
     settings["model"] = Path(name).absolute().name if Path(name).exists() else name
     if settings.get("data") is not None:
         settings["data"] = args.data.name
-    return settings | {"sampling": parameters, "machines": [machine()], "budgets": {}}
+    source = f"on {args.calibrate_on}" if args.calibration is None else f"by {args.calibration.name}"
+    if args.calibration is None and args.calibration_length is not None:
+        source += f", {args.calibration_length} tokens of each"
+    return settings | {"calibration": source, "sampling": parameters, "machines": [machine()], "budgets": {}}
 
 
 def too_weak(harness: Harness) -> float | None:
@@ -363,6 +365,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("window", "sinks", "interval"):
         add(f"--{name}", type=int, default=defaults[name].default, metavar="N", help="of HardKVCache")
     add("--calibration", type=Path, metavar="FILE", help="of hardkv calibrate (default: made once, kept in OUT)")
+    add("--calibrate-on", choices=CALIBRATE_ON, help="(default: problems, other ones, where they can be generated)")
     add("--calibration-length", type=_positive, metavar="N", help="tokens of each text it is made from")
     add("--device-map", metavar="MAP", help="'auto' spreads the model over this machine's GPUs")
     add("--out", type=Path, metavar="DIR", help="results (default: eval-runs/TASK)")
@@ -377,6 +380,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--scorer {','.join(unknown)}: allowed are {', '.join(sorted(SCORERS))}")
     if args.task == "reasoner":
         args.model = args.model or str(REASONER)
+    if args.calibrate_on == "problems" and task.source is not None:
+        parser.error(f"--calibrate-on problems: {args.task} has no other ones; use texts, or --calibration FILE")
+    args.calibrate_on = args.calibrate_on or ("problems" if task.source is None else "texts")
     if args.device_map is not None and args.model is None:
         parser.error("--device-map needs --model")
     if args.data is not None and task.source is None:

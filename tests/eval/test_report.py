@@ -19,6 +19,7 @@ SETTINGS = {
     "sinks": 2,
     "interval": 8,
     "least_dense": 0.0,
+    "calibration": "on texts",
     "sampling": {"do_sample": True, "temperature": 0.6, "min_p": None},
     "machines": ["a machine"],
     "budgets": {"1/4": 50},
@@ -145,6 +146,7 @@ def test_the_command_writes_three_files(store, tmp_path, capsys):
     assert text in capsys.readouterr().out
     assert "temperature 0.6" in text
     assert "min_p" not in text
+    assert "- calibrated on the texts that come with hardkv\n" in text
     assert "(made-2.5.png)" in text
     with pytest.raises(SystemExit, match="no results of python"):
         main([str(tmp_path / "nowhere")])
@@ -183,6 +185,8 @@ def test_findings_of_the_harness(store, tmp_path):
     assert [kind for kind, text in found if text.startswith("`adakv`")] == ["open"]
     assert not [text for _, text in found if text.startswith("`adaptive")]
     (row,) = [row for row in reports["made-up"]["configurations"] if row["method"] == "risk"]
+    row["versus_topk"]["problems"] = 19
+    assert [kind for kind, text in harness_findings(reports) if text.startswith("`risk`")] == ["open"]
     row["versus_topk"]["more_bytes"] = 0.03  # a gain that more bytes may explain is none
     assert not [text for _, text in harness_findings(reports) if text.startswith("`risk`")]
 

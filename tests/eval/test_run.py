@@ -16,7 +16,7 @@ from eval.report import split, summarise
 from eval.run import main
 from eval.sampling import Answer
 from eval.store import Store
-from hardkv import HardKVCache
+from hardkv import Calibration, HardKVCache
 from hardkv.demo import MODEL_PACKAGE
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
 from tests.eval import tiny
@@ -161,6 +161,24 @@ def test_results_of_other_settings_are_not_mixed(command, change):
         main(command("--method", "full", "--limit", "1", *change))
 
 
+def test_a_generated_task_is_calibrated_on_other_problems_of_it(checkpoint, tmp_path):
+    fixed = ["--model", str(checkpoint), "--task", "needle", "--length", "400", "--limit", "2", "--least-dense", "0"]
+    fixed += [*SMALL, "--method", "full,risk", "--budget", "24", "--out", str(tmp_path / "out")]
+    main(fixed)
+    (path,) = (tmp_path / "out" / "calibrations").iterdir()
+    tokens = Calibration.load(path).provenance["tokens"]
+    assert tokens % 8 == 0
+    assert 6 * 200 < tokens <= 6 * 430
+    assert "calibrated on other problems of the task" in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises(SystemExit, match="calibration 'on problems' there, 'on texts' now"):
+        main([*fixed, "--calibrate-on", "texts"])
+    with pytest.raises(SystemExit, match=rf"'by {path.name}' now"):
+        main([*fixed, "--calibration", str(path)])
+    main([*fixed, "--calibration", str(path), "--out", str(tmp_path / "other")])
+    ours, others = (lines(tmp_path / out, "risk-attention-24") for out in ("out", "other"))
+    assert ours == others
+
+
 # ---------------------------------------------------------------- stopping early
 
 
@@ -245,6 +263,7 @@ def test_a_fraction_that_leaves_no_room_is_named(command):
         (["--scorer", "best"], "--scorer best: allowed are attention"),
         (["--task", "needle"], "the problems of needle are generated"),
         (["--samples", "0"], "must be at least 1"),
+        (["--calibrate-on", "problems"], "aime24 has no other ones"),
     ],
 )
 def test_wrong_arguments_are_named(command, capsys, arguments, message):
