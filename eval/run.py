@@ -346,9 +346,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--task", required=True, choices=TASKS, help="what to solve")
     add("--data", type=Path, metavar="FILE", help="JSON, JSONL or parquet with the problems, instead of the hub's")
-    add("--method", type=_list, default=["full", "topk"], metavar="A,B", help=f"of {', '.join(METHODS)}")
-    add("--scorer", type=_list, default=["attention"], metavar="A,B", help=f"of {', '.join(sorted(SCORERS))}")
-    add("--budget", type=_list, default=["1024"], metavar="N,1/8", help="tokens a head, or of the full cache's length")
+    add("--method", type=_list, default=["full", "topk"], metavar="A,B", help=f"of {', '.join(METHODS)} (full,topk)")
+    add(
+        "--scorer",
+        type=_list,
+        default=["attention"],
+        metavar="A,B",
+        help=f"of {', '.join(sorted(SCORERS))} (attention)",
+    )
+    add(
+        "--budget",
+        type=_list,
+        default=["1024"],
+        metavar="N,1/8",
+        help="tokens a head, or a fraction of the full cache's length (1024)",
+    )
     add("--mass", type=_masses, default=[0.95], metavar="P,P", help="attention mass of topp (default: 0.95)")
     add("--samples", type=_positive, default=1, metavar="K", help="answers to every problem (default: 1)")
     add("--limit", type=_positive, metavar="N", help="so many problems only (default: all; 100 generated ones)")
@@ -363,7 +375,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--difficulty", type=_positive, metavar="N", help="reasoner: of the problems (default: the generator's)")
     add("--least-dense", type=float, metavar="SHARE", help="accuracy of full below which others are not run")
     for name in ("window", "sinks", "interval"):
-        add(f"--{name}", type=int, default=defaults[name].default, metavar="N", help="of HardKVCache")
+        add(
+            f"--{name}",
+            type=int,
+            default=defaults[name].default,
+            metavar="N",
+            help="of HardKVCache (default: %(default)s)",
+        )
     add("--calibration", type=Path, metavar="FILE", help="of hardkv calibrate (default: made once, kept in OUT)")
     add("--calibrate-on", choices=CALIBRATE_ON, help="(default: problems, other ones, where they can be generated)")
     add("--calibration-length", type=_positive, metavar="N", help="tokens of each text it is made from")
