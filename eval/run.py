@@ -383,7 +383,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             help="of HardKVCache (default: %(default)s)",
         )
     add("--calibration", type=Path, metavar="FILE", help="of hardkv calibrate (default: made once, kept in OUT)")
-    add("--calibrate-on", choices=CALIBRATE_ON, help="(default: problems, other ones, where they can be generated)")
+    add(
+        "--calibrate-on",
+        choices=CALIBRATE_ON,
+        help="hardkv's texts, or other problems that are generated (default: texts; reasoner: problems)",
+    )
     add("--calibration-length", type=_positive, metavar="N", help="tokens of each text it is made from")
     add("--device-map", metavar="MAP", help="'auto' spreads the model over this machine's GPUs")
     add("--out", type=Path, metavar="DIR", help="results (default: eval-runs/TASK)")
@@ -400,7 +404,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.model = args.model or str(REASONER)
     if args.calibrate_on == "problems" and task.source is not None:
         parser.error(f"--calibrate-on problems: {args.task} has no other ones; use texts, or --calibration FILE")
-    args.calibrate_on = args.calibrate_on or ("problems" if task.source is None else "texts")
+    # other texts are beyond the reasoner's words
+    args.calibrate_on = args.calibrate_on or ("problems" if args.task == "reasoner" else "texts")
     if args.device_map is not None and args.model is None:
         parser.error("--device-map needs --model")
     if args.data is not None and task.source is None:

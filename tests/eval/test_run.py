@@ -154,17 +154,17 @@ def test_results_of_other_settings_are_not_mixed(command, change):
         main(command("--method", "full", "--limit", "1", *change))
 
 
-def test_a_generated_task_is_calibrated_on_other_problems_of_it(checkpoint, tmp_path):
+def test_a_generated_task_can_be_calibrated_on_other_problems_of_it(checkpoint, tmp_path):
     fixed = ["--model", str(checkpoint), "--task", "needle", "--length", "400", "--limit", "2", "--least-dense", "0"]
     fixed += [*SMALL, "--interval", "64", "--method", "full,risk", "--budget", "24", "--out", str(tmp_path / "out")]
-    main(fixed)
+    main([*fixed, "--calibrate-on", "problems"])
     (path,) = (tmp_path / "out" / "calibrations").iterdir()
     tokens = Calibration.load(path).provenance["tokens"]
     assert tokens % 64 == 0
     assert 6 * 200 < tokens <= 6 * 430
     assert "calibrated on other problems of the task" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(SystemExit, match="calibration 'on problems' there, 'on texts' now"):
-        main([*fixed, "--calibrate-on", "texts"])
+        main(fixed)
     with pytest.raises(SystemExit, match=rf"'by {path.name}' now"):
         main([*fixed, "--calibration", str(path)])
     main([*fixed, "--calibration", str(path), "--out", str(tmp_path / "other")])
