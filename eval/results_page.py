@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.budgets_report import Study
 from eval.intervals import FEWEST
-from eval.report import budget_table, calibrated, more_bytes, percent
+from eval.report import budget_table, calibrated, more_bytes, percent, too_hard
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results"
@@ -120,7 +120,10 @@ def page(reports: Mapping[str, Mapping[str, Any]], study: Study, model: str) -> 
     if not reports:
         lines += ["Not measured yet.", ""]
     lines += ["## Loss on given texts", "", "All tables: [eval/results/budgets.md](../eval/results/budgets.md).", ""]
-    lines += ["![loss against budget](../eval/results/budgets.png)", "", "## Not tested", "", PAPER]
+    lines += ["![loss against budget](../eval/results/budgets.png)", "", "## Not tested", ""]
+    hard = {name: told for name, report in reports.items() if (told := too_hard(report)) is not None}
+    lines += [f"- [{name}](#{name}): {told}." for name, told in hard.items()]
+    lines += ["", PAPER] if hard else [PAPER]
     return "\n".join(lines)
 
 

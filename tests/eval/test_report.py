@@ -191,6 +191,15 @@ def test_findings_of_the_harness(store, tmp_path):
     assert not [text for _, text in harness_findings(reports) if text.startswith("`risk`")]
 
 
+def test_what_the_full_cache_cannot_do_is_listed_as_not_tested(store, tmp_path):
+    report(store.folder, tmp_path / "results" / "made-up")
+    reports = read_reports(tmp_path / "results")
+    assert "methods were not run" not in page(reports, Study([]), "none")
+    reports["made-up"]["settings"]["least_dense"] = 1.1
+    text = page(reports, Study([]), "none")
+    assert "- [made-up](#made-up): The full cache solves 100%, below 110%" in text.partition("## Not tested")[2]
+
+
 def study_record(label, n, excess):
     return {
         "section": "main",
