@@ -30,5 +30,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNK,
         padding_side="left",  # for generation in batches
         clean_up_tokenization_spaces=False,
+        model_max_length=4096,
         chat_template=CHAT_TEMPLATE,
     )

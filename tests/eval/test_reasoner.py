@@ -1,0 +1,142 @@
+"""The reasoner: its problems against an evaluation of their statements alone, its tokenizer, its training program, and
+the trained model that is committed."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval.reasoner.problems import KINDS, LINE_TOKENS, MAX_LINES, Puzzle, draw, is_test, problems
+from eval.reasoner.tokenizer import build_tokenizer
+from eval.reasoner.train import IGNORED, Settings, encode, exact, generated, run
+
+MODEL = Path(__file__).parents[2] / "eval" / "reasoner" / "model"
+
+values = st.tuples(st.integers(0, 15), st.integers(0, 9))
+
+
+@st.composite
+def puzzles(draw, most=MAX_LINES):
+    kind = draw(st.sampled_from(KINDS))
+    parameter = 0 if kind == "Walk" else draw(st.integers(1, 6))
+    return Puzzle(kind, parameter, (draw(values), draw(values), draw(values)), draw(st.integers(1, most)))
+
+
+def evaluate(statement):
+    """The answer of a statement, by tables of letters and digits and nothing of the generator's."""
+    kind, letter, cells, last = re.fullmatch(r"(\w+)(?: (\w))?: (.+) to (\w\d)", statement).groups()
+    order = [letter + digit for letter in "abcdefghijklmnop" for digit in "0123456789"]
+    memory = {cell[:2]: cell[2:] for cell in cells.split()}
+    parameter = None if letter is None else ord(letter) - ord("a")
+    while last not in memory:
+        newest = order[len(memory) - 1]
+        (block, place), (x, y) = newest, memory[newest]
+        h, place = ord(block) - ord("a"), int(place)
+        if h == 0:
+            other = order[order.index(newest) - 2]
+        elif kind == "Back":
+            other = f"{chr(ord('a') + max(h - parameter, 0))}{place}"
+        else:
+            size = h if kind == "Walk" else min(h, parameter)
+            other = f"{chr(ord('a') + (ord(x) - ord('a')) % size)}{(int(y) + place**2) % 10}"
+        plus = memory[other]
+        total = (ord(x) + ord(plus[0]) - 2 * ord("a")) % 16, (int(y) + int(plus[1])) % 10
+        memory[order[len(memory)]] = f"{chr(ord('a') + total[0])}{total[1]}"
+    return 10 * (ord(memory[last][0]) - ord("a")) + int(memory[last][1])
+
+
+@given(puzzles())
+@settings(max_examples=60, deadline=None)
+def test_solutions_end_with_what_the_statement_alone_evaluates_to(puzzle):
+    text, answer = puzzle.solve()
+    assert answer == str(evaluate(puzzle.statement))
+    *lines, boxed = text.split("\n")
+    assert boxed == rf"\boxed{{{answer}}}"
+    assert len(lines) == puzzle.lines
+
+
+@given(puzzles())
+@settings(max_examples=30, deadline=None)
+def test_every_cell_that_a_line_restates_was_computed_before(puzzle):
+    known = dict(re.findall(r"(\w\d)(\w\d)", puzzle.statement.split(": ")[1]))
+    for line in puzzle.solve()[0].split("\n")[:-1]:
+        newest, other, new, check = re.fullmatch(r"(\w{4})\+(\w{4})=(\w{4});(.*)", line).groups()
+        assert known[newest[:2]] == newest[2:]
+        assert known[other[:2]] == other[2:]
+        assert new[:2] not in known
+        assert check == f"{new[2:]}-{other[2:]}={newest[2:]}"
+        known[new[:2]] = new[2:]
+
+
+def test_look_ups_reach_everything_and_nobody_knows_which_beforehand():
+    puzzle = Puzzle("Walk", 0, ((10, 0), (9, 3), (1, 5)), MAX_LINES)
+    other = Puzzle("Walk", 0, ((10, 0), (9, 3), (1, 6)), MAX_LINES)
+    asked, elsewhere = ([line[5:7] for line in each.solve()[0].split("\n")[:-1]] for each in (puzzle, other))
+    assert len(set(asked)) > 50
+    assert sum(one == two for one, two in zip(asked, elsewhere, strict=True)) < MAX_LINES / 4
+    distances = [GAP for GAP in (index + 2 - "abcdefghijklmnop".index(name[0]) * 10 - int(name[1])
+                                 for index, name in enumerate(asked))]
+    assert min(distances) < 15
+    assert max(distances) > 140
+
+
+def test_problems_are_the_same_for_the_same_seed_and_unlike_training():
+    some = problems(30, 25, seed=3)
+    assert some == problems(30, 25, seed=3)
+    assert some != problems(30, 25, seed=4)
+    assert len({problem.id for problem in some} | {problem.id for problem in problems(30, 26, seed=3)}) == 60
+    assert {problem.problem.split()[0].strip(":") for problem in some} == set(KINDS)
+    for problem in some:
+        assert problem.difficulty == 25
+        assert problem.answer == str(evaluate(problem.problem))
+
+    def given_values(problem):
+        return [("abcdefghijklmnop".index(x), int(y)) for x, y in re.findall(r"a[012](\w)(\d)", problem.problem)]
+
+    assert all(is_test(given_values(problem)) for problem in some)
+    assert not any(is_test(given_values(problem)) for problem in problems(30, 25, seed=3, split="train"))
+
+
+def test_what_is_no_problem_is_refused():
+    with pytest.raises(ValueError, match="lines=158: a problem has 1 to 157 lines"):
+        problems(1, 158)
+    with pytest.raises(ValueError, match="split='dev' must be 'train' or 'test'"):
+        problems(1, 20, split="dev")
+
+
+@given(puzzles())
+@settings(max_examples=20, deadline=None)
+def test_texts_come_back_from_the_tokenizer_and_lines_have_24_tokens(puzzle):
+    tokenizer = build_tokenizer()
+    solution = puzzle.solve()[0]
+    text = f"{puzzle.statement}\n{solution}"
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    lines = solution.split("\n")[:-1]
+    assert {len(ids) - 1 for ids in tokenizer([f"{line}\n" for line in lines]).input_ids} == {LINE_TOKENS}
+
+
+def test_labels_are_the_solution_and_its_end():
+    tokenizer = build_tokenizer()
+    batch = [Puzzle("Walk", 0, ((1, 2), (3, 4), (5, 6)), 3), Puzzle("Back", 2, ((1, 2), (3, 4), (5, 6)), 2)]
+    ids, labels = encode(tokenizer, batch, 128)
+    assert ids.shape == labels.shape == (2, 128)
+    for row, puzzle in enumerate(batch):
+        asked = labels[row] != IGNORED
+        assert torch.equal(ids[row][asked], labels[row][asked])
+        assert tokenizer.decode(labels[row][asked]) == puzzle.solve()[0] + tokenizer.eos_token
+        start = int(asked.nonzero()[0])
+        assert tokenizer.decode(ids[row][:start]) == f"{tokenizer.bos_token}{puzzle.statement}\n"
+        assert (ids[row][~asked][start:] == tokenizer.pad_token_id).all()
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(MODEL)
