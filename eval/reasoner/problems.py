@@ -25,8 +25,10 @@ Arithmetic is easy on purpose, and two of a line's 24 tokens, the new value, are
 matter of finding them again.
 """
 
+import argparse
+import json
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 LETTERS = "abcdefghijklmnop"
 DIGITS = "0123456789"
@@ -146,3 +148,21 @@ def _name(index: int) -> str:
 
 def _write(value: Value) -> str:
     return LETTERS[value[0]] + DIGITS[value[1]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints problems, a JSON object a line.")
+    parser.add_argument("--count", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--difficulty", type=int, default=80, help="lines of the solution (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args()
+    try:
+        found = problems(args.count, args.difficulty, args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    for problem in found:
+        print(json.dumps(asdict(problem)))
+
+
+if __name__ == "__main__":
+    main()

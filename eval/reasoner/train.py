@@ -1,32 +1,29 @@
 """Trains the reasoner from scratch: `python -m eval.reasoner.train --out eval/reasoner/model`, minutes on one GPU.
 
 Writes a folder that transformers loads: weights in bfloat16, configuration, tokenizer, and `training.json`, which says
-what was done and what came of it. Random numbers are seeded; GPUs still round differently from run to run.
+what was done. Random numbers are seeded; GPUs still round differently from run to run.
 """
 
 import argparse
 import json
 import os
-import platform
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from eval.reasoner.problems import KINDS, LINE_TOKENS, MAX_LINES, Puzzle, draw
+from eval.reasoner.accuracy import machine, versions
+from eval.reasoner.encoding import IGNORED, PROMPT_ROOM, encode
+from eval.reasoner.problems import LINE_TOKENS, MAX_LINES, draw
 from eval.reasoner.tokenizer import build_tokenizer
-
-PROMPT_ROOM = 34  # tokens of a statement and an answer at most
-IGNORED = -100  # cross_entropy's ignore_index
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,8 @@ class Settings:
         steps: of the optimiser. batch_tokens: padding included, in every step. learning_rate: its peak, after `warmup`
             steps; then linearly down to a hundredth.
         stages: (up to this fraction of the steps, lengths in tokens that steps take at random): long solutions are
-            learned sooner once short ones work. compile: torch.compile the layers.
+            learned sooner once short ones work. fewest_lines: of a problem; it has any number from here to what its
+            length has room for. compile: torch.compile the layers.
         hidden, intermediate, layers, heads, kv_heads: of the model; heads have 64 dimensions.
     """
 
@@ -51,6 +49,7 @@ class Settings:
         (0.5, (1024, 2048)),
         (1.0, (1024, 2048, 4096, 4096)),
     )
+    fewest_lines: int = 10
     seed: int = 0
     compile: bool = True
     hidden: int = 256
@@ -79,21 +78,9 @@ class Batches(Dataset):
         lengths = next(lengths for end, lengths in settings.stages if step < end * settings.steps)
         length = rng.choice(lengths)
         most = min((length - PROMPT_ROOM) // LINE_TOKENS, MAX_LINES)
-        puzzles = [draw(rng, rng.randint(most * 2 // 3, most), "train") for _ in range(settings.batch_tokens // length)]
+        count = settings.batch_tokens // length
+        puzzles = [draw(rng, rng.randint(min(settings.fewest_lines, most), most), "train") for _ in range(count)]
         return encode(self.tokenizer, puzzles, length)
-
-
-def encode(tokenizer: Any, puzzles: Sequence[Puzzle], length: int) -> tuple[Tensor, Tensor]:
-    """Statements with their solutions, and the labels, int64 `[puzzles, length]` each, right-padded."""
-    prompts = [f"{puzzle.statement}\n" for puzzle in puzzles]
-    texts = [prompt + puzzle.solve()[0] for prompt, puzzle in zip(prompts, puzzles, strict=True)]
-    ids = torch.full((len(puzzles), length), tokenizer.pad_token_id)
-    labels = torch.full_like(ids, IGNORED)
-    for row, (prompt, text) in enumerate(zip(tokenizer(prompts).input_ids, tokenizer(texts).input_ids, strict=True)):
-        tokens = torch.tensor([*text, tokenizer.eos_token_id])
-        ids[row, : len(tokens)] = tokens
-        labels[row, len(prompt) : len(tokens)] = tokens[len(prompt) :]
-    return ids, labels
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -186,58 +173,21 @@ def fit(
             }
 
 
-@torch.no_grad()
-def exact(model: Any, tokenizer: Any, puzzles: Sequence[Puzzle]) -> Tensor:
-    """Bool `[puzzles]`: whether every token of the solution, end of text included, is the most likely one.
-
-    That is what makes greedy decoding write exactly this solution, found in one forward instead of thousands.
-    """
-    length = PROMPT_ROOM + LINE_TOKENS * max(puzzle.lines for puzzle in puzzles)
-    ids, labels = (tensor.to(model.device) for tensor in encode(tokenizer, puzzles, length))
-    guess = model(ids[:, :-1], use_cache=False).logits.argmax(-1)
-    return ((guess == labels[:, 1:]) | (labels[:, 1:] == IGNORED)).all(1).cpu()
-
-
-@torch.no_grad()
-def generated(model: Any, tokenizer: Any, puzzles: Sequence[Puzzle]) -> Tensor:
-    """Bool `[puzzles]`: whether greedy `generate` writes the whole solution, token by token, and stops."""
-    prompts = [f"{puzzle.statement}\n" for puzzle in puzzles]
-    inputs = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
-    room = LINE_TOKENS * max(puzzle.lines for puzzle in puzzles) + 8
-    out = model.generate(**inputs, max_new_tokens=room, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-    stopped = (out == tokenizer.eos_token_id).any(1).cpu()
-    right = [text == puzzle.solve()[0] for text, puzzle in zip(texts, puzzles, strict=True)]
-    return torch.tensor(right) & stopped
-
-
-def evaluate(model: Any, tokenizer: Any, difficulties: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """`exact` on test problems: count and correct, by difficulty and kind."""
-    rows = []
-    for lines in difficulties:
-        rng = random.Random(f"evaluate-{lines}")
-        puzzles = [draw(rng, lines, "test") for _ in range(count)]
-        right = torch.cat([exact(model, tokenizer, puzzles[at : at + 32]) for at in range(0, count, 32)])
-        for kind in KINDS:
-            mine = torch.tensor([puzzle.kind == kind for puzzle in puzzles])
-            rows.append(
-                {"difficulty": lines, "kind": kind, "count": int(mine.sum()), "correct": int(right[mine].sum())}
-            )
-    return rows
-
-
-def run(settings: Settings, out: Path, device: torch.device, count: int) -> dict[str, Any]:
-    """Train, save, load what was saved, evaluate it with `count` problems a difficulty; what `training.json` holds."""
+def run(settings: Settings, out: Path, device: torch.device, start: Path | None = None) -> dict[str, Any]:
+    """Train, from the beginning or from a trained model's folder, and save; what `training.json` holds."""
     tokenizer = build_tokenizer()
     model = build_model(settings, tokenizer)
+    before = None
+    if start is not None:
+        model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
+        before = json.loads((start / "training.json").read_text())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters:,} parameters, {settings.steps:,} steps on {_machine(device)}", flush=True)
+    print(f"{parameters:,} parameters, {settings.steps:,} steps on {machine(device)}", flush=True)
     curve = []
     for entry in fit(model, tokenizer, settings, device):
         curve.append(entry)
         print(*(f"{name} {value:.4g}" for name, value in entry.items()), sep="  ", flush=True)
 
-    out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=4000,
@@ -245,58 +195,39 @@ def run(settings: Settings, out: Path, device: torch.device, count: int) -> dict
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    out.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-    # As it will be used: loaded, in bfloat16 on a GPU, in float32 on a CPU.
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    saved = AutoModelForCausalLM.from_pretrained(out, dtype=dtype).to(device).eval()
-    longest = min((max(settings.stages[-1][1]) - PROMPT_ROOM) // LINE_TOKENS, MAX_LINES)
-    rows = evaluate(saved, tokenizer, sorted({longest * part // 8 for part in (1, 2, 4, 6, 8)}), count)
-    rng = random.Random("generated")
-    puzzles = [draw(rng, min(longest, 40), "test") for _ in range(min(count, 128))]
-    written = generated(saved, tokenizer, puzzles)
     report = {
         "settings": asdict(settings),
         "parameters": parameters,
         "seconds": curve[-1]["seconds"],
         "tokens": curve[-1]["tokens"],
-        "machine": _machine(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accuracy": {
-            "exact, teacher-forced": rows,
-            "exact, generated": {
-                "difficulty": puzzles[0].lines,
-                "count": len(puzzles),
-                "correct": int(written.sum()),
-            },
-        },
+        **versions(device),
         "curve": curve,
+        "before": before,
     }
     (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
-
-
-def _machine(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the trained model")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="default: %(default)s")
-    parser.add_argument("--count", type=int, default=512, help="test problems a difficulty (default: %(default)s)")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this model, with long solutions only")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    settings = Settings(steps=args.steps, seed=args.seed, compile=device.type == "cuda")
-    report = run(settings, args.out, device, args.count)
-    for row in report["accuracy"]["exact, teacher-forced"]:
-        print("{difficulty:4} lines  {kind:6} {correct:5} of {count:5} exact".format(**row))
-    print("generated, {difficulty} lines: {correct} of {count} exact".format(**report["accuracy"]["exact, generated"]))
+    settings = Settings(
+        steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, compile=device.type == "cuda"
+    )
+    if args.start:
+        settings = replace(settings, stages=((1.0, settings.stages[-1][1][-1:]),))
+    run(settings, args.out, device, args.start)
+    print("Saved. How good it is: python -m eval.reasoner.accuracy --model", args.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 the trained model that is committed."""
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.reasoner.accuracy import evaluate as measure_exact
+from eval.reasoner.accuracy import exact, generated
+from eval.reasoner.encoding import IGNORED, encode
 from eval.reasoner.problems import KINDS, LINE_TOKENS, MAX_LINES, Puzzle, draw, is_test, problems
 from eval.reasoner.tokenizer import build_tokenizer
-from eval.reasoner.train import IGNORED, Settings, encode, exact, generated, run
+from eval.reasoner.train import Settings, run
 
 MODEL = Path(__file__).parents[2] / "eval" / "reasoner" / "model"
 
@@ -79,8 +83,8 @@ def test_look_ups_reach_everything_and_nobody_knows_which_beforehand():
     asked, elsewhere = ([line[5:7] for line in each.solve()[0].split("\n")[:-1]] for each in (puzzle, other))
     assert len(set(asked)) > 50
     assert sum(one == two for one, two in zip(asked, elsewhere, strict=True)) < MAX_LINES / 4
-    distances = [GAP for GAP in (index + 2 - "abcdefghijklmnop".index(name[0]) * 10 - int(name[1])
-                                 for index, name in enumerate(asked))]
+    places = ["abcdefghijklmnop".index(letter) * 10 + int(digit) for letter, digit in asked]
+    distances = [index + 2 - place for index, place in enumerate(places)]
     assert min(distances) < 15
     assert max(distances) > 140
 
@@ -137,6 +141,62 @@ def test_labels_are_the_solution_and_its_end():
         assert (ids[row][~asked][start:] == tokenizer.pad_token_id).all()
 
 
+def test_training_reaches_a_folder_that_loads_and_says_what_came_of_it(tmp_path):
+    small = Settings(
+        steps=30,
+        batch_tokens=512,
+        learning_rate=5e-3,
+        warmup=2,
+        stages=((0.5, (96,)), (1.0, (96, 128))),
+        compile=False,
+        hidden=32,
+        intermediate=48,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+    )
+    report = run(small, tmp_path, torch.device("cpu"))
+    assert json.loads(json.dumps(report)) == json.loads((tmp_path / "training.json").read_text())
+    (last,) = report["curve"]
+    assert last["step"] == 30
+    assert last["loss"] < 3.4  # log(48) = 3.87 before training
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert model.dtype == torch.bfloat16
+    assert sum(parameter.numel() for parameter in model.parameters()) == report["parameters"]
+    assert tokenizer("a0k0").input_ids == build_tokenizer()("a0k0").input_ids
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    rows = measure_exact(model, tokenizer, [2, 3], 5)
+    assert sum(row["count"] for row in rows) == 10
+    assert not any(row["correct"] for row in rows)  # nothing is learned in thirty steps
+
+
+# ---------------------------------------------------------------------- the committed model
+
+
 @pytest.fixture(scope="module")
-def loaded():
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(MODEL)
+def reasoner():
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(MODEL)
+
+
+def test_the_model_is_small_and_of_a_real_shape(reasoner):
+    model, tokenizer = reasoner
+    config = model.config
+    assert config.model_type == "qwen3"
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 8e6
+    assert config.num_key_value_heads >= 4
+    assert config.num_attention_heads > config.num_key_value_heads
+    assert config.head_dim == 64
+    assert (MODEL / "model.safetensors").stat().st_size <= 16e6
+    message = [{"role": "user", "content": problems(1, 20)[0].problem}]
+    chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert chat == build_tokenizer()(f"{message[0]['content']}\n").input_ids
+
+
+def test_the_model_solves_new_problems_to_the_last_token(reasoner):
+    model, tokenizer = reasoner
+    rng = random.Random(0)
+    long = [draw(rng, 100, "test") for _ in range(6)]
+    assert exact(model, tokenizer, long).sum() >= 5
+    short = [draw(rng, lines, "test") for lines in (14, 15, 16)]
+    assert generated(model, tokenizer, short).all()

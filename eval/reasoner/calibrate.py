@@ -1,0 +1,48 @@
+"""Calibrates the reasoner on solved training problems: `python -m eval.reasoner.calibrate`, a minute or so on a CPU."""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval.reasoner.problems import MAX_LINES, draw
+from hardkv import Calibration, HardKVConfig, calibrate
+from hardkv.selectors import SCORERS
+
+MODEL = Path(__file__).parent / "model"
+
+
+def calibrate_reasoner(folder: Path, scorer: str, interval: int, lines: int, count: int, seed: int = 0) -> Calibration:
+    """Measured on `count` solved training problems of `lines` lines each; see `hardkv.calibrate`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rng = random.Random(f"calibrate-{seed}")
+    puzzles = [draw(rng, lines, "train") for _ in range(count)]
+    ids = [
+        torch.tensor(tokenizer(f"{puzzle.statement}\n{puzzle.solve()[0]}{tokenizer.eos_token}").input_ids)
+        for puzzle in puzzles
+    ]
+    return calibrate(model, ids, scorer=scorer, interval=interval)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="DIR", help="default: the committed one")
+    parser.add_argument("--scorer", choices=sorted(SCORERS), default=HardKVConfig.scorer, help="default: %(default)s")
+    parser.add_argument("--interval", type=int, default=32, help="tokens between two selections (default: %(default)s)")
+    parser.add_argument("--lines", type=int, default=MAX_LINES, help="of each problem (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=6, help="problems (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=MODEL / "calibration.safetensors", metavar="FILE", help="default: beside the model"
+    )
+    args = parser.parse_args()
+    calibration = calibrate_reasoner(args.model, args.scorer, args.interval, args.lines, args.count)
+    calibration.save(args.out)
+    print(calibration.summary())
+
+
+if __name__ == "__main__":
+    main()
