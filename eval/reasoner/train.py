@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from eval.reasoner.accuracy import machine, versions
-from eval.reasoner.encoding import IGNORED, PROMPT_ROOM, encode
+from eval.reasoner.encoding import IGNORED, PROMPT_ROOM, encode, encode_hiding
 from eval.reasoner.problems import LINE_TOKENS, MAX_LINES, draw
 from eval.reasoner.tokenizer import build_tokenizer
 
@@ -34,8 +34,10 @@ class Settings:
         steps: of the optimiser. batch_tokens: padding included, in every step. learning_rate: its peak, after `warmup`
             steps; then linearly down to a hundredth.
         stages: (up to this fraction of the steps, lengths in tokens that steps take at random): long solutions are
-            learned sooner once short ones work. fewest_lines: of a problem; it has any number from here to what its
-            length has room for. compile: torch.compile the layers.
+            learned sooner once short ones work. hide_from: from this fraction on, batches come from `encode_hiding`, of
+            `hidden_lengths`, so that what the model needs of older lines is their results.
+        fewest_lines: of a problem; it has any number from here to what its length has room for.
+        compile: torch.compile the layers.
         hidden, intermediate, layers, heads, kv_heads: of the model; heads have 64 dimensions.
     """
 
@@ -49,6 +51,8 @@ class Settings:
         (0.5, (1024, 2048)),
         (1.0, (1024, 2048, 4096, 4096)),
     )
+    hide_from: float = 0.85
+    hidden_lengths: tuple[int, ...] = (1024, 1024, 1024, 4096)
     fewest_lines: int = 10
     seed: int = 0
     compile: bool = True
@@ -62,7 +66,7 @@ class Settings:
 class Batches(Dataset):
     """One batch a step, the same for the same step and seed whichever process makes it.
 
-    An item is `(ids, labels)`, int64 `[batch, length]`: right-padded, labels only for solutions.
+    An item is `(ids, positions, labels)`, int64 `[batch, length]`: right-padded, labels only for solutions.
     """
 
     def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerFast):
@@ -72,15 +76,19 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return self.settings.steps
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         settings = self.settings
         rng = random.Random(f"{settings.seed}-{step}")
+        hiding = step >= settings.hide_from * settings.steps
         lengths = next(lengths for end, lengths in settings.stages if step < end * settings.steps)
-        length = rng.choice(lengths)
-        most = min((length - PROMPT_ROOM) // LINE_TOKENS, MAX_LINES)
+        length = rng.choice(settings.hidden_lengths if hiding else lengths)
+        most = MAX_LINES if hiding else min((length - PROMPT_ROOM) // LINE_TOKENS, MAX_LINES)
         count = settings.batch_tokens // length
         puzzles = [draw(rng, rng.randint(min(settings.fewest_lines, most), most), "train") for _ in range(count)]
-        return encode(self.tokenizer, puzzles, length)
+        if hiding:
+            return encode_hiding(self.tokenizer, puzzles, length, rng)
+        ids, labels = encode(self.tokenizer, puzzles, length)
+        return ids, torch.arange(length).expand(count, length), labels
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -104,14 +112,20 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen3
     return Qwen3ForCausalLM(config)
 
 
-def predict(model: Qwen3ForCausalLM, ids: Tensor) -> Tensor:
+def predict(model: Qwen3ForCausalLM, ids: Tensor, positions: Tensor) -> Tensor:
     """Logits `[batch, length - 1, vocabulary]` of what follows each token but the last.
 
-    Activations are bfloat16 from the embedding on, as they are when the saved model runs in bfloat16.
+    Activations are bfloat16 from the embedding on, as they are when the saved model runs in bfloat16. The mask is
+    causal attention's: left alone, transformers would take gaps in the positions for the ends of packed sequences.
     """
     embedded = model.get_input_embeddings()(ids[:, :-1]).bfloat16()
     with torch.autocast(ids.device.type, torch.bfloat16):
-        return model(inputs_embeds=embedded, use_cache=False).logits
+        return model(
+            inputs_embeds=embedded,
+            position_ids=positions[:, :-1],
+            attention_mask={"full_attention": None},
+            use_cache=False,
+        ).logits
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -148,11 +162,12 @@ def fit(
     )
     model.to(device).train()
     start, tokens = time.perf_counter(), 0
-    for step, (ids, labels) in enumerate(batches):
-        ids, labels = ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)[:, 1:]
+    for step, batch in enumerate(batches):
+        ids, positions, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+        labels = labels[:, 1:]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        logits = predict(model, ids)
+        logits = predict(model, ids, positions)
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -217,7 +232,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Settings.steps, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="default: %(default)s")
-    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this model, with long solutions only")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this model, with scratch work hidden")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
@@ -225,7 +240,7 @@ def main() -> None:
         steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, compile=device.type == "cuda"
     )
     if args.start:
-        settings = replace(settings, stages=((1.0, settings.stages[-1][1][-1:]),))
+        settings = replace(settings, hide_from=0.0)
     run(settings, args.out, device, args.start)
     print("Saved. How good it is: python -m eval.reasoner.accuracy --model", args.out)
 
