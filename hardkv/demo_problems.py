@@ -99,7 +99,7 @@ def run_problems(
     Args:
         model_name: see `load`. problems: each with "problem" and "answer"; solved is what ends in `\boxed{answer}`.
         configs: of HardKVCache, by what to call them. max_new_tokens: longest solution.
-        out: folder for `problems.json`, made if it does not exist.
+        out: folder for `scores.json`, made if it does not exist.
         console: where to print; standard output by default.
 
     Raises:
@@ -126,7 +126,7 @@ def run_problems(
             scores.append(solve(f"HardKV {name}", HardKVCache(config=model.config, **config.to_dict())))
 
     console.print(_table(scores))
-    written = out / "problems.json"
+    written = out / "scores.json"
     report = environment(model, model_name) | {
         "problems": [dict(problem) for problem in problems],
         "scores": [asdict(score) | {"ratio": score.ratio} for score in scores],

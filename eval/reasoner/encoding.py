@@ -33,6 +33,13 @@ def encode(tokenizer: Any, puzzles: Sequence[Puzzle], length: int) -> tuple[Tens
     return ids, labels
 
 
+def room_for(length: int, hiding: bool = False) -> int:
+    """The most lines of a solution that `encode`, or `encode_hiding`, gets into a length."""
+    if hiding:
+        return (length - PROMPT_ROOM - TAIL[0] * (LINE_TOKENS - len(RESULT))) // len(RESULT)
+    return (length - PROMPT_ROOM) // LINE_TOKENS
+
+
 def encode_hiding(
     tokenizer: Any, puzzles: Sequence[Puzzle], length: int, rng: random.Random
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +64,7 @@ def encode_hiding(
         if room >= scratch and rng.random() < 0.5:
             kept, first = list(range(len(tokens))), prompt
         else:
-            visible = set(rng.sample(range(scratch), int(rng.random() * max(min(room, scratch), 0))))
+            visible = set(rng.sample(range(scratch), int(rng.random() * min(room, scratch))))
             kept, first, count = list(range(prompt)), tail + 1, 0  # what follows the hidden part cannot be known
             for index in range(prompt, tail):
                 if (index - prompt) % LINE_TOKENS in RESULT:

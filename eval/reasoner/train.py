@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from eval.reasoner.accuracy import machine, versions
-from eval.reasoner.encoding import IGNORED, PROMPT_ROOM, encode, encode_hiding
-from eval.reasoner.problems import LINE_TOKENS, MAX_LINES, draw
+from eval.reasoner.encoding import IGNORED, encode, encode_hiding, room_for
+from eval.reasoner.problems import MAX_LINES, draw
 from eval.reasoner.tokenizer import build_tokenizer
 
 
@@ -82,7 +82,7 @@ class Batches(Dataset):
         hiding = step >= settings.hide_from * settings.steps
         lengths = next(lengths for end, lengths in settings.stages if step < end * settings.steps)
         length = rng.choice(settings.hidden_lengths if hiding else lengths)
-        most = MAX_LINES if hiding else min((length - PROMPT_ROOM) // LINE_TOKENS, MAX_LINES)
+        most = min(room_for(length, hiding), MAX_LINES)
         count = settings.batch_tokens // length
         puzzles = [draw(rng, rng.randint(min(settings.fewest_lines, most), most), "train") for _ in range(count)]
         if hiding:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.reasoner.accuracy import evaluate as measure_exact
 from eval.reasoner.accuracy import exact, generated
-from eval.reasoner.encoding import IGNORED, encode
+from eval.reasoner.encoding import IGNORED, encode, encode_hiding, tokens_of
 from eval.reasoner.problems import KINDS, LINE_TOKENS, MAX_LINES, Puzzle, draw, is_test, problems
 from eval.reasoner.tokenizer import build_tokenizer
 from eval.reasoner.train import Settings, run
@@ -141,6 +141,31 @@ def test_labels_are_the_solution_and_its_end():
         assert (ids[row][~asked][start:] == tokenizer.pad_token_id).all()
 
 
+def test_what_is_hidden_is_older_scratch_work_and_nothing_moves():
+    tokenizer = build_tokenizer()
+    rng = random.Random(0)
+    batch = [draw(rng, lines, "train") for lines in (10, 30, 60, 100, 157, 157)] * 3
+    ids, positions, labels = encode_hiding(tokenizer, batch, 1024, rng)
+    assert ids.shape == positions.shape == labels.shape == (18, 1024)
+    hidden = 0
+    for row, (tokens, prompt) in enumerate(zip(*tokens_of(tokenizer, batch), strict=True)):
+        kept = ids[row] != tokenizer.pad_token_id
+        where = positions[row][kept]
+        assert (where.diff() > 0).all()
+        assert torch.equal(ids[row][kept], torch.tensor(tokens)[where])
+        asked = where[labels[row][kept] != IGNORED]
+        assert torch.equal(asked, torch.arange(int(asked[0]), len(tokens)))  # whole to the end
+        assert len(asked) >= 4 * LINE_TOKENS
+        shown = set(where.tolist())
+        assert shown >= set(range(prompt))
+        for start in range(prompt, int(asked[0]) - 1, LINE_TOKENS):
+            line = tokenizer.decode(tokens[start : start + LINE_TOKENS])
+            result = range(start + line.index("="), start + line.index(";"))
+            assert shown >= set(result)
+        hidden += len(tokens) - len(where)
+    assert hidden > 18 * 200
+
+
 def test_training_reaches_a_folder_that_loads_and_says_what_came_of_it(tmp_path):
     small = Settings(
         steps=30,
@@ -148,6 +173,9 @@ def test_training_reaches_a_folder_that_loads_and_says_what_came_of_it(tmp_path)
         learning_rate=5e-3,
         warmup=2,
         stages=((0.5, (96,)), (1.0, (96, 128))),
+        hide_from=0.9,
+        hidden_lengths=(128,),
+        fewest_lines=2,
         compile=False,
         hidden=32,
         intermediate=48,
@@ -196,7 +224,7 @@ def test_the_model_is_small_and_of_a_real_shape(reasoner):
 def test_the_model_solves_new_problems_to_the_last_token(reasoner):
     model, tokenizer = reasoner
     rng = random.Random(0)
-    long = [draw(rng, 100, "test") for _ in range(6)]
+    long = [draw(rng, 80, "test") for _ in range(6)]
     assert exact(model, tokenizer, long).sum() >= 5
-    short = [draw(rng, lines, "test") for lines in (14, 15, 16)]
+    short = [draw(rng, lines, "test") for lines in (27, 28, 30)]
     assert generated(model, tokenizer, short).all()
