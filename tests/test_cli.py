@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hardkv import Calibration, calibrate
 from hardkv.cli import main
 from hardkv.demo import Clock
+from hardkv.demo_problems import boxed
 
 LAYERS, KV_HEADS = 3, 2
 QUESTION = "Who [/jumps] over [bold]whom[/]?"  # brackets are no markup
@@ -108,6 +109,9 @@ def test_a_prompt_longer_than_the_model_is_told(model_folder, text_file, tmp_pat
         (["dmeo"], "invalid choice: 'dmeo'"),
         (["demo", "--scorer", "snapvk"], "invalid choice: 'snapvk'"),
         (["demo", "--policy", "topp"], "invalid choice: 'topp'"),
+        (["demo", "--policy", "topk,"], "invalid choice: ''"),
+        (["demo", "--policy", "topk,risk"], "needs measured risk curves"),
+        (["demo", "--problems", "no-such-file.jsonl"], "'no-such-file.jsonl' is not a file"),
         (["demo", "--policy", "risk"], "needs measured risk curves: pass calibration='auto'"),
         (["demo", "--policy", "risk", "--calibration", "online"], "needs measured risk curves"),
         (["demo", "--policy", "topk", "--calibration", "online"], "cannot use a calibration"),
@@ -127,6 +131,70 @@ def test_bad_arguments_end_before_any_work(arguments, message, capsys, monkeypat
         main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty: write a JSON object with problem and answer on each line"),
+        ('{"problem": "1+1", "answer": 2}\n{"problem": "1+2"}\n', "line 2 of"),
+        ("[1]\n", "is no JSON object with problem and answer: '[1]'"),
+        ("1+1 = 2\n", "is no JSON object with problem and answer: '1+1 = 2'"),
+    ],
+)
+def test_bad_problems_end_before_any_work(content, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hardkv.demo.load", lambda name: pytest.fail("a model was loaded"))
+    path = tmp_path / "problems.jsonl"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--problems", str(path)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_text_and_problems_exclude_each_other(text_file, tmp_path, capsys):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"problem": "1+1", "answer": 2}\n')
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--text", str(text_file), "--problems", str(path)])
+    assert stop.value.code == 2
+    assert "--problems: not allowed with argument --text" in capsys.readouterr().err
+
+
+def test_problems_of_unequal_length_are_answered_by_every_policy(model_folder, tmp_path, capsys):
+    path, out = tmp_path / "problems.jsonl", tmp_path / "out"
+    rows = [{"id": 1, "problem": "How much is one and one?", "answer": 2}, {"problem": "And? " * 30, "answer": "x"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [*SMALL, "--budget", "48,32", "--policy", "topk,adaptive", "--max-new-tokens", "20"]
+    assert main(["demo", *map(str, ["--model", model_folder, "--problems", path, "--out", out, *options])]) == 0
+    report = json.loads((out / "scores.json").read_text())
+    assert report["problems"] == [{"problem": row["problem"], "answer": str(row["answer"])} for row in rows]
+    dense, *compressed = report["scores"]
+    names = ["topk 48", "adaptive 48", "topk 32", "adaptive 32"]
+    assert [score["cache"] for score in compressed] == [f"HardKV {name}" for name in names]
+    assert compressed[0]["settings"]["budget"] == {"name": "topk", "n": 48}
+    assert dense["solved"] == 0  # a random model
+    assert dense["answers"] == [None, None]
+    per_token = LAYERS * KV_HEADS * 8 * 2 * 4 * 2  # of two problems
+    assert 150 * per_token < dense["nbytes"] < 171 * per_token
+    for score in compressed:
+        assert score["nbytes"] < dense["nbytes"]
+    assert compressed[2]["nbytes"] < compressed[0]["nbytes"]
+    printed = capsys.readouterr().out
+    assert "0 of 2" in printed
+    assert all(name in printed for name in names)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{1}, no: \boxed{ 42 }.", "42"),
+        (r"\boxed{7", None),
+        ("42", None),
+    ],
+)
+def test_the_answer_is_in_the_last_box(text, answer):
+    assert boxed(text) == answer
 
 
 def test_missing_packages_are_named_with_the_extra(monkeypatch, capsys):
