@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -204,7 +205,7 @@ class Bench:
             torch.compiler.reset()
             self.model._compiled_call = None
         times = clock.times[WARM:]
-        each = [b - a for a, b in zip(times, times[1:], strict=False)]
+        each = [b - a for a, b in pairwise(times)]
         mean = (times[-1] - times[0]) / len(each)
         held = cache.nbytes() if isinstance(cache, HardKVCache) else _nbytes(cache)
         record |= {

@@ -1,0 +1,74 @@
+"""The end-to-end benchmark on a tiny model: what it measures, its caches, and the report."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from eval.speed.generate import METHODS, Bench, Case, _key, run
+from eval.speed.generate_report import NAMES, event_share, markdown, targets
+from hardkv.cache.tiers import storage_nbytes
+
+COMMITTED = Path(__file__).parents[2] / "eval/results/generate.json"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    config = Qwen3Config(
+        **{"vocab_size": 61, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096},
+    )
+    return Bench("tiny", config, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if "compile" not in name])
+def test_decode(bench, method):
+    record = bench.decode(method, Case(200, 2, 100), steps=130)
+    assert record["steps"] == 130
+    assert record["tokens_per_s"] == pytest.approx(2e3 / record["step_ms"])
+    kind, _ = METHODS[method]
+    if kind in ("topk", "risk"):
+        assert record["events"] == 1
+        assert record["kv_bytes"] < 2 * 2 * 2 * 2 * (200 + 143) * 8 * 4
+    else:
+        assert record["kv_bytes"] == 2 * 2 * 2 * 2 * (200 + 143) * 8 * 4
+
+
+@pytest.mark.parametrize("kind", ["topk", "risk"])
+def test_a_filled_cache_holds_what_its_budget_keeps(bench, kind):
+    cache = bench.filled(kind, Case(200, 3, 100), 10)
+    lengths = cache.lengths()
+    assert cache.get_seq_length() == 200
+    assert lengths.float().mean() == 100
+    assert (lengths.amin() < lengths.amax()) == (kind == "risk")
+    assert storage_nbytes(cache.layers[0].tensors()) > 0
+
+
+def test_first_token_and_errors(bench, monkeypatch):
+    records = list(run(bench, ["topk"], [Case(100, 3, 90)], [60]))
+    assert [record["measure"] for record in records] == ["first token"] * 3 + ["decode"]
+    assert all(record["seconds"] > 0 for record in records[:3])
+    monkeypatch.setattr(bench, "filled", lambda *args: 1 / 0)
+    (record,) = run(bench, ["topk"], [Case(100, 3, 90)], [])
+    assert record["error"].startswith("ZeroDivisionError")
+    assert record["context"] == 100
+
+
+def test_the_committed_page_is_of_the_committed_figures():
+    found = json.loads(COMMITTED.read_text())
+    assert COMMITTED.with_suffix(".md").read_text() == markdown(found)
+    assert len({_key(record) for record in found["records"]}) == len(found["records"])
+    assert set(NAMES) == set(METHODS)
+
+
+def test_targets():
+    base = {"measure": "decode", "model": "qwen3-8b", "context": 2048, "batch": 32, "limit_ms": 6.0}
+    ours = base | {"method": "topk-compile", "step_ms": 7.5, "median_ms": 7.2, "tokens_per_s": 4000.0}
+    dense = base | {"method": "dynamic", "step_ms": 80.0, "median_ms": 80.0, "tokens_per_s": 390.0}
+    assert event_share(ours) == pytest.approx(7.5 / 7.2 - 1)
+    found = {what: (value, met) for what, _, value, met in targets([ours, dense, base | {"error": "x"}])}
+    assert found["step over the least that memory allows, batch 32"] == (1.25, True)
+    assert found["tokens/s over DynamicCache, batch 32, context 2,048"] == (pytest.approx(4000 / 390), True)
+    assert len(found) == 3
