@@ -1,4 +1,5 @@
-# make demo    create .venv and run the demo: a small real language model, dense and compressed caches side by side
+# make demo    create .venv and run the demo, dense and compressed caches side by side: problems that a model of our own
+#              solves, then a question to a small real language model
 # make test    create .venv and run the tests
 # make lint    formatting, linting and types
 # make clean   remove everything the above created
@@ -6,7 +7,7 @@
 # PYTHON       which interpreter makes .venv (3.11 or newer)
 # TORCH_INDEX  a second package index to take torch from; what PyPI offers for Linux brings gigabytes of CUDA with it:
 #                  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# ARGS         further arguments of the demo or of pytest: make test ARGS="tests/cache -x"
+# ARGS         further arguments of the demo's second part or of pytest: make test ARGS="tests/cache -x"
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -19,6 +20,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 INTERPRETED := tests/kernels/triton tests/eval/test_speed_kernels.py tests/cache/test_oracle.py \
 	-k "triton or (Adaptive and qwen3-3-2)"
 
+REASONER := eval/reasoner/model
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
@@ -26,6 +28,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint con
 .PHONY: demo test lint install clean
 
 demo: $(VENV)/demo.stamp
+	@mkdir -p hardkv-demo
+	$(BIN)/python -m eval.reasoner.problems --count 8 --difficulty 40 >hardkv-demo/problems.jsonl
+	$(BIN)/python -m hardkv demo --model $(REASONER) --problems hardkv-demo/problems.jsonl --max-new-tokens 1000 \
+		--scorer rkv --budget 480,360 --policy topk,risk --interval 32 \
+		--calibration $(REASONER)/calibration-rkv.safetensors
 	$(BIN)/python -m hardkv demo $(ARGS)
 
 test: $(VENV)/dev.stamp

@@ -1,4 +1,4 @@
-"""Calibrates the reasoner on solved training problems: `python -m eval.reasoner.calibrate`, a minute or so on a CPU."""
+"""Calibrates the reasoner on solved training problems: `python -m eval.reasoner.calibrate`, minutes on a CPU."""
 
 import argparse
 import random
@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.reasoner.problems import MAX_LINES, draw
-from hardkv import Calibration, HardKVConfig, calibrate
+from eval.reasoner.problems import draw
+from hardkv import Calibration, calibrate
 from hardkv.selectors import SCORERS
 
 MODEL = Path(__file__).parent / "model"
@@ -25,22 +25,22 @@ def calibrate_reasoner(folder: Path, scorer: str, interval: int, lines: int, cou
         torch.tensor(tokenizer(f"{puzzle.statement}\n{puzzle.solve()[0]}{tokenizer.eos_token}").input_ids)
         for puzzle in puzzles
     ]
-    return calibrate(model, ids, scorer=scorer, interval=interval)
+    calibration = calibrate(model, ids, scorer=scorer, interval=interval)
+    calibration.provenance["name"] = "eval/reasoner/model"  # not a path of one machine
+    return calibration
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL, metavar="DIR", help="default: the committed one")
-    parser.add_argument("--scorer", choices=sorted(SCORERS), default=HardKVConfig.scorer, help="default: %(default)s")
+    parser.add_argument("--scorer", choices=sorted(SCORERS), default="rkv", help="default: %(default)s")
     parser.add_argument("--interval", type=int, default=32, help="tokens between two selections (default: %(default)s)")
-    parser.add_argument("--lines", type=int, default=MAX_LINES, help="of each problem (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=6, help="problems (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=MODEL / "calibration.safetensors", metavar="FILE", help="default: beside the model"
-    )
+    parser.add_argument("--lines", type=int, default=60, help="of each problem (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=4, help="problems (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: calibration-SCORER.safetensors in the model")
     args = parser.parse_args()
     calibration = calibrate_reasoner(args.model, args.scorer, args.interval, args.lines, args.count)
-    calibration.save(args.out)
+    calibration.save(args.out or args.model / f"calibration-{args.scorer}.safetensors")
     print(calibration.summary())
 
 

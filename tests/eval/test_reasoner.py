@@ -4,6 +4,7 @@ the trained model that is committed."""
 import json
 import random
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from eval.reasoner.encoding import IGNORED, encode, encode_hiding, tokens_of
 from eval.reasoner.problems import KINDS, LINE_TOKENS, MAX_LINES, Puzzle, draw, is_test, problems
 from eval.reasoner.tokenizer import build_tokenizer
 from eval.reasoner.train import Settings, run
+from hardkv.cli import main
 
 MODEL = Path(__file__).parents[2] / "eval" / "reasoner" / "model"
 
@@ -224,7 +226,24 @@ def test_the_model_is_small_and_of_a_real_shape(reasoner):
 def test_the_model_solves_new_problems_to_the_last_token(reasoner):
     model, tokenizer = reasoner
     rng = random.Random(0)
-    long = [draw(rng, 80, "test") for _ in range(6)]
-    assert exact(model, tokenizer, long).sum() >= 5
-    short = [draw(rng, lines, "test") for lines in (27, 28, 30)]
+    long = [draw(rng, 60, "test") for _ in range(3)]
+    assert exact(model, tokenizer, long).all()
+    short = [draw(rng, lines, "test") for lines in (10, 11)]
     assert generated(model, tokenizer, short).all()
+
+
+def test_the_demo_solves_with_room_and_not_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(MODEL.parents[2])
+    path, out = tmp_path / "problems.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in problems(2, 10)))
+    folder = MODEL.relative_to(MODEL.parents[2])
+    options = ["--scorer", "rkv", "--interval", "32", "--max-new-tokens", "260", "--budget", "400,48", "--calibration"]
+    options += [str(folder / "calibration-rkv.safetensors")]
+    assert main(["demo", "--model", str(folder), "--problems", str(path), "--out", str(out), *options]) == 0
+    dense, roomy, tight = json.loads((out / "scores.json").read_text())["scores"]
+    assert dense["answers"] == [problem.answer for problem in problems(2, 10)]
+    assert dense["solved"] == roomy["solved"] == 2
+    assert roomy["settings"]["budget"]["name"] == "risk"
+    assert tight["solved"] == 0
+    assert tight["ratio"] < 0.8
+    assert "2 of 2" in capsys.readouterr().out
