@@ -51,7 +51,7 @@ class Settings:
         (0.5, (1024, 2048)),
         (1.0, (1024, 2048, 4096, 4096)),
     )
-    hide_from: float = 0.85
+    hide_from: float = 1.0
     hidden_lengths: tuple[int, ...] = (1024, 1024, 1024, 4096)
     fewest_lines: int = 10
     seed: int = 0
@@ -232,15 +232,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Settings.steps, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="default: %(default)s")
-    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this model, with scratch work hidden")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this model, with the longest length only")
+    parser.add_argument(
+        "--hide-from",
+        type=float,
+        default=Settings.hide_from,
+        metavar="FRACTION",
+        help="of the steps, from which on old scratch work is hidden (default: %(default)s, never)",
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     settings = Settings(
-        steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, compile=device.type == "cuda"
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        hide_from=args.hide_from,
+        seed=args.seed,
+        compile=device.type == "cuda",
     )
     if args.start:
-        settings = replace(settings, hide_from=0.0)
+        settings = replace(settings, stages=((1.0, settings.stages[-1][1][-1:]),))
     run(settings, args.out, device, args.start)
     print("Saved. How good it is: python -m eval.reasoner.accuracy --model", args.out)
 
