@@ -19,7 +19,7 @@ nothing new:
     a2b5+a0k0=a3l5;l5-k0=b5
     a3l5+a1j3=a4e8;e8-j3=l5
     ...
-    \boxed{134}
+    \boxed{128}
 
 Arithmetic is easy on purpose, and two of a line's 24 tokens, the new value, are all that is needed later: solving is a
 matter of finding them again.
@@ -128,7 +128,8 @@ def problems(count: int, difficulty: int = 80, seed: int = 0, split: str = "test
     Args:
         count: how many. difficulty: lines of the solution, 1 to 157; each has 24 tokens, so 21 lines are about 500
             tokens and 157 about 3,800. seed: the same problems for the same seed. split: "test" problems begin
-            otherwise than every "train" problem, so training has not seen them or a part of their solutions.
+            otherwise than every "train" problem, so training has not seen them or a part of their solutions. The
+            committed model was trained on 10 lines and more.
 
     Raises:
         ValueError: see `draw`.
