@@ -19,6 +19,7 @@ from transformers.masking_utils import eager_mask
 from hardkv.cache.handles import HardKVMask, KVHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.latent import Latent
 from hardkv.cache.static import StaticHandle, static_attention
+from hardkv.cache.steps import UnknownLength
 
 EAGER = "hardkv|eager"
 
@@ -249,6 +250,8 @@ def _wrap_mask(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, except that it returns a HardKVMask when the length belongs to a HardKV layer."""
 
     def mask(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("q_offset"), UnknownLength):
+            return None  # a static step reads no mask
         length = kwargs.get("kv_length", args[2] if len(args) > 2 else None)
         if not isinstance(length, LogicalLen):
             return function(*args, **kwargs)

@@ -32,7 +32,12 @@ class UnknownLength(int):
             "leave out custom_generate=graphed"
         )
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = __neg__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, *args: Any) -> Any:
+        """What comes before a tensor's own arithmetic with an int."""
+        cls()._refuse()
 
 
 class StepLayer(CacheLayerMixin):

@@ -418,13 +418,17 @@ def test_models_that_cannot():
         assert cache.get_seq_length() == 0
 
 
-def test_lengths_that_a_model_computes_with(model, monkeypatch):
+@pytest.mark.parametrize(
+    "positions_from",
+    [lambda start, new: torch.arange(start, start + new), lambda start, new: torch.arange(new) + start],
+    ids=["numbers", "tensors"],
+)
+def test_lengths_that_a_model_computes_with(model, monkeypatch, positions_from):
     """Positions from the cache's length would be captured as they were in the first step."""
     forward = model.model.forward
 
     def own_positions(*args, past_key_values, position_ids=None, input_ids, **kwargs):
-        start = past_key_values.get_seq_length()
-        positions = torch.arange(start, start + input_ids.shape[1])[None]
+        positions = positions_from(past_key_values.get_seq_length(), input_ids.shape[1])[None]
         return forward(*args, past_key_values=past_key_values, position_ids=positions, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(model.model, "forward", own_positions)

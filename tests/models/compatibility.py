@@ -7,15 +7,15 @@ The installed transformers' results replace those of the same version; other ver
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from tests.models.probe import NO_CACHE, NOT_BUILT, NOTHING, REFUSED, SUPPORTED, Verdict, probe
-from tests.models.tiny import TYPES
+from tests.models.probe import NO_CACHE, NOT_BUILT, NOTHING, REFUSED, SUPPORTED, YES, Verdict, probe, probe_graphed
+from tests.models.tiny import TYPES, tiny_model
 
 RESULTS = Path(__file__).parents[2] / "docs" / "compatibility.json"
 PAGE = RESULTS.with_suffix(".md")
@@ -43,9 +43,20 @@ def committed() -> Table | None:
     return load().get(transformers.__version__)
 
 
+def graphable() -> list[str]:
+    """Types of which the committed file says whether static steps work."""
+    return sorted(name for name, verdict in (committed() or {}).items() if verdict.get("graphed"))
+
+
 def first_sentence(text: str) -> str:
     """Up to the first full stop that ends a sentence, bracket or semicolon."""
     return re.split(r"\. |; | \(note|: HardKVCache compresses nothing", text)[0].replace("|", "\\|").rstrip(".:")
+
+
+def why_not_graphed(text: str) -> str:
+    """The reason in an error of `graphed`."""
+    text = re.sub(r"^\w+: (custom_generate=graphed does not work with )?|: leave .*", "", text)
+    return text.replace("|", "\\|")
 
 
 def differences(newest: Table, other: Table) -> list[str]:
@@ -88,6 +99,22 @@ def page(results: dict[str, Table]) -> str:
         + listing(name for name in by_status[SUPPORTED] if not is_whole(newest[name]))
         + ".",
     ]
+    stepped = [name for name in sorted(newest) if newest[name].get("graphed") == YES]
+    refused = [name for name in sorted(newest) if newest[name].get("graphed", YES) not in (YES, "")]
+    lines += [
+        "",
+        "## Graphed",
+        "",
+        "`custom_generate=graphed` decodes by replays of a CUDA graph. Compared with generate()'s own loop and the "
+        "same evicting cache, where the steps run uncaptured (on a CPU): the same logits within rounding, the same "
+        "tokens kept, the same states and sliding windows. It is so with " + listing(stepped) + ".",
+        "",
+        "The others are refused:",
+        "",
+        "| type | because of |",
+        "|---|---|",
+        *(f"| `{name}` | {why_not_graphed(newest[name]['graphed'])} |" for name in refused),
+    ]
     for status, meaning in SECTIONS.items():
         lines += ["", f"## {status[0].upper()}{status[1:]}", "", meaning, ""]
         lines += ["| type | reason |", "|---|---|"]
@@ -118,8 +145,11 @@ def main() -> None:
     torch.set_num_threads(1)
     verdicts: dict[str, Verdict] = {}
     for model_type in TYPES:
-        verdicts[model_type] = probe(model_type)
-        print(f"{model_type}: {verdicts[model_type].status}")
+        verdict = probe(model_type)
+        if verdict.status in (SUPPORTED, NOTHING):
+            verdict = replace(verdict, graphed=probe_graphed(tiny_model(model_type)))
+        verdicts[model_type] = verdict
+        print(f"{model_type}: {verdict.status}; graphed: {verdict.graphed or '-'}")
     results = load() | {transformers.__version__: {name: asdict(verdict) for name, verdict in verdicts.items()}}
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(page(load()))

@@ -16,8 +16,11 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from hardkv import HardKVCache
+from hardkv import HardKVCache, graphed
+from hardkv.cache.cache import _tensors
 from hardkv.cache.handles import KVHandle
+from hardkv.cache.hybrid import HybridLayer
+from hardkv.cache.layer import HardKVLayer
 from tests.models.tiny import PAD, random_ids, tiny_model
 
 PROMPT, NEW = 12, 12
@@ -28,6 +31,7 @@ TOLERANCE = 5e-5
 
 SUPPORTED, NOTHING, REFUSED = "supported", "nothing to compress", "refused"
 NO_CACHE, NOT_BUILT = "no DynamicCache", "not built"
+YES = "yes"
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,14 @@ class Verdict:
     Args:
         status: one of the five above. reason: hardkv's words, or transformers'; "" when supported.
         compressed, layers: cache layers that are compressed, of how many.
+        graphed: what `probe_graphed` says; "" where there is no cache of ours to step.
     """
 
     status: str
     reason: str = ""
     compressed: int = 0
     layers: int = 0
+    graphed: str = ""
 
 
 class Defect(AssertionError):
@@ -257,6 +263,49 @@ def probe_model(model: PreTrainedModel, **inputs: Any) -> Verdict:
         raise Defect("eviction makes no difference: the model cannot show whether it is right")
     assert_near(evicted, oracle_run(model, cache.held, attn, **inputs), "evicted")
     return Verdict(SUPPORTED, "", compressed, layers)
+
+
+def probe_graphed(model: PreTrainedModel) -> str:
+    """ "yes" when decoding by static steps is generate()'s own loop with the same evicting cache; or why it is refused.
+
+    The logits, what every KV head keeps, and all that layers hold which are not compressed.
+
+    Raises:
+        Defect: it is neither the same nor refused.
+    """
+    attn = model.config.get_text_config(decoder=True)._attn_implementation
+    caches = [HardKVCache(config=model.config, scorer="snapkv", **EVICT) for _ in range(2)]
+    try:
+        expected = run(model, caches[0])
+        actual = run(model, caches[1], custom_generate=graphed)
+    except NotImplementedError as error:
+        if "custom_generate=graphed" in str(error):
+            return in_one_line(error)
+        raise Defect(f"graphed: {in_one_line(error)}") from error
+    except Exception as error:
+        raise Defect(f"graphed: obscure {in_one_line(error)}") from error
+    finally:
+        set_attention(model, attn)
+    if caches[1].stats().decode != "uncaptured":
+        raise Defect("graphed: made no static step")
+    assert_near(actual, expected, "graphed")
+    for idx, (one, other) in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        if isinstance(one, HardKVLayer) and as_lists(caches[0].kept(idx)) != as_lists(caches[1].kept(idx)):
+            raise Defect(f"graphed: layer {idx} keeps other tokens")
+        for expected_held, held in zip(*(uncompressed(layer) for layer in (one, other)), strict=True):
+            assert_near(held, expected_held, f"graphed: what layer {idx} holds")
+    return YES
+
+
+def as_lists(kept: list[list[Tensor]]) -> list[list[list[int]]]:
+    return [[positions.tolist() for positions in heads] for heads in kept]
+
+
+def uncompressed(layer: Any) -> list[Tensor]:
+    """The tensors of a cache layer that are transformers' own."""
+    if isinstance(layer, HardKVLayer):
+        return layer.states() if isinstance(layer, HybridLayer) else []
+    return _tensors(layer)
 
 
 def rounding(model_type: str, dtype: torch.dtype) -> Tensor:

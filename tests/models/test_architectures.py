@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from hardkv import HardKVCache
+from hardkv.cache import static
 from tests.models import compatibility
-from tests.models.probe import NO_CACHE, NOT_BUILT, REFUSED, SUPPORTED, Defect, probe, rounding
+from tests.models.probe import NO_CACHE, NOT_BUILT, REFUSED, SUPPORTED, Defect, probe, probe_graphed, rounding
 from tests.models.tiny import TYPES, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about tiny configs
 # 0.9 quantiles, of logits of a few units: a rounding may move a token to other experts, and change it altogether
+# Of every kind one, for decoding by static steps; the others are slow tests.
+GRAPHED = ["deepseek_v3", "gemma2", "gpt_oss", "llama4", "mistral", "qwen2_moe", "qwen3_next", "whisper", "zamba2"]
 HALF = {torch.bfloat16: 0.05, torch.float16: 0.006}
 
 
@@ -49,6 +52,15 @@ def test_architecture_in_half_precision(model_type, dtype):
         assert verdict_of(model_type).reason
 
 
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=[] if name in GRAPHED else pytest.mark.slow) for name in compatibility.graphable()],
+)
+def test_architecture_graphed(model_type):
+    """By static steps as by generate()'s own loop, or refused; as the committed table says."""
+    assert probe_graphed(tiny_model(model_type)) == compatibility.committed()[model_type]["graphed"]
+
+
 def test_how_many_are_supported():
     statuses = [verdict_of(model_type).status for model_type in TYPES]
     assert statuses.count(SUPPORTED) >= 120
@@ -74,6 +86,18 @@ def test_the_probe_notices_wrong_attention(monkeypatch):
     monkeypatch.setattr(HardKVCache, "kept", off_by_one)
     with pytest.raises(Defect, match="evicted: logits differ"):
         probe("llama")
+
+
+def test_the_probe_notices_wrong_static_steps(monkeypatch):
+    """A step whose queries are never observed keeps other tokens at the next event."""
+    append_step = static.append_step
+
+    def forgets(*args):
+        append_step(*args[:6], torch.zeros_like(args[6]), *args[7:])
+
+    monkeypatch.setattr(static, "append_step", forgets)
+    with pytest.raises(Defect, match="graphed"):
+        probe_graphed(tiny_model("llama"))
 
 
 def test_the_probe_notices_errors_that_are_not_ours(monkeypatch):
