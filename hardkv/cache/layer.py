@@ -164,7 +164,11 @@ class HardKVLayer(CacheLayerMixin):
 
     def check_visible(self, visible: Tensor) -> None:
         """Raise NotImplementedError when `visible`, bool `[B or 1, columns]`, hides a past token that is held."""
-        if self.tiers is not None and self.tiers.holds_any(~visible.expand(self.batch_size, -1)):
+        if self.tiers is None:
+            return
+        hidden = ~visible.expand(self.batch_size, -1)
+        own = self.seen - hidden.shape[1]  # columns of this call, which an earlier reader of the same keys has stored
+        if self.tiers.holds_any(torch.nn.functional.pad(hidden, (0, own))):
             raise NotImplementedError(
                 f"the attention mask hides past tokens that layer {self.layer_idx} of the cache holds; HardKVCache "
                 "lets every new token see all kept ones"

@@ -163,3 +163,16 @@ def test_no_warning_where_everything_is_compressed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert HardKVCache(config=config).stats().compressed_layers == config.num_hidden_layers
+
+
+def test_a_padded_chunk_whose_keys_are_read_twice():
+    """The second reader comes when the chunk is stored, and its mask covers what was there before."""
+    model, logits = tiny_model("gemma3n_text"), []
+    ids, mask = random_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, [0, 1, 12]] = 0
+    for kind, settings in ((DynamicCache, {}), (HardKVCache, {"budget": 1000})):
+        cache = kind(config=model.config, **settings)
+
+        model(ids[:, :11], attention_mask=mask[:, :11], past_key_values=cache)
+        logits.append(model(ids[:, 11:], attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-5)
