@@ -10,14 +10,23 @@ from collections import deque
 from typing import Any
 
 import torch
+import transformers.cache_utils
 from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hardkv.cache.cache import HardKVCache
+from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.static import linear_of, states_of
 from hardkv.cache.steps import DecodeSteps
+from hardkv.cache.whole import HALF_DONE
 from hardkv.kernels.attention import backend_for
+
+# Layers of a cache that can be stepped; those that hold nothing are unknown to transformers 5.17.
+DUMMY = getattr(transformers.cache_utils, "DummyLayer", None)
+STEPPED = (HardKVLayer, HybridLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DUMMY)
 
 
 def generate(model: Any, *args: Any, compile: bool = False, tokenizer: Any = None, **kwargs: Any) -> Any:
@@ -60,7 +69,9 @@ def graphed(
     For `model.generate(..., past_key_values=HardKVCache(...), custom_generate=graphed)`; with `compile=True` there, the
     `torch.compile`d forward is captured, whose logits differ by rounding. The prefill runs as always. A cache that is
     used again, after `reset()` or for another turn, keeps its graph, and a new one needs a new capture. Where there is
-    no CUDA the same steps run uncaptured, and `stats()` says so.
+    no CUDA the same steps run uncaptured, and `stats()` says so. The state of a linear attention cannot go back a step:
+    with such layers the host waits for every token before the next step, and a step that dies leaves the cache unusable
+    until `reset()`.
 
     Raises:
         TypeError: `past_key_values` is no HardKVCache.
@@ -84,7 +95,8 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool) -> None:
     if not isinstance(cache, HardKVCache):
         got = type(cache).__name__
         raise TypeError(f"custom_generate=graphed needs past_key_values=HardKVCache(config=model.config), got {got}")
-    layers = {type(layer).__name__ for layer in cache.layers if type(layer) is not HardKVLayer}
+    layers = {type(layer).__name__ for layer in cache.layers if type(layer) not in STEPPED}
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     devices = {parameter.device for parameter in model.parameters()}
     refusals = {
         "beams": config.num_beams > 1,
@@ -93,7 +105,11 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool) -> None:
         "synced_gpus": synced_gpus,
         "offload=True": cache._offload is not None,
         "a cache built without config=model.config": not cache.layers,
-        f"layers of {what} that HardKVCache does not compress ({', '.join(sorted(layers))})": bool(layers),
+        f"the layers of a kind of their own in {what} ({', '.join(sorted(layers))})": bool(layers),
+        f"the chunked attention of {what}": "chunked_attention" in kinds,
+        "a cache that records the past (assisted decoding)": any(
+            getattr(x, "record_past", False) for x in cache.layers
+        ),
         f"the latent attention of {what}": any(layer.latent for layer in cache._compressed),
         f"{what} on several devices ({', '.join(sorted(map(str, devices)))})": len(devices) > 1,
         f"the encoder and decoder of {what}": model.config.is_encoder_decoder,
@@ -175,7 +191,8 @@ class _Loop:
         length = self.stopping_criteria.max_length
         columns = cache.get_seq_length() + (length or self.config.max_length) - ids.shape[1]
         unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-        behind = int(runs_ahead(ids.device))  # how many flags the host does not wait for
+        reversible = not states_of(linear_of(cache.layers))  # a step too many can be taken back
+        behind = int(reversible and runs_ahead(ids.device))  # how many flags the host does not wait for
         started = False
         try:
             while True:
@@ -201,6 +218,8 @@ class _Loop:
         except BaseException:
             if started and cache._broken is None:
                 steps.running.recover()
+                if steps.running.midway and not reversible:
+                    cache._broken = HALF_DONE
             raise
         if started:
             steps.running.settle()

@@ -55,10 +55,10 @@ def _static(
     name: str, module: torch.nn.Module, query: Tensor, key: StaticHandle, kwargs: dict[str, Any]
 ) -> tuple[Tensor, None]:
     """`_routed` for the one token of a static step, whose model was seen to be routed in the prefill."""
-    if kwargs.get("sliding_window") is not None:
+    if kwargs.get("sliding_window") != key.window:
         raise NotImplementedError(
-            f"{type(module).__name__} attends within a sliding window that its config does not mark: decode without "
-            "custom_generate=graphed"
+            f"{type(module).__name__} attends within another sliding window than its config says "
+            f"({kwargs.get('sliding_window')} and {key.window} tokens): leave out custom_generate=graphed"
         )
     scale, store = _scale(query, kwargs), not key.stored
     key.stored = True

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from hardkv.cache.handles import KVHandle
 from hardkv.cache.layer import HardKVLayer, compress_together
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
+from hardkv.cache.windows import LAST, StaticWindow
 from hardkv.kernels.append import append_step
 from hardkv.kernels.attention import attend_tiers
 from hardkv.kernels.rows import Rows
 
 # A pool whose budget has no fixed total gets this much more room than it needs, whenever it runs out.
 GROWTH = 1.25
-# Every column comes before it.
-LAST = torch.iinfo(torch.int32).max
 
 
 class Pool:
@@ -120,47 +120,70 @@ def _move(source: Tensor, target: Tensor) -> None:
 
 
 class StaticDecoding:
-    """The compressed layers of a cache on their pools, stepping one token at a time.
+    """The layers of a cache at fixed addresses, stepping one token at a time: on their pools and windows.
+
+    Linear-attention layers update their states in place already.
 
     Args:
-        layers: every layer that the cache compresses. length: columns that the cache will have seen at most, the bound
-            on what budgets with fixed totals keep.
+        layers: of the cache, after a prefill. length: columns that it will have seen at most, the bound on what budgets
+            with fixed totals keep. attention: see `kernels.attention.backend_for`.
     """
 
-    def __init__(self, layers: Sequence[HardKVLayer], length: int):
-        first = layers[0]
-        self.layers = {layer.layer_idx: layer for layer in layers}
+    def __init__(self, layers: Sequence[Any], length: int, attention: str):
+        self.layers = compressed_of(layers)
+        self.linear = linear_of(layers)
         self.pools: dict[int, Pool] = {}
-        with torch.inference_mode(False):
-            self.column = torch.zeros(1, dtype=torch.int64, device=first.device)
-        self.steps = 0  # that the host's numbers do not know of yet
+        self.windows = {idx: StaticWindow(layer, attention) for idx, layer in sliding_of(layers).items()}
+        self.seen = 0  # as the host's numbers have it
+        self.steps = 0  # that they do not know of yet
+        self.midway = False  # whether a step has begun and not ended
         self.filled: dict[int, Tensor] = {}  # every layer's fill as the host's numbers have it
+        attended: list[Any] = [*self.layers.values(), *sliding_of(layers).values()]
+        with torch.inference_mode(False):
+            self.column = torch.zeros(1, dtype=torch.int64, device=attended[0].device)
         for idx, layer in self.layers.items():  # one after the other, as a layer's old tiers go when its pool has them
             self.pools[idx] = _pool(layer, length)
             self._hold(idx)
 
-    def fits(self, layers: Sequence[HardKVLayer], length: int) -> bool:
-        """Whether the pools serve these layers as they are now."""
-        return len(layers) == len(self.pools) and all(
-            self.layers.get(layer.layer_idx) is layer
-            and layer.tiers is not None
-            and layer.ring is not None
-            and layer.ring.capacity == self.pools[layer.layer_idx].ring.capacity
-            and self.pools[layer.layer_idx].fits(layer.tiers)
-            and self.pools[layer.layer_idx].room >= _room(layer, length)
-            for layer in layers
+    def fits(self, layers: Sequence[Any], length: int) -> bool:
+        """Whether pools and windows serve these layers as they are now."""
+        compressed, sliding = compressed_of(layers), sliding_of(layers)
+        return (
+            compressed.keys() == self.pools.keys()
+            and sliding.keys() == self.windows.keys()
+            and all(self.windows[idx].fits(layer) for idx, layer in sliding.items())
+            and all(self.linear.get(idx) is layer for idx, layer in linear_of(layers).items())
+            and all(
+                self.layers[idx] is layer
+                and layer.tiers is not None
+                and layer.ring is not None
+                and layer.ring.capacity == self.pools[idx].ring.capacity
+                and self.pools[idx].fits(layer.tiers)
+                and self.pools[idx].room >= _room(layer, length)
+                for idx, layer in compressed.items()
+            )
         )
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Where what may move lies; a graph captured with other addresses is stale."""
-        return tuple(pool.tokens[0].data_ptr() for pool in self.pools.values())
+        """Where what may move lies, and which windows hide pads; a graph captured with others is stale."""
+        held = [pool.tokens[0] for pool in self.pools.values()]
+        held += states_of(self.linear)
+        return (*(tensor.data_ptr() for tensor in held), *(window.padded for window in self.windows.values()))
 
-    def hold(self) -> None:
-        """Bring every layer's tiers to its pool."""
+    def hold(self, seen: int, padding: Tensor | None) -> None:
+        """Bring every layer's tokens to its pool or window.
+
+        Args:
+            seen: columns so far. padding: bool `[B, seen]`, which hold tokens, all when None.
+        """
         assert not self.steps
+        self.seen, self.midway = seen, False
+        self.column.fill_(seen)
         for idx in self.layers:
             self._hold(idx)
+        for window in self.windows.values():
+            window.load(padding)
 
     def _hold(self, idx: int) -> None:
         layer, pool = self.layers[idx], self.pools[idx]
@@ -168,19 +191,20 @@ class StaticDecoding:
         assert layer.ring is not None
         layer.tiers, layer.ring = pool.hold(layer.tiers), pool.hold_ring(layer.ring)
         self.filled[idx] = layer.tiers.dense.fill.clone()
-        self.column.fill_(layer.seen)
 
     @property
     def event_due(self) -> bool:
         """Whether the tokens since the last event reach the interval."""
-        first = next(iter(self.layers.values()))
+        first = next(iter(self.layers.values()), None)
+        if first is None:
+            return False
         assert first.tiers is not None
         last = first.tiers.compressed_at
-        return last is None or first.seen + self.steps - last >= first.settings.interval
+        return last is None or self.seen + self.steps - last >= first.settings.interval
 
     def compress(self) -> None:
         """An event of every layer, and back to the pools, one layer after the other."""
-        self.settle()
+        self._count()
         with self.placing():
             compress_together(list(self.layers.values()))
         for idx, pool in self.pools.items():
@@ -202,13 +226,23 @@ class StaticDecoding:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a forward of one new token a sequence: it then reads and writes the pools."""
-        _current.decoding = self
+        """Around a forward of one new token a sequence: it then reads and writes the pools.
+
+        Raises:
+            NotImplementedError: the model moved the state of a linear attention.
+        """
+        _current.decoding, self.midway, before = self, True, self.addresses
         try:
             yield
         finally:
             _current.decoding = None
+        if self.addresses != before:
+            raise NotImplementedError(
+                "custom_generate=graphed needs the states of linear attention to stay where they are, and this model "
+                "makes new ones at every step: leave out custom_generate=graphed"
+            )
         self.column += 1
+        self.midway = False
 
     def attend(
         self,
@@ -232,6 +266,10 @@ class StaticDecoding:
         Returns:
             `[B, Hq, 1, Dv]`.
         """
+        if layer_idx in self.windows:
+            return self.windows[layer_idx].attend(
+                query, keys, values, self.column, store, scale=scale, softcap=softcap, sinks=sinks
+            )
         layer, ring = self.layers[layer_idx], self.pools[layer_idx].ring
         assert layer.tiers is not None
         condensed, dense = layer.tiers.condensed, layer.tiers.dense
@@ -258,8 +296,14 @@ class StaticDecoding:
         return out
 
     def settle(self) -> None:
-        """Let the host's numbers follow the steps made."""
+        """Let the host's numbers and the sliding-window layers follow the steps made."""
+        self._count()
+        for window in self.windows.values():
+            window.give_back(self.seen)
+
+    def _count(self) -> None:
         count, self.steps = self.steps, 0
+        self.seen += count
         if not count:
             return
         for idx, layer in self.layers.items():
@@ -274,21 +318,52 @@ class StaticDecoding:
             self.filled[idx] = self.filled[idx] + count
 
     def recover(self) -> None:
-        """Let the host's numbers and every layer's fill follow the column, after an interrupt or a step taken back."""
-        first = next(iter(self.layers.values()))
-        self.steps = int(self.column) - first.seen
+        """Let the host's numbers and every layer follow the column, after an interrupt or a step taken back."""
+        self.steps = int(self.column) - self.seen
         for idx, pool in self.pools.items():
             pool.dense.fill.copy_(self.filled[idx] + self.steps)
         self.settle()
 
+    @property
+    def reversible(self) -> bool:
+        """Whether a step can be taken back, or fail, and leave nothing behind."""
+        return not states_of(self.linear)
+
     def take_back(self) -> None:
-        """Forget the newest step, which no event followed."""
+        """Forget the newest step, which no event followed and which changed no state of a linear attention."""
+        assert self.reversible
         self.column -= 1
         self.recover()
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
-        return [self.column, *(tensor for pool in self.pools.values() for tensor in pool.tensors())]
+        held: list[Pool | StaticWindow] = [*self.pools.values(), *self.windows.values()]
+        return [self.column, *(tensor for each in held for tensor in each.tensors())]
+
+
+def compressed_of(layers: Sequence[Any]) -> dict[int, HardKVLayer]:
+    """The layers that the cache compresses, by index."""
+    return {idx: layer for idx, layer in enumerate(layers) if isinstance(layer, HardKVLayer)}
+
+
+def sliding_of(layers: Sequence[Any]) -> dict[int, DynamicSlidingWindowLayer]:
+    """The sliding-window layers that hold tokens, by index."""
+    return {
+        idx: layer
+        for idx, layer in enumerate(layers)
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized
+    }
+
+
+def linear_of(layers: Sequence[Any]) -> dict[int, LinearAttentionCacheLayerMixin]:
+    """The layers that hold the state of a linear attention, by index."""
+    return {idx: layer for idx, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)}
+
+
+def states_of(linear: dict[int, LinearAttentionCacheLayerMixin]) -> list[Tensor]:
+    """The states of linear attentions."""
+    groups = [group for layer in linear.values() for group in (layer.conv_states, layer.recurrent_states)]
+    return [state for group in groups for state in group.values() if state is not None]
 
 
 def _room(layer: HardKVLayer, length: int) -> int:
@@ -320,10 +395,14 @@ _current = _Current()
 
 
 class StaticHandle(KVHandle):
-    """What a static step's `update()` returns in place of keys or values: the new token of every sequence."""
+    """What a static step's `update()` returns in place of keys or values: the new token of every sequence.
 
-    def __init__(self, layer_idx: int, keys: Tensor, values: Tensor):
-        self.layer_idx = layer_idx
+    Args:
+        window: tokens that the layer slides over, None for all.
+    """
+
+    def __init__(self, layer_idx: int, keys: Tensor, values: Tensor, window: int | None = None):
+        self.layer_idx, self.window = layer_idx, window
         self.keys, self.values = keys, values
         self.shape, self.dtype, self.device = keys.shape, keys.dtype, keys.device
         self.stored = False  # set when attention first reads it

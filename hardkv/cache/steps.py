@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from hardkv.cache.handles import LogicalLen
 from hardkv.cache.static import StaticDecoding, StaticHandle
@@ -45,10 +51,11 @@ class StepLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, layer_idx: int, length: int):
+    def __init__(self, layer_idx: int, length: int, window: int | None):
         super().__init__()
         self.layer_idx = layer_idx
         self.length = length
+        self.window = window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the pools hold what is stored."""
@@ -57,7 +64,7 @@ class StepLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[StaticHandle, StaticHandle]:
         """Handles of keys `[B, H, 1, D]` and values `[B, H, 1, Dv]`, which attention takes."""
-        handle = StaticHandle(self.layer_idx, key_states, value_states)
+        handle = StaticHandle(self.layer_idx, key_states, value_states, self.window)
         return handle, handle
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -71,6 +78,15 @@ class StepLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
+
+
+class HybridStepLayer(StepLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
+    """`StepLayer` for the keys and values, and the very states of a `HybridLayer`."""
+
+    def __init__(self, layer_idx: int, length: int, layer: LinearAttentionCacheLayerMixin):
+        StepLayer.__init__(self, layer_idx, length, None)
+        for name in vars(LinearAttentionLayer()):
+            setattr(self, name, getattr(layer, name))
 
 
 class DecodeSteps:
@@ -132,16 +148,15 @@ class DecodeSteps:
             NotImplementedError: an input whose next values are not known.
         """
         self._take({name: value for name, value in inputs.items() if name not in REPLACED})
-        layers = cache._compressed
-        for layer in layers:
+        for layer in cache._compressed:
             if layer.event_due:  # held until all layers had read the keys
                 layer.compress()
-        if self.decoding is None or not self.decoding.fits(layers, length):
+        if self.decoding is None or not self.decoding.fits(cache.layers, length):
             self._forget()
             self.decoding = None  # before new pools are made
-            self.decoding = StaticDecoding(layers, length)
-        else:
-            self.decoding.hold()
+            self.decoding = StaticDecoding(cache.layers, length, cache.settings.attention)
+        seen, padding = cache.get_seq_length(), inputs.get("attention_mask")
+        self.decoding.hold(seen, None if padding is None else padding[:, :seen].bool())
 
     def _take(self, inputs: dict[str, Any]) -> None:
         """Give the inputs addresses that stay."""
@@ -200,9 +215,9 @@ class DecodeSteps:
         compiled = self.compiled and self._runs > 0  # the first run finds what the model asks the cache
         forward = _compile(model) if compiled else model
         length = 1 if compiled else UnknownLength(1)
-        layers: list[Any] = [
-            StepLayer(idx, length) for idx in range(model.config.get_text_config(decoder=True).num_hidden_layers)
-        ]
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        layers: list[Any] = [_seen_of(decoding, idx, length) for idx in range(count)]
+        before = [] if self._runs else _held_by_modules(model)
         with decoding.step():
             try:
                 with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
@@ -211,6 +226,11 @@ class DecodeSteps:
                 raise NotImplementedError(
                     f"the forward of {type(model).__name__} cannot be compiled as a whole: leave out compile=True"
                 ) from error
+            if not self._runs and list(map(id, before)) != list(map(id, _held_by_modules(model))):
+                raise NotImplementedError(
+                    f"{type(model).__name__} keeps states in its modules, which change from step to step: leave out "
+                    "custom_generate=graphed"
+                )
             logits = out.logits[:, -1].float()
             if "position_ids" in self._inputs:
                 self._inputs["position_ids"].add_(1)
@@ -249,6 +269,19 @@ def _alike(old: Any, new: Any) -> bool:
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         return old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
     return not isinstance(old, Tensor) and not isinstance(new, Tensor) and old == new
+
+
+def _seen_of(decoding: StaticDecoding, idx: int, length: int) -> CacheLayerMixin | LinearAttentionCacheLayerMixin:
+    """What the model sees of a layer: of linear attention the layer itself, which changes in place."""
+    linear = decoding.linear.get(idx)
+    if linear is None:
+        return StepLayer(idx, length, decoding.windows[idx].size if idx in decoding.windows else None)
+    return HybridStepLayer(idx, length, linear) if isinstance(linear, CacheLayerMixin) else linear
+
+
+def _held_by_modules(model: Any) -> list[Tensor]:
+    """Tensors that modules hold as plain attributes."""
+    return [value for each in model.modules() for value in vars(each).values() if isinstance(value, Tensor)]
 
 
 def _compile(model: Any) -> Callable[..., Any]:

@@ -106,8 +106,9 @@ def page(results: dict[str, Table]) -> str:
         "## Graphed",
         "",
         "`custom_generate=graphed` decodes by replays of a CUDA graph. Compared with generate()'s own loop and the "
-        "same evicting cache, where the steps run uncaptured (on a CPU): the same logits within rounding, the same "
-        "tokens kept, the same states and sliding windows. It is so with " + listing(stepped) + ".",
+        "same evicting cache: the same logits within rounding, the same tokens kept, the same states and sliding "
+        "windows. A CPU stands in for the GPU here: the operators of one step are recorded and run again for the next "
+        "steps up to the event. It is so with " + listing(stepped) + ".",
         "",
         "The others are refused:",
         "",

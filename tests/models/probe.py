@@ -21,6 +21,7 @@ from hardkv.cache.cache import _tensors
 from hardkv.cache.handles import KVHandle
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
+from tests.cache.replays import replaying
 from tests.models.tiny import PAD, random_ids, tiny_model
 
 PROMPT, NEW = 12, 12
@@ -268,7 +269,8 @@ def probe_model(model: PreTrainedModel, **inputs: Any) -> Verdict:
 def probe_graphed(model: PreTrainedModel) -> str:
     """ "yes" when decoding by static steps is generate()'s own loop with the same evicting cache; or why it is refused.
 
-    The logits, what every KV head keeps, and all that layers hold which are not compressed.
+    The logits, what every KV head keeps, and all that layers hold which are not compressed. Between two events a step
+    is recorded once and replayed, as a CUDA graph is.
 
     Raises:
         Defect: it is neither the same nor refused.
@@ -277,7 +279,8 @@ def probe_graphed(model: PreTrainedModel) -> str:
     caches = [HardKVCache(config=model.config, scorer="snapkv", **EVICT) for _ in range(2)]
     try:
         expected = run(model, caches[0])
-        actual = run(model, caches[1], custom_generate=graphed)
+        with replaying() as replays:
+            actual = run(model, caches[1], custom_generate=graphed)
     except NotImplementedError as error:
         if "custom_generate=graphed" in str(error):
             return in_one_line(error)
@@ -286,8 +289,8 @@ def probe_graphed(model: PreTrainedModel) -> str:
         raise Defect(f"graphed: obscure {in_one_line(error)}") from error
     finally:
         set_attention(model, attn)
-    if caches[1].stats().decode != "uncaptured":
-        raise Defect("graphed: made no static step")
+    if len(replays) < NEW // 2:
+        raise Defect(f"graphed: only {len(replays)} replays")
     assert_near(actual, expected, "graphed")
     for idx, (one, other) in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         if isinstance(one, HardKVLayer) and as_lists(caches[0].kept(idx)) != as_lists(caches[1].kept(idx)):

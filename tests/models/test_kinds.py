@@ -172,7 +172,6 @@ def test_a_padded_chunk_whose_keys_are_read_twice():
     mask[0, [0, 1, 12]] = 0
     for kind, settings in ((DynamicCache, {}), (HardKVCache, {"budget": 1000})):
         cache = kind(config=model.config, **settings)
-
         model(ids[:, :11], attention_mask=mask[:, :11], past_key_values=cache)
         logits.append(model(ids[:, 11:], attention_mask=mask, past_key_values=cache).logits)
     torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-5)

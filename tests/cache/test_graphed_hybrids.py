@@ -1,0 +1,211 @@
+"""Static steps of models that have other layers too: sliding windows, linear attention, keys of another layer.
+
+Against generate()'s own loop, as in test_graphed.py; steps are recorded once and replayed, as a CUDA graph is.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import CacheLayerMixin
+
+import hardkv.generation as module
+from hardkv import HardKVCache
+from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.windows import StaticWindow
+from hardkv.generation import graphed
+from tests.cache.conftest import generate_logits, make_prompts
+from tests.cache.replays import replaying
+from tests.cache.test_graphed import EVICT, EndAt, Interrupt
+from tests.models.probe import as_lists, uncompressed
+from tests.models.tiny import WINDOW, tiny_model
+
+SLIDING = ["gemma2", "gemma3_text", "gpt_oss", "mistral", "gemma3n_text"]
+LINEAR = ["qwen3_next", "falcon_h1", "lfm3", "jamba"]
+EXACT = {"atol": 5e-6, "rtol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """Nothing to compress in a Mistral whose layers all slide, which the cache says."""
+    monkeypatch.setattr(HardKVCache, "_warn", lambda *_: None)
+
+
+def both(model):
+    return [HardKVCache(config=model.config, **EVICT) for _ in range(2)]
+
+
+def alike(one, other):
+    """The same tokens kept, and all that is transformers' own."""
+    assert one.get_seq_length() == other.get_seq_length()
+    for idx, (layer, other_layer) in enumerate(zip(one.layers, other.layers, strict=True)):
+        if isinstance(layer, HardKVLayer):
+            assert as_lists(one.kept(idx)) == as_lists(other.kept(idx))
+        if isinstance(layer, CacheLayerMixin):
+            assert layer.get_seq_length() == other_layer.get_seq_length()
+        for held, other_held in zip(uncompressed(layer), uncompressed(other_layer), strict=True):
+            torch.testing.assert_close(other_held, held, **EXACT)
+
+
+def same(model, inputs, new, **kwargs):
+    """Both loops; returns the caches, and how many steps were replays."""
+    caches = both(model)
+    tokens, logits = generate_logits(model, caches[0], inputs, new, **kwargs)
+    with replaying() as replays:
+        ours, our_logits = generate_logits(model, caches[1], inputs, new, custom_generate=graphed, **kwargs)
+    assert torch.equal(ours, tokens)
+    torch.testing.assert_close(our_logits, logits, **EXACT)
+    alike(*caches)
+    return caches, len(replays)
+
+
+@pytest.mark.parametrize("length", [2, WINDOW - 1, WINDOW, WINDOW + 1, 20])
+@pytest.mark.parametrize("name", SLIDING)
+def test_windows(name, length):
+    """Prompts below, at and beyond the window, one of them left-padded by two thirds."""
+    caches, replays = same(tiny_model(name), make_prompts(3, length=length), 2 * WINDOW)
+    assert replays >= WINDOW
+    layer = next(layer for layer in caches[1].layers if layer.is_sliding)
+    assert layer.keys.shape[2] == WINDOW - 1
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_states(name):
+    assert same(tiny_model(name), make_prompts(3), 12)[1] >= 6
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral", "gemma3n_text", "qwen3_next"])
+def test_turns_with_pads_between(name):
+    """Pads of a later turn stand within the window; then eager steps, and static ones again."""
+    model = tiny_model(name)
+    caches = both(model)
+    tokens = [make_prompts(2)["input_ids"]] * 2
+    mask = make_prompts(2)["attention_mask"]
+    for turn, new in enumerate((3, 9, 5)):
+        for i, extra in enumerate(({}, {"custom_generate": graphed})):
+            with replaying() as replays:
+                tokens[i] = model.generate(
+                    tokens[i],
+                    attention_mask=mask,
+                    past_key_values=caches[i],
+                    max_new_tokens=new,
+                    do_sample=False,
+                    **(extra if turn != 1 else {}),
+                )
+        assert bool(replays) == (turn != 1)
+        assert torch.equal(*tokens)
+        alike(*caches)
+        more = make_prompts(2, length=3, seed=turn)
+        mask = torch.nn.functional.pad(mask, (0, new), value=1)
+        mask = torch.cat([mask, more["attention_mask"]], 1)
+        tokens = [torch.cat([each, more["input_ids"]], 1) for each in tokens]
+
+
+def test_a_ring_serves_again_after_reset():
+    model, inputs = tiny_model("gemma2"), make_prompts(2)
+    cache = HardKVCache(config=model.config, **EVICT)
+    first, _ = generate_logits(model, cache, inputs, 9, custom_generate=graphed)
+    decoding, held = cache.steps.decoding, cache.nbytes()
+    cache.reset()
+    assert torch.equal(generate_logits(model, cache, inputs, 9, custom_generate=graphed)[0], first)
+    assert cache.steps.decoding is decoding
+    assert cache.nbytes() == held
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral", "qwen3_next"])
+@pytest.mark.parametrize("more", [1, 4, 5])
+def test_a_step_too_many(name, more, monkeypatch):
+    """The host draws and steps before it knows that all have ended: only where a step can be taken back."""
+    monkeypatch.setattr(module, "runs_ahead", lambda device: True)
+    inputs = make_prompts(2)
+    criteria = StoppingCriteriaList([EndAt(inputs["input_ids"].shape[1] + more)])
+    same(tiny_model(name), inputs, 12, stopping_criteria=criteria)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_next"])
+def test_an_interrupt_between_steps(name):
+    model, inputs = tiny_model(name), make_prompts(2)
+    cache, other = both(model)
+    with pytest.raises(KeyboardInterrupt):
+        generate_logits(
+            model, cache, inputs, 12, custom_generate=graphed, logits_processor=LogitsProcessorList([Interrupt(5)])
+        )
+    generate_logits(model, other, inputs, 5)
+    alike(other, cache)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_next"])
+def test_a_step_that_fails(name):
+    """Is not there; but the state of a linear attention cannot go back, so such a cache is unusable until reset."""
+    model, inputs = tiny_model(name), make_prompts(2)
+    cache, other = both(model)
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise MemoryError
+
+    hook = model.model.layers[-1].mlp.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        generate_logits(model, cache, inputs, 12, custom_generate=graphed)
+    hook.remove()
+    if name == "gemma2":
+        generate_logits(model, other, inputs, 3)
+        alike(other, cache)
+        return
+    with pytest.raises(RuntimeError, match="midway"):
+        model(inputs["input_ids"], past_key_values=cache)
+    cache.reset()
+    tokens, _ = generate_logits(model, other, inputs, 12)
+    assert torch.equal(generate_logits(model, cache, inputs, 12, custom_generate=graphed)[0], tokens)
+    alike(other, cache)
+
+
+def test_what_windows_hold_is_counted():
+    model, inputs = tiny_model("gemma2"), make_prompts(2)
+    caches, _ = same(model, inputs, 9)
+    windows = caches[1].steps.decoding.windows.values()
+    assert len(windows) == sum(layer.is_sliding for layer in caches[1].layers)
+    ring = 2 * 2 * WINDOW * 8 * 4 * 2  # sequences, heads, slots, head_dim, float32, keys and values
+    assert all(sum(t.nbytes for t in window.tensors()) >= ring for window in windows)
+    held = caches[1].nbytes()
+    caches[1].steps.decoding.windows.clear()
+    assert held - caches[1].nbytes() >= ring * 2
+
+
+def test_replays_notice_what_python_decides(monkeypatch):
+    """A ring whose slot the host counts."""
+    attend = StaticWindow.attend
+
+    def by_the_host(self, query: Tensor, keys: Tensor, values: Tensor, column: Tensor, *args, **kwargs):
+        return attend(self, query, keys, values, torch.tensor([self.layer.cumulative_length]), *args, **kwargs)
+
+    monkeypatch.setattr(StaticWindow, "attend", by_the_host)
+    with pytest.raises(AssertionError):
+        same(tiny_model("gemma2"), make_prompts(2), 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("deepseek_v3", "latent attention"),
+        ("llama4_text", "chunked attention"),
+        ("deepseek_v32", "DynamicIndexedLayer"),
+        ("moshi", "sliding window"),
+        ("recurrent_gemma", "states in its modules"),
+    ],
+)
+def test_models_that_cannot(name, reason):
+    model = tiny_model(name)
+    cache = HardKVCache(config=model.config, **EVICT)
+    with pytest.raises(NotImplementedError, match=f"(?s){reason}.*leave"):
+        generate_logits(model, cache, make_prompts(2), 4, custom_generate=graphed)
+
+
+def test_a_cache_that_records_the_past():
+    model = tiny_model("gemma2")
+    cache = HardKVCache(config=model.config, **EVICT)
+    cache.activate_past_recording()
+    with pytest.raises(NotImplementedError, match="assisted decoding"):
+        generate_logits(model, cache, make_prompts(2), 4, custom_generate=graphed)
