@@ -166,10 +166,15 @@ class StaticDecoding:
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Where what may move lies, and which windows hide pads; a graph captured with others is stale."""
+        """Where what may move lies; a graph captured with other addresses is stale."""
         held = [pool.tokens[0] for pool in self.pools.values()]
         held += states_of(self.linear)
-        return (*(tensor.data_ptr() for tensor in held), *(window.padded for window in self.windows.values()))
+        return tuple(tensor.data_ptr() for tensor in held)
+
+    @property
+    def padded(self) -> tuple[bool, ...]:
+        """Which windows hide pads, by other kernels than windows without."""
+        return tuple(window.padded for window in self.windows.values())
 
     def hold(self, seen: int, padding: Tensor | None) -> None:
         """Bring every layer's tokens to its pool or window.

@@ -155,8 +155,12 @@ class DecodeSteps:
             self._forget()
             self.decoding = None  # before new pools are made
             self.decoding = StaticDecoding(cache.layers, length, cache.settings.attention)
-        seen, padding = cache.get_seq_length(), inputs.get("attention_mask")
-        self.decoding.hold(seen, None if padding is None else padding[:, :seen].bool())
+        seen, padding, padded = cache.get_seq_length(), None, self.decoding.padded
+        if self.decoding.windows and inputs.get("attention_mask") is not None:
+            padding = _padding(inputs["attention_mask"], seen)
+        self.decoding.hold(seen, padding)
+        if self.decoding.padded != padded:
+            self._forget()
 
     def _take(self, inputs: dict[str, Any]) -> None:
         """Give the inputs addresses that stay."""
@@ -263,6 +267,16 @@ class DecodeSteps:
     def tensors(self) -> list[Tensor]:
         """Everything held for the cache, for counting bytes."""
         return [] if self.decoding is None else self.decoding.tensors()
+
+
+def _padding(mask: Any, seen: int) -> Tensor:
+    """Which of the columns so far hold tokens, bool `[B, seen]`."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise NotImplementedError(
+            "custom_generate=graphed needs an attention_mask of two dimensions, 1 for tokens and 0 for padding: leave "
+            "one of them out"
+        )
+    return mask[:, :seen].bool()
 
 
 def _alike(old: Any, new: Any) -> bool:

@@ -56,7 +56,7 @@ def replaying() -> Iterator[list[Recording]]:
     def run(self: DecodeSteps) -> Tensor:
         running = self.running
         events = [layer.tiers.events for layer in running.layers.values()]
-        place = running.addresses, events, {name: id(value) for name, value in self._inputs.items()}
+        place = running.addresses, running.padded, events, {name: id(value) for name, value in self._inputs.items()}
         old = known.get(running)
         if old is not None and old[0] == place:
             old[1].replay()

@@ -21,7 +21,7 @@ from tests.models.probe import as_lists, uncompressed
 from tests.models.tiny import WINDOW, tiny_model
 
 SLIDING = ["gemma2", "gemma3_text", "gpt_oss", "mistral", "gemma3n_text"]
-LINEAR = ["qwen3_next", "falcon_h1", "lfm3", "jamba"]
+LINEAR = ["qwen3_next", "falcon_h1", "lfm2", "jamba"]
 EXACT = {"atol": 5e-6, "rtol": 1e-5}
 
 
@@ -208,4 +208,20 @@ def test_a_cache_that_records_the_past():
     cache = HardKVCache(config=model.config, **EVICT)
     cache.activate_past_recording()
     with pytest.raises(NotImplementedError, match="assisted decoding"):
+        generate_logits(model, cache, make_prompts(2), 4, custom_generate=graphed)
+
+
+def test_masks_that_are_more_than_padding(monkeypatch):
+    """A window must know which of its columns are pads."""
+    model = tiny_model("gemma2")
+    prepare, calls = model.prepare_inputs_for_generation, []
+
+    def with_own_mask(*args, **kwargs):
+        calls.append(args)
+        inputs = prepare(*args, **kwargs)
+        return inputs if len(calls) == 1 else inputs | {"attention_mask": torch.ones(2, 1, 1, 14)}
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", with_own_mask)
+    cache = HardKVCache(config=model.config, **EVICT)
+    with pytest.raises(NotImplementedError, match="two dimensions"):
         generate_logits(model, cache, make_prompts(2), 4, custom_generate=graphed)

@@ -61,11 +61,14 @@ def why_not_graphed(text: str) -> str:
 
 def differences(newest: Table, other: Table) -> list[str]:
     """Types of which an older version says something else than the newest does."""
-    return [
-        f"`{name}` {other[name]['status']}"
-        for name in sorted(other)
-        if name in newest and newest[name]["status"] != other[name]["status"]
-    ]
+    found = []
+    for name in sorted(other.keys() & newest.keys()):
+        new, old = newest[name], other[name]
+        if new["status"] != old["status"]:
+            found.append(f"`{name}` {old['status']}")
+        elif (new["graphed"] == YES) != (old["graphed"] == YES):
+            found.append(f"`{name}` {'works' if old['graphed'] == YES else 'does not work'} with `graphed`")
+    return found
 
 
 def page(results: dict[str, Table]) -> str:
