@@ -1,6 +1,6 @@
 # make demo    create .venv and run the demo, dense and compressed caches side by side: problems that a model of our own
 #              solves, then a question to a small real language model
-# make test    create .venv and run the tests
+# make test    create .venv and run the tests, all but the slow ones: make test ARGS="-m slow"
 # make lint    formatting, linting and types
 # make clean   remove everything the above created
 #
@@ -36,7 +36,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m hardkv demo $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),-m "not slow")
 	@# The Triton kernels again, interpreted: in a process of its own, as the switch is read when they are defined.
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED))
 

@@ -33,10 +33,13 @@ def model():
     return make_model("qwen3")
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["waiting", "ahead"])
+@pytest.fixture(autouse=True)
 def running_ahead(request, monkeypatch):
-    """On a CPU too, the host may draw and step before it reads whether all sequences have ended."""
-    monkeypatch.setattr(module, "runs_ahead", lambda device: request.param)
+    """On a CPU too, the host draws and steps before it reads whether all sequences have ended, unless told to wait."""
+    monkeypatch.setattr(module, "runs_ahead", lambda device: getattr(request, "param", True))
+
+
+waiting_too = pytest.mark.parametrize("running_ahead", [False, True], ids=["waiting", "ahead"], indirect=True)
 
 
 def risk(model, n):
@@ -118,6 +121,7 @@ def test_models(name, attn):
     same(make_model(name, attn), make_prompts(2))
 
 
+@waiting_too
 def test_sampling(model):
     same(model, make_prompts(3), do_sample=True, temperature=1.3, top_p=0.9)
 
@@ -127,6 +131,7 @@ def test_processors_and_copies_of_a_prompt(model):
     same(model, make_prompts(2), **arguments)
 
 
+@waiting_too
 @pytest.mark.parametrize("after", [1, 2, 5, 6])
 def test_the_last_sequence_ends(model, after):
     """Whenever it does, also in the step of an event: nothing of a step too many stays."""
@@ -138,6 +143,7 @@ def test_the_last_sequence_ends(model, after):
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + first
 
 
+@waiting_too
 def test_sequences_that_end_early_are_padded(model):
     inputs = make_prompts(3)
     tokens, _ = generate_logits(model, DynamicCache(config=model.config), inputs, NEW)
@@ -152,6 +158,7 @@ class EndAt(StoppingCriteria):
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.columns, device=input_ids.device)
 
 
+@waiting_too
 @pytest.mark.parametrize("more", [1, 3, 5, 10])
 def test_stopping_criteria(model, more):
     inputs = make_prompts(2)
@@ -171,6 +178,7 @@ class Tape:
         self.ended = True
 
 
+@waiting_too
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("ours", [False, True])
 def test_streamer(model, ours, stop):
@@ -348,6 +356,7 @@ class Interrupt(LogitsProcessor):
         return scores
 
 
+@waiting_too
 @pytest.mark.parametrize("at", [2, 6, 7, 8])
 def test_an_interrupt_leaves_whole_steps(model, at):
     inputs = make_prompts(2)
@@ -361,6 +370,7 @@ def test_an_interrupt_leaves_whole_steps(model, at):
     alike(cache, other)
 
 
+@waiting_too
 @pytest.mark.skipif(ON_GPU, reason="a replay comes whole or not at all")
 @pytest.mark.parametrize("step", [1, 2, 6])
 def test_a_step_that_fails_is_not_there(model, step):

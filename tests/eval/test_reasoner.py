@@ -168,6 +168,7 @@ def test_what_is_hidden_is_older_scratch_work_and_nothing_moves():
     assert hidden > 18 * 200
 
 
+@pytest.mark.slow
 def test_training_reaches_a_folder_that_loads_and_says_what_came_of_it(tmp_path):
     small = Settings(
         steps=30,
@@ -232,6 +233,7 @@ def test_the_model_solves_new_problems_to_the_last_token(reasoner):
     assert generated(model, tokenizer, short).all()
 
 
+@pytest.mark.slow
 def test_the_demo_solves_with_room_and_not_without(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(MODEL.parents[2])
     path, out = tmp_path / "problems.jsonl", tmp_path / "out"
