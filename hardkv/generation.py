@@ -75,7 +75,8 @@ def graphed(
 
     Raises:
         TypeError: `past_key_values` is no HardKVCache.
-        NotImplementedError: beams and the like, or a model or a cache whose steps cannot be captured.
+        NotImplementedError: beams and the like, a model or a cache whose steps cannot be captured, or a forward that
+            cannot be compiled as a whole (latent attention, for one).
     """
     cache = model_kwargs.get("past_key_values")
     _refuse(model, cache, generation_config, synced_gpus)
@@ -110,7 +111,6 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool) -> None:
         "a cache that records the past (assisted decoding)": any(
             getattr(x, "record_past", False) for x in cache.layers
         ),
-        f"the latent attention of {what}": any(layer.latent for layer in cache._compressed),
         f"{what} on several devices ({', '.join(sorted(map(str, devices)))})": len(devices) > 1,
         f"the encoder and decoder of {what}": model.config.is_encoder_decoder,
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from hardkv.cache.layer import HardKVLayer
+    from hardkv.cache.static import StaticTokens
 
 
 class UnroutedKVError(RuntimeError):
@@ -68,11 +69,11 @@ class NewTokens:
     """
 
     def __init__(self, layer: "HardKVLayer", keys: Tensor, values: Tensor, start: int):
-        self.layer = layer
+        self.layer, self.latent = layer, layer.latent
         self.given = (keys, values)  # with their graph
         self.keys = keys.detach()
         self.values = values.detach()
-        if layer.latent:
+        if self.latent:
             self.keys = torch.cat([self.keys, self.values], -1)
             self.values = self.keys[..., :0]
         self.start = start  # column of the first of them
@@ -119,9 +120,9 @@ class KVHandle(HeldStates):
 
     requires_grad = False
 
-    def __init__(self, new: NewTokens, like: Tensor):
+    def __init__(self, new: "NewTokens | StaticTokens", like: Tensor):
         super().__init__(torch.Size((*like.shape[:2], new.stop, like.shape[3])), like.dtype, like.device)
-        self.new = new
+        self.new: Any = new
 
     @property
     def is_cuda(self) -> bool:

@@ -38,7 +38,7 @@ class Latent:
             UnroutedKVError: the keys were projected after they came from the cache, in a way of the model's own.
         """
         if not isinstance(key, ExpandedHandle):
-            if key.new.layer.latent:
+            if key.new.latent:
                 raise UnroutedKVError(
                     f"the config of {type(module).__name__} has a kv_lora_rank, but it attends to what the cache gives "
                     "without expanding it: use DynamicCache for this model"

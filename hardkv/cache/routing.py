@@ -18,7 +18,7 @@ from transformers.masking_utils import eager_mask
 
 from hardkv.cache.handles import HardKVMask, KVHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.latent import Latent
-from hardkv.cache.static import StaticHandle, static_attention
+from hardkv.cache.static import StaticTokens, static_attention
 from hardkv.cache.steps import UnknownLength
 
 EAGER = "hardkv|eager"
@@ -39,7 +39,7 @@ def _wrap_attention(name: str, function: Callable[..., Any] | None) -> Callable[
     def attention(
         module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        if isinstance(key, StaticHandle):
+        if isinstance(key, KVHandle) and isinstance(key.new, StaticTokens):
             return _static(name, module, query, key, kwargs)
         original = _eager_of(module) if function is None else function
         if isinstance(key, KVHandle):
@@ -52,18 +52,22 @@ def _wrap_attention(name: str, function: Callable[..., Any] | None) -> Callable[
 
 
 def _static(
-    name: str, module: torch.nn.Module, query: Tensor, key: StaticHandle, kwargs: dict[str, Any]
+    name: str, module: torch.nn.Module, query: Tensor, key: KVHandle, kwargs: dict[str, Any]
 ) -> tuple[Tensor, None]:
     """`_routed` for the one token of a static step, whose model was seen to be routed in the prefill."""
-    if kwargs.get("sliding_window") != key.window:
+    new, latent = key.new, Latent.of(module, key, query)
+    if kwargs.get("sliding_window") != new.window:
         raise NotImplementedError(
             f"{type(module).__name__} attends within another sliding window than its config says "
-            f"({kwargs.get('sliding_window')} and {key.window} tokens): leave out custom_generate=graphed"
+            f"({kwargs.get('sliding_window')} and {new.window} tokens): leave out custom_generate=graphed"
         )
-    scale, store = _scale(query, kwargs), not key.stored
-    key.stored = True
+    scale, store = _scale(query, kwargs), not new.stored
+    new.stored = True
     softcap, sinks = _softcap(name, kwargs), kwargs.get("s_aux")
-    return static_attention(query, key.keys, key.values, key.layer_idx, store, scale, softcap, sinks), None
+    if latent is not None:
+        query = latent.absorb(query)
+    out = static_attention(query, new.keys, new.values, new.layer_idx, store, scale, softcap, sinks)  # [B, 1, Hq, Dv]
+    return out if latent is None else latent.emit(out.transpose(1, 2)).transpose(1, 2).contiguous(), None
 
 
 def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
-from hardkv.cache.handles import KVHandle
 from hardkv.cache.layer import HardKVLayer, compress_together
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
@@ -264,7 +263,7 @@ class StaticDecoding:
         """Store a token of every sequence and attend, as `HardKVLayer.decode` does, without telling the host.
 
         Args:
-            query: `[B, Hq, 1, D]`; keys: `[B, H, 1, D]`; values: `[B, H, 1, Dv]`.
+            query: `[B, Hq, 1, D]`; keys: `[B, H, 1, D]`; values: `[B, H, 1, Dv]`, of latents the keys' first part.
             store: whether the token is new; False when a later layer reads it again.
             scale, softcap, sinks: as in `kernels.attention.attend_tiers`.
 
@@ -278,16 +277,20 @@ class StaticDecoding:
         layer, ring = self.layers[layer_idx], self.pools[layer_idx].ring
         assert layer.tiers is not None
         condensed, dense = layer.tiers.condensed, layer.tiers.dense
+        held, recent = condensed.values, dense.values
+        if layer.latent:  # the first part of what is stored
+            held, recent = (stored[..., : values.shape[-1]] for stored in (condensed.keys, dense.keys))
+            values = values[..., :0]
         if store:
             stored = dense.keys, dense.values, dense.positions, dense.fill
             append_step(*stored, ring.buffer, self.column, query, keys, values)
         out, _ = attend_tiers(
             query,
             condensed.keys,
-            condensed.values,
+            held,
             condensed.rows,
             dense.keys,
-            dense.values,
+            recent,
             dense.positions,
             dense.fill,
             bound=dense.capacity,
@@ -399,18 +402,21 @@ class _Current(threading.local):
 _current = _Current()
 
 
-class StaticHandle(KVHandle):
-    """What a static step's `update()` returns in place of keys or values: the new token of every sequence.
+class StaticTokens:
+    """What `NewTokens` is to others in a static step: the new token of every sequence, on its way to attention.
 
     Args:
-        window: tokens that the layer slides over, None for all.
+        layer_idx: whose. keys: `[B, H, 1, D]`; values: `[B, H, 1, Dv]`.
+        window: tokens that the layer slides over, None for all. latent: see `HardKVLayer`.
     """
 
-    def __init__(self, layer_idx: int, keys: Tensor, values: Tensor, window: int | None = None):
-        self.layer_idx, self.window = layer_idx, window
-        self.keys, self.values = keys, values
-        self.shape, self.dtype, self.device = keys.shape, keys.dtype, keys.device
-        self.stored = False  # set when attention first reads it
+    stop = 1  # how many tokens handles show
+
+    def __init__(self, layer_idx: int, keys: Tensor, values: Tensor, window: int | None = None, latent: bool = False):
+        self.layer_idx, self.window, self.latent = layer_idx, window, latent
+        self.given = keys, values
+        self.keys, self.values = (torch.cat(self.given, -1), keys) if latent else self.given
+        self.stored = False  # set when attention first reads them
 
 
 @torch.library.custom_op("hardkv::static_attention", mutates_args=())

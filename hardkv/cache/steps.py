@@ -15,8 +15,9 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from hardkv.cache.handles import LogicalLen
-from hardkv.cache.static import StaticDecoding, StaticHandle
+from hardkv.cache.handles import KVHandle, LatentHandle, LogicalLen
+from hardkv.cache.hybrid import HybridLayer
+from hardkv.cache.static import StaticDecoding, StaticTokens
 
 if TYPE_CHECKING:
     from hardkv.cache.cache import HardKVCache
@@ -51,21 +52,23 @@ class StepLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, layer_idx: int, length: int, window: int | None):
+    def __init__(self, layer_idx: int, length: int, window: int | None, latent: bool):
         super().__init__()
         self.layer_idx = layer_idx
         self.length = length
         self.window = window
+        self.latent = latent
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the pools hold what is stored."""
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[StaticHandle, StaticHandle]:
+    ) -> tuple[KVHandle, KVHandle]:
         """Handles of keys `[B, H, 1, D]` and values `[B, H, 1, Dv]`, which attention takes."""
-        handle = StaticHandle(self.layer_idx, key_states, value_states, self.window)
-        return handle, handle
+        new = StaticTokens(self.layer_idx, key_states, value_states, self.window, self.latent)
+        handle = LatentHandle if self.latent else KVHandle
+        return handle(new, key_states), handle(new, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Of the new token alone, marked as ours where nothing is compiled: no mask is made then, and none is read."""
@@ -83,8 +86,8 @@ class StepLayer(CacheLayerMixin):
 class HybridStepLayer(StepLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
     """`StepLayer` for the keys and values, and the very states of a `HybridLayer`."""
 
-    def __init__(self, layer_idx: int, length: int, layer: LinearAttentionCacheLayerMixin):
-        StepLayer.__init__(self, layer_idx, length, None)
+    def __init__(self, layer_idx: int, length: int, layer: HybridLayer):
+        StepLayer.__init__(self, layer_idx, length, None, layer.latent)
         for name in vars(LinearAttentionLayer()):
             setattr(self, name, getattr(layer, name))
 
@@ -289,8 +292,9 @@ def _seen_of(decoding: StaticDecoding, idx: int, length: int) -> CacheLayerMixin
     """What the model sees of a layer: of linear attention the layer itself, which changes in place."""
     linear = decoding.linear.get(idx)
     if linear is None:
-        return StepLayer(idx, length, decoding.windows[idx].size if idx in decoding.windows else None)
-    return HybridStepLayer(idx, length, linear) if isinstance(linear, CacheLayerMixin) else linear
+        window = decoding.windows[idx].size if idx in decoding.windows else None
+        return StepLayer(idx, length, window, idx in decoding.layers and decoding.layers[idx].latent)
+    return HybridStepLayer(idx, length, linear) if isinstance(linear, HybridLayer) else linear
 
 
 def _held_by_modules(model: Any) -> list[Tensor]:

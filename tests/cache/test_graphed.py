@@ -16,8 +16,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 import hardkv
 import hardkv.generation as module
 from hardkv import Calibration, HardKVCache
-from hardkv.cache.handles import UnroutedKVError
-from hardkv.cache.static import GROWTH
+from hardkv.cache.handles import KVHandle, UnroutedKVError
+from hardkv.cache.static import GROWTH, StaticTokens
 from hardkv.calibration_file import geometry
 from hardkv.generation import graphed
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
@@ -444,12 +444,10 @@ def test_static_attention_outside_of_a_step():
         static_attention(*tensors, 0, True, 1.0, None, None)
 
 
-def test_static_handles_are_opaque():
-    from hardkv.cache.static import StaticHandle
-
-    handle = StaticHandle(0, torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+def test_handles_of_static_steps_are_opaque():
+    tensor = torch.zeros(1, 1, 1, 4)
     with pytest.raises(UnroutedKVError):
-        handle + 1
+        KVHandle(StaticTokens(0, tensor, tensor), tensor) + 1
 
 
 def test_nothing_is_made_on_the_default_device(model):

@@ -1,4 +1,4 @@
-"""Static steps of models that have other layers too: sliding windows, linear attention, keys of another layer.
+"""Static steps of layers of other kinds: sliding windows, linear attention, keys of another layer, latents.
 
 Against generate()'s own loop, as in test_graphed.py; steps are recorded once and replayed, as a CUDA graph is.
 """
@@ -22,6 +22,7 @@ from tests.models.tiny import WINDOW, tiny_model
 
 SLIDING = ["gemma2", "gemma3_text", "gpt_oss", "mistral", "gemma3n_text"]
 LINEAR = ["qwen3_next", "falcon_h1", "lfm2", "jamba"]
+LATENT = ["deepseek_v2", "deepseek_v3", "kimi_linear"]  # the last has linear attention too
 EXACT = {"atol": 5e-6, "rtol": 1e-5}
 
 
@@ -69,8 +70,8 @@ def test_windows(name, length):
     assert layer.keys.shape[2] == WINDOW - 1
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_states(name):
+@pytest.mark.parametrize("name", [*LINEAR, *LATENT])
+def test_states_and_latents(name):
     assert same(tiny_model(name), make_prompts(3), 12)[1] >= 6
 
 
@@ -189,7 +190,6 @@ def test_replays_notice_what_python_decides(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("deepseek_v3", "latent attention"),
         ("llama4_text", "chunked attention"),
         ("deepseek_v32", "DynamicIndexedLayer"),
         ("moshi", "sliding window"),

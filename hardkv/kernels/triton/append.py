@@ -271,7 +271,7 @@ def append_step(
     batch, heads, _, dim = query.shape
     kv_heads, value_dim = keys.shape[1], values.shape[-1]
     query, keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, keys, values))
-    block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
+    block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(max(value_dim, 1))
     rows = max(TILE_BYTES // (max(block_d, block_dv) * keys.element_size()), 1)
     _append_step_kernel[(batch,)](
         dense_keys,
