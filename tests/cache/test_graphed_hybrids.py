@@ -63,10 +63,10 @@ def same(model, inputs, new, **kwargs):
     return caches, caches[1].stats().replays if ON_GPU else len(replays)
 
 
-@pytest.mark.parametrize("length", [2, WINDOW - 1, WINDOW, WINDOW + 1, 20])
+@pytest.mark.parametrize("length", [2, WINDOW, 20])
 @pytest.mark.parametrize("name", SLIDING)
 def test_windows(name, length):
-    """Prompts below, at and beyond the window, one of them left-padded by two thirds."""
+    """Prompts below, at and beyond the window, one padded by two thirds; the shortest grows through all lengths."""
     caches, replays = same(tiny_model(name), make_prompts(3, length=length), 2 * WINDOW)
     assert replays >= WINDOW
     layer = next(layer for layer in caches[1].layers if layer.is_sliding)
