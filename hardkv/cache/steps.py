@@ -15,7 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from hardkv.cache.handles import KVHandle, LatentHandle, LogicalLen
+from hardkv.cache.handles import KVHandle, LatentHandle
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.static import StaticDecoding, StaticTokens
 
@@ -71,8 +71,8 @@ class StepLayer(CacheLayerMixin):
         return handle(new, key_states), handle(new, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of the new token alone, marked as ours where nothing is compiled: no mask is made then, and none is read."""
-        return query_length if torch.compiler.is_compiling() else LogicalLen(query_length), 0
+        """Of the new token alone, as attention reads no mask."""
+        return query_length, 0
 
     def get_seq_length(self) -> int:
         """Some length above 0."""
