@@ -341,4 +341,5 @@ def test_no_kernel_is_left_out():
         gather_tiers(64, "float16", "flat")
         gather_keys(64, "float16", "flat")
         add(64, "float16", 1, "plain")
+        append_step(64, "float16")
     assert launched == {function.__name__ for function in functions} - called
