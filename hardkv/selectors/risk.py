@@ -256,7 +256,7 @@ class LayerRisk(Budget):
         while shorter > min(protected, length):
             lengths.append(round(shorter))
             shorter /= ROOM_STEP
-        tokens = torch.tensor(lengths)
+        tokens = self.plan.start.new_tensor(lengths)
         totals = self.totals(tokens, tokens.clamp_max(protected)).sum(1)
         return math.ceil(int(totals.max()) * ROOM_SPARE)
 

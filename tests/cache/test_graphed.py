@@ -450,13 +450,14 @@ def test_handles_of_static_steps_are_opaque():
         KVHandle(StaticTokens(0, tensor, tensor), tensor) + 1
 
 
-def test_nothing_is_made_on_the_default_device(model):
+@pytest.mark.parametrize("shares", ["even", "risk"])
+def test_nothing_is_made_on_the_default_device(model, shares):
     """Here it is one where tensors hold no numbers."""
-    inputs = make_prompts(2)
+    inputs, arguments = make_prompts(2), EVICT | (risk(model, 12) if shares == "risk" else {})
     with torch.device("meta"):
-        cache = HardKVCache(config=model.config, **EVICT)
+        cache = HardKVCache(config=model.config, **arguments)
         tokens, _ = generate_logits(model, cache, inputs, NEW, custom_generate=graphed)
-    plain = HardKVCache(config=model.config, **EVICT)
+    plain = HardKVCache(config=model.config, **arguments)
     assert torch.equal(tokens, generate_logits(model, plain, inputs, NEW)[0])
 
 
