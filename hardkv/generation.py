@@ -19,6 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from hardkv.cache.cache import HardKVCache
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.offload import to_host
 from hardkv.cache.static import linear_of, states_of
 from hardkv.cache.steps import DecodeSteps
 from hardkv.cache.whole import HALF_DONE
@@ -144,10 +145,9 @@ class _Flight:
     """Whether all sequences have ended, and their newest tokens, on the way to the host."""
 
     def __init__(self, ended: Tensor, tokens: Tensor | None):
+        self._ended, self._tokens = to_host(ended), None if tokens is None else to_host(tokens)
         self._landed: torch.cuda.Event | None = None
-        self._ended, self._tokens = ended, tokens
         if ended.device.type == "cuda":
-            self._ended, self._tokens = _leave(ended), None if tokens is None else _leave(tokens)
             self._landed = torch.cuda.Event()
             self._landed.record(torch.cuda.current_stream(ended.device))
 
@@ -157,14 +157,8 @@ class _Flight:
             self._landed.synchronize()
         if streamer is not None:
             assert self._tokens is not None
-            streamer.put(self._tokens.cpu())
+            streamer.put(self._tokens)
         return bool(self._ended)
-
-
-def _leave(tensor: Tensor) -> Tensor:
-    """A copy in host memory, which is complete some time later."""
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
 
 
 class _Loop:

@@ -80,19 +80,15 @@ def plan(
     dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
     token = 2 * dim * dtype.itemsize  # key and value
     window, columns = cache.settings.window, cache.settings.window + cache.settings.interval
-    protected = window + cache.settings.sinks + (prompt_length if cache.settings.pin_prompt else 0)
+    pinned = prompt_length if cache.settings.pin_prompt else 0
     condensed = recent = queries = sliding = 0
     fixed, uncounted = cache.settings.patience == 0, set()
     for layer in cache.layers:
         if isinstance(layer, HardKVLayer):
-            total = layer.budget.fixed_total(heads, max_length, protected)
-            if total is None:
-                fixed = False
-                limit = max_length if layer.budget.limit is None else max(layer.budget.limit, protected)
-                total = heads * min(limit, max_length)
+            ragged, known = layer.most_condensed(heads, max_length, pinned)
+            fixed = fixed and known
             if cache.settings.patience:  # all that the condensed tier does not keep may be on probation
-                total = heads * max_length
-            ragged = max(total - heads * min(window, max_length), 0)
+                ragged = heads * (max_length - min(window, max_length))
             condensed += batch * ragged * (token + 5)  # position, misses
             condensed += 2 * (batch * heads + 1) * 4 + batch * heads * 24  # where rows begin; schedules
             recent += batch * (heads * columns * token + columns * 4 + 16)  # positions, fill, tokens so far

@@ -231,26 +231,8 @@ class HardKVLayer(CacheLayerMixin):
                     tiers = tiers.seen_through(padding)
                 self._store(new, tiers, self._observe(query.detach(), valid, self.ring, new), scale, softcap)
             assert self.tiers is not None
-            condensed, dense = self.tiers.condensed, self.tiers.dense
-            held, recent = (condensed.keys, condensed.values), (dense.keys, dense.values)
-            if self.latent:  # the first part of what is stored
-                held, recent = ((keys, keys[..., : self.head_dim]) for keys, _ in (held, recent))
-            out, _ = attend_tiers(
-                query,
-                *held,
-                condensed.rows,
-                *recent,
-                dense.positions,
-                dense.fill,
-                bound=dense.bound,
-                start=new.start,
-                scale=scale,
-                softcap=softcap,
-                sinks=sinks,
-                new_mask=new_mask,
-                padded=not dense.even,
-                attention=self.settings.attention,
-            )
+            bound = self.tiers.dense.bound
+            out = self.attend(query, bound, new.start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask)
             if self._ready:
                 # after the last layer's attention all events run together, so that the host waits for the device once
                 if not new.group:
@@ -258,6 +240,49 @@ class HardKVLayer(CacheLayerMixin):
                 elif self is new.group[-1]:
                     compress_together([layer for layer in new.group if layer._ready])
             return out
+
+    def attend(
+        self,
+        query: Tensor,
+        bound: int,
+        start: int,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        new_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend over all tiers, which hold the new tokens already.
+
+        Args:
+            query: `[B, Hq, q, D]`.
+            bound, start, scale, softcap, sinks, new_mask: as in `kernels.attention.attend_tiers`.
+
+        Returns:
+            `[B, Hq, q, Dv]`.
+        """
+        assert self.tiers is not None
+        condensed, dense = self.tiers.condensed, self.tiers.dense
+        held, recent = (condensed.keys, condensed.values), (dense.keys, dense.values)
+        if self.latent:  # the first part of what is stored
+            held, recent = ((keys, keys[..., : self.head_dim]) for keys, _ in (held, recent))
+        out, _ = attend_tiers(
+            query,
+            *held,
+            condensed.rows,
+            *recent,
+            dense.positions,
+            dense.fill,
+            bound=bound,
+            start=start,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            new_mask=new_mask,
+            padded=not dense.even,
+            attention=self.settings.attention,
+        )
+        return out
 
     # ------------------------------------------------------------------ storing
 
@@ -342,11 +367,30 @@ class HardKVLayer(CacheLayerMixin):
         return tiers if self.place is None else self.place(tiers)
 
     def _event(self, tiers: Tiers, scale: float, softcap: float | None) -> Event:
-        pinned = 0
-        if self.settings.pin_prompt:
-            pinned = tiers.seen if self.prompt_length is None else self.prompt_length
         latent = self.head_dim if self.latent else None
+        pinned = self.pinned(tiers.seen)
         return Event(self.settings, self.budget, pinned, scale, softcap, self.temperatures, latent)
+
+    def pinned(self, seen: int) -> int:
+        """Columns of the prompt that every event keeps; `seen` columns are the prompt's while it has not ended."""
+        if not self.settings.pin_prompt:
+            return 0
+        return seen if self.prompt_length is None else self.prompt_length
+
+    def most_condensed(self, heads: int, length: int, pinned: int) -> tuple[int, bool]:
+        """The most tokens that events keep of a sequence beside its window, and whether the budget's total is fixed.
+
+        Args:
+            heads: KV heads. length: columns that it will have at most. pinned: those of the prompt that are kept.
+        """
+        window = self.settings.window
+        protected = window + self.settings.sinks + pinned
+        total = self.budget.fixed_total(heads, length, protected)
+        fixed = total is not None
+        if total is None:
+            limit = length if self.budget.limit is None else max(self.budget.limit, protected)
+            total = heads * min(limit, length)
+        return max(total - heads * min(window, length), 0), fixed
 
     def _check_pinned(self, new: NewTokens, padding: Tensor | None) -> None:
         limit = self.budget.limit

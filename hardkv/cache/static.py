@@ -20,7 +20,6 @@ from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
 from hardkv.cache.windows import LAST, StaticWindow
 from hardkv.kernels.append import append_step
-from hardkv.kernels.attention import attend_tiers
 from hardkv.kernels.rows import Rows
 
 # A pool whose budget has no fixed total gets this much more room than it needs, whenever it runs out.
@@ -276,32 +275,11 @@ class StaticDecoding:
             )
         layer, ring = self.layers[layer_idx], self.pools[layer_idx].ring
         assert layer.tiers is not None
-        condensed, dense = layer.tiers.condensed, layer.tiers.dense
-        held, recent = condensed.values, dense.values
-        if layer.latent:  # the first part of what is stored
-            held, recent = (stored[..., : values.shape[-1]] for stored in (condensed.keys, dense.keys))
-            values = values[..., :0]
+        dense = layer.tiers.dense
         if store:
             stored = dense.keys, dense.values, dense.positions, dense.fill
-            append_step(*stored, ring.buffer, self.column, query, keys, values)
-        out, _ = attend_tiers(
-            query,
-            condensed.keys,
-            held,
-            condensed.rows,
-            dense.keys,
-            recent,
-            dense.positions,
-            dense.fill,
-            bound=dense.capacity,
-            start=LAST,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            padded=not dense.even,
-            attention=layer.settings.attention,
-        )
-        return out
+            append_step(*stored, ring.buffer, self.column, query, keys, values[..., : dense.values.shape[-1]])
+        return layer.attend(query, dense.capacity, LAST, scale=scale, softcap=softcap, sinks=sinks)
 
     def settle(self) -> None:
         """Let the host's numbers and the sliding-window layers follow the steps made."""
@@ -332,14 +310,9 @@ class StaticDecoding:
             pool.dense.fill.copy_(self.filled[idx] + self.steps)
         self.settle()
 
-    @property
-    def reversible(self) -> bool:
-        """Whether a step can be taken back, or fail, and leave nothing behind."""
-        return not states_of(self.linear)
-
     def take_back(self) -> None:
         """Forget the newest step, which no event followed and which changed no state of a linear attention."""
-        assert self.reversible
+        assert not states_of(self.linear)
         self.column -= 1
         self.recover()
 
@@ -378,14 +351,9 @@ def _room(layer: HardKVLayer, length: int) -> int:
     """Tokens that the condensed tier of a layer needs room for."""
     tiers = layer.tiers
     assert tiers is not None
-    window, sequences = layer.settings.window, tiers.shape[0]
-    protected = window + layer.settings.sinks
-    if layer.settings.pin_prompt:
-        protected += tiers.seen if layer.prompt_length is None else layer.prompt_length
-    fixed = layer.budget.fixed_total(tiers.shape[1], length, protected)
-    if fixed is None:
-        return tiers.condensed.rows.total
-    return max(sequences * (fixed - tiers.shape[1] * min(window, length)), tiers.condensed.rows.total)
+    sequences, heads = tiers.shape
+    most, fixed = layer.most_condensed(heads, length, layer.pinned(tiers.seen))
+    return max(sequences * most if fixed else 0, tiers.condensed.rows.total)
 
 
 def _pool(layer: HardKVLayer, length: int) -> Pool:

@@ -108,6 +108,7 @@ class DecodeSteps:
         self.decoding: StaticDecoding | None = None
         self.captures = self.replays = 0
         self._inputs: dict[str, Any] = {}
+        self._weights: tuple[int, ...] = ()  # addresses, which nobody changes while steps are made
         self._forget()
 
     def __reduce__(self) -> Any:
@@ -150,6 +151,9 @@ class DecodeSteps:
         Raises:
             NotImplementedError: an input whose next values are not known.
         """
+        model = self._model()
+        assert model is not None
+        self._weights = tuple(parameter.data_ptr() for parameter in model.parameters())
         self._take({name: value for name, value in inputs.items() if name not in REPLACED})
         for layer in cache._compressed:
             if layer.event_due:  # held until all layers had read the keys
@@ -248,7 +252,7 @@ class DecodeSteps:
         """Have a graph that is captured with everything where it lies now."""
         model, decoding = self._model(), self.running
         assert model is not None
-        place = decoding.addresses, tuple(each.data_ptr() for each in model.parameters())
+        place = decoding.addresses, self._weights
         if self._graph is not None and place == self._place:
             return
         self._graph = self._logits = None
