@@ -251,19 +251,21 @@ class HardKVLayer(CacheLayerMixin):
         softcap: float | None,
         sinks: Tensor | None,
         new_mask: Tensor | None = None,
+        room: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend over all tiers, which hold the new tokens already.
 
         Args:
             query: `[B, Hq, q, D]`.
             bound, start, scale, softcap, sinks, new_mask: as in `kernels.attention.attend_tiers`.
+            room: memory that the condensed tier's keys and values begin, when there is more of it.
 
         Returns:
             `[B, Hq, q, Dv]`.
         """
         assert self.tiers is not None
         condensed, dense = self.tiers.condensed, self.tiers.dense
-        held, recent = (condensed.keys, condensed.values), (dense.keys, dense.values)
+        held, recent = room or (condensed.keys, condensed.values), (dense.keys, dense.values)
         if self.latent:  # the first part of what is stored
             held, recent = ((keys, keys[..., : self.head_dim]) for keys, _ in (held, recent))
         out, _ = attend_tiers(

@@ -165,7 +165,7 @@ class StaticDecoding:
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where what may move lies; a graph captured with other addresses is stale."""
-        held = [pool.tokens[0] for pool in self.pools.values()]
+        held = [tensor for pool in self.pools.values() for tensor in pool.tokens]
         held += states_of(self.linear)
         return tuple(tensor.data_ptr() for tensor in held)
 
@@ -273,13 +273,15 @@ class StaticDecoding:
             return self.windows[layer_idx].attend(
                 query, keys, values, self.column, store, scale=scale, softcap=softcap, sinks=sinks
             )
-        layer, ring = self.layers[layer_idx], self.pools[layer_idx].ring
+        layer, pool = self.layers[layer_idx], self.pools[layer_idx]
         assert layer.tiers is not None
         dense = layer.tiers.dense
         if store:
             stored = dense.keys, dense.values, dense.positions, dense.fill
-            append_step(*stored, ring.buffer, self.column, query, keys, values[..., : dense.values.shape[-1]])
-        return layer.attend(query, dense.capacity, LAST, scale=scale, softcap=softcap, sinks=sinks)
+            append_step(*stored, pool.ring.buffer, self.column, query, keys, values[..., : dense.values.shape[-1]])
+        # the whole room: PyTorch gives an empty slice no address, and events fill it without a new capture
+        room = pool.tokens[0], pool.tokens[1]
+        return layer.attend(query, dense.capacity, LAST, scale=scale, softcap=softcap, sinks=sinks, room=room)
 
     def settle(self) -> None:
         """Let the host's numbers and the sliding-window layers follow the steps made."""

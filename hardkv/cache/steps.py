@@ -265,8 +265,8 @@ class DecodeSteps:
             if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
                 raise
             raise NotImplementedError(
-                f"the forward of {type(model).__name__} cannot be captured in a CUDA graph: leave out "
-                "custom_generate=graphed"
+                f"the forward of {type(model).__name__} cannot be captured in a CUDA graph ({error}): leave out "
+                "custom_generate=graphed" + ("" if self.compiled else ", or try graphed with compile=True")
             ) from error
         self._graph, self._logits, self._place = graph, logits, place
         self.captures += 1

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import hardkv
+import hardkv.cache.layer as layer_module
 import hardkv.generation as module
 from hardkv import Calibration, HardKVCache
 from hardkv.cache.handles import KVHandle, UnroutedKVError
 from hardkv.cache.static import GROWTH, StaticTokens
+from hardkv.cache.windows import LAST
 from hardkv.calibration_file import geometry
 from hardkv.generation import graphed
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
@@ -314,6 +316,25 @@ def test_fixed_totals_never_move(model):
         generate_logits(model, cache, prompts, 70, custom_generate=graphed, stopping_criteria=criteria)
         assert len(criteria[0].seen) == 1
         assert cache.stats().captures == ON_GPU
+
+
+def test_empty_tiers_have_an_address(model, monkeypatch):
+    """A graph captured before the first event reads what later events keep."""
+    keys, totals = set(), set()
+    attend = layer_module.attend_tiers
+
+    def spy(query, held, values, rows, *tail, start, **options):
+        if start == LAST:
+            keys.add((held.data_ptr(), values.data_ptr()))
+            totals.add(rows.total)
+        return attend(query, held, values, rows, *tail, start=start, **options)
+
+    monkeypatch.setattr(layer_module, "attend_tiers", spy)
+    cache = same(model, make_prompts(2, length=3))[1]
+    assert 0 in totals
+    pools = cache.steps.decoding.pools.values()
+    assert keys == {tuple(tensor.data_ptr() for tensor in pool.tokens[:2]) for pool in pools}
+    assert cache.stats().captures == ON_GPU
 
 
 def test_other_budgets_grow(model):

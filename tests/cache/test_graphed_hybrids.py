@@ -8,6 +8,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import CacheLayerMixin
@@ -33,6 +35,12 @@ EXACT = {"atol": 5e-6, "rtol": 1e-5}
 def quiet(monkeypatch):
     """Nothing to compress in a Mistral whose layers all slide, which the cache says."""
     monkeypatch.setattr(HardKVCache, "_warn", lambda *_: None)
+
+
+def capturable(name):
+    """Skip what a real capture refuses and its stand-in on a CPU cannot see."""
+    if ON_GPU and name == "gemma3n_text" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("its forward copies a number from the host to the GPU there")
 
 
 def both(model):
@@ -67,6 +75,7 @@ def same(model, inputs, new, **kwargs):
 @pytest.mark.parametrize("name", SLIDING)
 def test_windows(name, length):
     """Prompts below, at and beyond the window, one padded by two thirds; the shortest grows through all lengths."""
+    capturable(name)
     caches, replays = same(tiny_model(name), make_prompts(3, length=length), 2 * WINDOW)
     assert replays >= WINDOW
     layer = next(layer for layer in caches[1].layers if layer.is_sliding)
@@ -81,6 +90,7 @@ def test_states_and_latents(name):
 @pytest.mark.parametrize("name", ["gemma2", "mistral", "gemma3n_text", "qwen3_next"])
 def test_turns_with_pads_between(name):
     """Pads of a later turn stand within the window; then eager steps, and static ones again."""
+    capturable(name)
     model = tiny_model(name)
     caches = both(model)
     tokens = [make_prompts(2)["input_ids"]] * 2
