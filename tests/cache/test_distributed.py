@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from hardkv import HardKVCache, calibrate
+from hardkv import HardKVCache, calibrate, graphed
 from hardkv.cache.shards import local_heads
 from hardkv.selectors import AdaKV, Pyramid, Risk, TopK, TopP
 from tests.cache.conftest import make_model, make_prompts
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 SIZES = {"window": 4, "sinks": 1, "interval": 3}
 HEADS = {"num_key_value_heads": 4, "num_attention_heads": 8}
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 # What computes each head by itself, or by a plan that every process makes for all heads: the same as in one process.
 ALIKE: dict[str, dict[str, Any]] = {
     "topk": {"budget": TopK(8)},
@@ -36,23 +37,26 @@ ALIKE: dict[str, dict[str, Any]] = {
 APART: dict[str, dict[str, Any]] = {"adakv": {"budget": AdaKV(9, alpha=0.0)}}
 
 
-def run(model: Any, settings: dict[str, Any], folder: str) -> dict[str, Any]:
+def run(model: Any, settings: dict[str, Any], folder: str, **options: Any) -> dict[str, Any]:
     """What a generation gave and kept."""
     settings = SIZES | settings
     if settings.get("calibration") == "file":
         settings |= {"calibration": os.path.join(folder, "calibration.safetensors")}
     cache = HardKVCache(config=model.config, **settings)
-    tokens = greedy(model, make_prompts(3), cache, max_new_tokens=9)
+    inputs = {name: each.to(model.device) for name, each in make_prompts(3).items()}
+    tokens = greedy(model, inputs, cache, max_new_tokens=9, **options)
     kept = [[[head.tolist() for head in row] for row in cache.kept(idx)] for idx in range(3)]
-    return {"tokens": tokens, "kept": kept, "lengths": cache.lengths(), "events": cache.stats().events}
+    return {"tokens": tokens.cpu(), "kept": kept, "lengths": cache.lengths().cpu(), "events": cache.stats().events}
 
 
-def tensor_parallel_process(rank: int, folder: str) -> None:
+def tensor_parallel_process(rank: int, folder: str, backend: str) -> None:
     """One of two."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=2,
@@ -63,6 +67,8 @@ def tensor_parallel_process(rank: int, folder: str) -> None:
     parallel = DistributedConfig(tp_size=2)
     model = LlamaForCausalLM.from_pretrained(folder, distributed_config=parallel, dtype=torch.float32)
     results = {name: run(model, settings, folder) for name, settings in (ALIKE | APART).items()}
+    if backend == "nccl":
+        results["graphed"] = run(model, ALIKE["risk"], folder, custom_generate=graphed)
     try:
         calibrate(model, [torch.arange(2, 90)], interval=8, window=4, sinks=1, progress=False)
     except ValueError as error:
@@ -71,8 +77,8 @@ def tensor_parallel_process(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def tensor_parallel(tmp_path_factory):
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=TWO_GPUS)])
+def tensor_parallel(request, tmp_path_factory):
     """What two processes, and one, computed."""
     folder = str(tmp_path_factory.mktemp("tensor-parallel"))
     model = make_model("llama", **HEADS)
@@ -81,7 +87,12 @@ def tensor_parallel(tmp_path_factory):
     calibration = calibrate(model, texts, scorer="snapkv", interval=8, window=4, sinks=1, progress=False)
     assert len(set(calibration.temperatures.flatten().tolist())) > 1
     calibration.save(os.path.join(folder, "calibration.safetensors"))
-    torch.multiprocessing.spawn(tensor_parallel_process, args=(folder,), nprocs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "gloo":  # transformers takes GPUs where it sees any
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        torch.multiprocessing.spawn(tensor_parallel_process, args=(folder, request.param), nprocs=2)
+    if request.param == "nccl":
+        model.cuda()
     ranks = [torch.load(os.path.join(folder, f"rank{rank}.pt"), weights_only=False) for rank in range(2)]
     return ranks, {name: run(model, settings, folder) for name, settings in (ALIKE | APART).items()}
 
@@ -99,6 +110,14 @@ def test_tensor_parallel_equals_one_process(name, tensor_parallel):
         assert torch.equal(result[name]["tokens"], expected["tokens"])
     if "risk" in name:
         assert len(set(expected["lengths"][0, 1].tolist())) > 1  # or the wrong part would not show
+
+
+def test_graphed_in_every_process(tensor_parallel):
+    """The collectives are captured with the rest."""
+    for result in tensor_parallel[0]:
+        if "graphed" in result:
+            assert result["graphed"]["kept"] == result["risk"]["kept"]
+            assert torch.equal(result["graphed"]["tokens"], result["risk"]["tokens"])
 
 
 def test_totals_of_shared_budgets_are_those_of_each_process(tensor_parallel):
@@ -218,3 +237,41 @@ def test_weights_on_disk(name, tmp_path, tiny_prompts):
         assert caches[1].lengths().equal(caches[0].lengths())
         if settings["budget"] == 1000:
             assert torch.equal(actual, greedy(model, tiny_prompts(3), DynamicCache(config=model.config)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("how", ["auto", "layers in turn"])
+def test_layers_on_two_gpus(name, how, tmp_path):
+    """device_map: layers, and their parts of the cache, lie on different devices."""
+    pytest.importorskip("accelerate")
+    model = make_model(name).cuda()
+    model.save_pretrained(tmp_path)
+    size = sum(weight.nbytes for weight in model.parameters())
+    places: dict[str, Any] = {"device_map": "auto", "max_memory": {0: int(0.7 * size), 1: 2 * size}}
+    if how != "auto":
+        device_map: dict[str, int] = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 0}
+        device_map |= {f"model.layers.{index}": index % 2 for index in range(model.config.num_hidden_layers)}
+        places = {"device_map": device_map}
+    spread = type(model).from_pretrained(tmp_path, dtype=torch.float32, **places)
+    assert {parameter.device.index for parameter in spread.parameters()} == {0, 1}
+    inputs = {name: each.cuda() for name, each in make_prompts(3).items()}
+    for settings in (
+        {"budget": 1000},
+        {"budget": TopK(8), "patience": 1},
+        {"budget": AdaKV(8), "scorer": "rkv"},
+        {"budget": TopP(0.6, floor=6, cap=12), "calibration": "online"},
+        {"budget": 8, "offload": True},
+    ):
+        caches = [HardKVCache(config=each.config, **SIZES, **settings) for each in (model, spread)]
+        expected, actual = (
+            greedy(each, inputs, cache, max_new_tokens=20) for each, cache in zip((model, spread), caches, strict=True)
+        )
+        assert torch.equal(actual, expected)
+        assert caches[1].lengths().cpu().equal(caches[0].lengths().cpu())
+        assert {layer.device.index for layer in caches[1].layers} == {0, 1}
+        if settings["budget"] == 1000:
+            assert torch.equal(actual, greedy(model, inputs, DynamicCache(config=model.config), max_new_tokens=20))
+    with pytest.raises(NotImplementedError, match="several devices"):
+        greedy(spread, inputs, HardKVCache(config=spread.config, **SIZES), custom_generate=graphed)
