@@ -192,6 +192,11 @@ class HardKVMask(Opaque):
         """What the wrapped function would have returned."""
         return self._build()
 
+    @functools.cached_property
+    def hides_nothing(self) -> bool:
+        """Whether every column holds a token; the host waits for the device once, whoever asks."""
+        return self.padding is None or bool(self.padding.all())
+
     def to(self, *args: Any, **kwargs: Any) -> "HardKVMask":
         if self.padding is not None:
             padding = self.padding.to(*args, **kwargs)

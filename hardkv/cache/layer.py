@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from hardkv.cache.merged import Selection
 from hardkv.cache.offload import Offload
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.shards import local_heads
-from hardkv.cache.tiers import DenseTier, Tiers
+from hardkv.cache.tiers import DenseTier, Tiers, storage_nbytes
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import attend_tiers
 from hardkv.selectors.budgets import Budget
+
+# Bytes of keys and values of a prompt that layers may hold uncompressed, so that their events run together.
+WAITING_BYTES = 256 << 20
 
 
 class HardKVLayer(CacheLayerMixin):
@@ -177,14 +181,19 @@ class HardKVLayer(CacheLayerMixin):
     def prefill(
         self, new: NewTokens, query: Tensor, padding: Tensor | None, *, scale: float, softcap: float | None
     ) -> None:
-        """Store the first tokens, already attended by the model's own kernel, and compress at once.
+        """Store the first tokens, already attended by the model's own kernel, and compress them soon.
 
-        The event reads the raw keys and values, so an uncompressed copy of the prompt never exists.
+        The event reads the raw keys and values, so an uncompressed copy of the prompt never exists. Layers wait for
+        one another with their events, to run them together, while all that wait hold at most `WAITING_BYTES`; a layer
+        that is larger does not wait.
         """
         if not self._needs_storing(new):
             return
         self._check_pinned(new, padding)
         valid = _columns(padding, new)
+        nbytes = storage_nbytes([new.keys, new.values])
+        together = bool(new.group) and getattr(self.settings.scorer, "across_layers", False)
+        waits = together and not self._event_held and 2 * nbytes <= WAITING_BYTES
         if valid is None and not self._event_held:
             dense = DenseTier.view(new.keys, new.values)
         else:  # pads must go, and what outlives this call must not alias the model's activations
@@ -192,11 +201,16 @@ class HardKVLayer(CacheLayerMixin):
             dense = dense.append(new.keys, new.values, valid, 0)
         ring = self._observe(query, valid, None, new)
         tiers = Tiers.of(dense, new.stop)
-        if not self._event_held:
+        if not self._event_held and not waits:
             tiers = self._placed(condense(self._event(tiers, scale, softcap), tiers, ring))
         if self.offloading is not None:
             tiers = self.offloading.leave(self.layer_idx, tiers)
         self._store(new, tiers, ring, scale, softcap)
+        if new.group and (waits or self is new.group[-1]):
+            ready = [layer for layer in new.group if layer._ready]
+            held = sum(layer.tiers.dense.nbytes for layer in ready if layer.tiers is not None)
+            if self is new.group[-1] or held + nbytes > WAITING_BYTES:
+                compress_together(ready)
 
     def decode(
         self,
@@ -532,6 +546,7 @@ def compress_together(layers: Sequence[HardKVLayer]) -> None:
         NotImplementedError: see `event.check`; nothing has changed then.
     """
     events, tiers, rings = [], [], []
+    count_fills(layers)
     for layer in layers:
         assert layer.tiers is not None
         assert layer.ring is not None
@@ -560,6 +575,20 @@ def compress_together(layers: Sequence[HardKVLayer]) -> None:
                 sizes_of = each[place], settings.window, settings.interval
                 layer.tiers = layer._placed(selection.finish(place, layer.tiers, index, *sizes_of))
                 layer.committed = layer.seen
+
+
+def count_fills(layers: Sequence[HardKVLayer]) -> None:
+    """Let the host know the fill of every dense tier where padding hid it, which it waits for once a device."""
+    unknown: dict[torch.device, list[HardKVLayer]] = {}
+    for layer in layers:
+        if layer.tiers is not None and not layer.tiers.dense.even:
+            unknown.setdefault(layer.device, []).append(layer)
+    for same in unknown.values():
+        dense = [layer.tiers.dense for layer in same if layer.tiers is not None]
+        fills = torch.stack([each.fill for each in dense]).tolist()  # [layers, B]
+        for layer, fill in zip(same, fills, strict=True):
+            assert layer.tiers is not None
+            layer.tiers = replace(layer.tiers, dense=layer.tiers.dense.counted(fill))
 
 
 def _columns(padding: Tensor | None, new: NewTokens) -> Tensor | None:

@@ -100,7 +100,9 @@ def _routed(
         )
     _refuse(module, key, kwargs)
     new = key.new
-    padding = _padding(mask, query.shape[0], new)
+    # generate() always brings a mask; asked once, when the device has hardly begun, and never at later steps
+    plain = new.start == 0 and isinstance(mask, HardKVMask) and mask.hides_nothing
+    padding = None if plain else _padding(mask, query.shape[0], new)
     new.layer.check_module(module)
     scale, softcap = _scale(query, kwargs), _softcap(name, kwargs)
     latent = Latent.of(module, key, query)

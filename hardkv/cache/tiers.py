@@ -1,6 +1,6 @@
 """Storage of one cache layer: ragged tiers that change only at events, and the dense tier that grows every step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -84,6 +84,7 @@ class DenseTier:
     fill: Tensor  # int64 [B]
     bound: int  # the host's upper bound on fill
     even: bool = True  # whether every sequence's fill is the bound, as far as the host knows
+    total: int | None = None  # tokens of all sequences, where they are not even and the host knows
 
     @classmethod
     def allocate(
@@ -112,6 +113,11 @@ class DenseTier:
     def capacity(self) -> int:
         return self.positions.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, with what they are views of."""
+        return storage_nbytes([self.keys, self.values])
+
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None, start: int) -> "DenseTier":
         """Hold also the valid tokens of `keys [B, H, q, D]`, `values [B, H, q, Dv]`, columns `start, start + 1, ...`.
 
@@ -120,7 +126,11 @@ class DenseTier:
         q_len = keys.shape[2]
         tier = self if self.bound + q_len <= self.capacity else self.grown(self.bound + q_len)
         fill = append(tier.keys, tier.values, tier.positions, tier.fill, keys, values, start, valid)
-        return replace(tier, fill=fill, bound=tier.bound + q_len, even=tier.even and valid is None)
+        return replace(tier, fill=fill, bound=tier.bound + q_len, even=tier.even and valid is None, total=None)
+
+    def counted(self, fill: Sequence[int]) -> "DenseTier":
+        """The same tier with its fill known to the host."""
+        return replace(self, even=all(each == self.bound for each in fill), total=sum(fill))
 
     def grown(self, capacity: int) -> "DenseTier":
         """A copy with room for `capacity` tokens."""
@@ -234,7 +244,8 @@ class Tiers:
             total = positions.shape[0] + (older.shape[0] - 1) * dense.bound
         else:
             bounds = older + cumulative(dense.fill.repeat_interleave(num_kv_heads))
-            total = int(bounds[-1])
+            ragged_total = positions.shape[0]
+            total = int(bounds[-1]) if dense.total is None else ragged_total + dense.total * num_kv_heads
         rows = Rows(bounds, total, sum(tier.rows.longest for tier in ragged) + dense.bound)
         tokens = layout(
             *(rows, older, order, positions, misses, dense.positions, dense.fill),

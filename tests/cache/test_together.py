@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hardkv import HardKVCache
 from hardkv.cache import event
@@ -109,7 +110,8 @@ def test_together_as_alone(
     model, inputs = tiny_model("llama"), tiny_prompts(batch, 40, new=19)
     options = {"scorer": scorer, "budget": budget, "patience": patience, **more}
     cache, logits = run(model, inputs, run_feed, **options)
-    assert set(groups) == ({1} if isinstance(scorer, Alone) else {1, 3})  # the prompt's events are each layer's own
+    assert set(groups) == {1 if isinstance(scorer, Alone) else 3}
+    monkeypatch.setattr("hardkv.cache.layer.WAITING_BYTES", 0)
     monkeypatch.setattr(event, "TOGETHER_BYTES", 0)
     monkeypatch.setattr(event, "TOGETHER_SHARE", 0)
     groups.clear()
@@ -118,3 +120,36 @@ def test_together_as_alone(
     assert_same(cache, alone)
     for one, two in zip(logits, expected, strict=True):
         assert torch.equal(one, two)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that the host reads from tensors one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_host_waits_as_often_for_eight_layers_as_for_one(padded, tiny_model, tiny_prompts):
+    """With the mask that generate() brings, whether or not it hides anything."""
+    counts = []
+    for layers in (1, 8):
+        model = tiny_model("llama", num_hidden_layers=layers)
+        inputs = tiny_prompts(3, 40)
+        if not padded:
+            inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+        cache = HardKVCache(config=model.config, budget=20, **SIZES)
+        with torch.no_grad():
+            for step in range(SIZES["interval"] + 1):
+                with Waits() as waits:
+                    model(**inputs, past_key_values=cache)
+                ones = torch.ones_like(inputs["input_ids"][:, :1])
+                inputs = {"input_ids": ones, "attention_mask": torch.cat([inputs["attention_mask"], ones], 1)}
+                if step in (0, SIZES["interval"]):  # with events
+                    counts.append(waits.count)
+        assert cache.stats().events == 2
+        assert all(layer.tiers.dense.even for layer in cache.layers)
+    assert counts[:2] == counts[2:]
