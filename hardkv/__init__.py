@@ -4,7 +4,7 @@ Importing it wraps transformers' attention and mask registries (`hardkv.cache.ro
 compute exactly what they did before.
 """
 
-from hardkv.cache import HardKVCache, Stats, UnroutedKVError
+from hardkv.cache import HardKVCache, Stats, Trace, UnroutedKVError
 from hardkv.cache.routing import install
 from hardkv.calibration import calibrate
 from hardkv.calibration_file import Calibration
@@ -19,6 +19,7 @@ __all__ = [
     "HardKVConfig",
     "MemoryPlan",
     "Stats",
+    "Trace",
     "UnroutedKVError",
     "calibrate",
     "generate",

@@ -3,5 +3,6 @@
 from hardkv.cache.cache import HardKVCache
 from hardkv.cache.handles import UnroutedKVError
 from hardkv.cache.stats import Stats
+from hardkv.cache.trace import Trace
 
-__all__ = ["HardKVCache", "Stats", "UnroutedKVError"]
+__all__ = ["HardKVCache", "Stats", "Trace", "UnroutedKVError"]

@@ -1,7 +1,8 @@
 """HardKVCache: what `generate(past_key_values=...)` takes."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -24,7 +25,8 @@ from hardkv.cache.offload import Offload
 from hardkv.cache.routing import install, route
 from hardkv.cache.stats import Stats
 from hardkv.cache.steps import DecodeSteps
-from hardkv.cache.tiers import Tiers, storage_nbytes
+from hardkv.cache.tiers import TIERS, Tiers, storage_nbytes
+from hardkv.cache.trace import Recorder, Trace
 from hardkv.cache.whole import WholeCache
 from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
@@ -34,8 +36,6 @@ from hardkv.selectors.budgets import Budget, Pyramid
 from hardkv.selectors.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE
 from hardkv.selectors.risk import Risk
 from hardkv.selectors.scorer import Scorer
-
-TIERS = ("condensed", "sparse", "dense")
 
 
 class HardKVCache(WholeCache):
@@ -87,6 +87,7 @@ class HardKVCache(WholeCache):
         self._offload = Offload() if offload else None
         self.steps: DecodeSteps | None = None  # of hardkv.generation
         self.warnings: list[str] = []
+        self._recorder: Recorder | None = None
         if config is not None and not hasattr(config, "get_text_config"):
             raise TypeError(
                 f"config={type(config).__name__} must be a model's config: HardKVCache(config=model.config)"
@@ -259,6 +260,8 @@ class HardKVCache(WholeCache):
                         self._broken = None  # refused
                     raise
             self._linear_starts.clear()
+            if self._recorder is not None:
+                self._recorder.crop()
         due = [layer for layer in self._compressed if layer.record_past and layer.event_due]
         if self._offload is None:
             compress_together(due)
@@ -275,12 +278,16 @@ class HardKVCache(WholeCache):
         self._check_rows(beam_idx)
         with self._whole_or_broken():
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            if self._recorder is not None:
+                self._recorder.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch."""
         self._check_whole()
         with self._whole_or_broken():
             super().batch_repeat_interleave(repeats)
+            if self._recorder is not None:
+                self._recorder.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given sequences of the batch, in that order (int64, or bool over the batch).
@@ -291,6 +298,8 @@ class HardKVCache(WholeCache):
         self._check_rows(indices)
         with self._whole_or_broken():
             super().batch_select_indices(indices)
+            if self._recorder is not None:
+                self._recorder.select(indices)
 
     def _check_rows(self, indices: Tensor) -> None:
         self._check_whole()
@@ -317,8 +326,52 @@ class HardKVCache(WholeCache):
                     layer.is_initialized = False  # first: an interrupt behind it leaves a layer that can be reset again
                     layer.keys = layer.values = None
             self._linear_starts.clear()
+            if self._recorder is not None:
+                self._recorder.crop()
 
     # ------------------------------------------------------------------ introspection
+
+    @contextmanager
+    def record(self) -> Iterator[Trace]:
+        """Record what every KV head holds after every selection event, for `hardkv.viz` or to `save`.
+
+        The trace has a snapshot of a cache that holds tokens already, one after every event, and one of the end. While
+        recording, an event copies its positions to the host and waits for that; steps between events, and caches that
+        are not recorded, cost nothing. Of a reordered batch (beam search) the trace follows the sequences that are
+        left; columns that `crop()` takes back vanish from it, and `reset()` empties it.
+
+        Yields:
+            The `Trace`, which grows while the block runs.
+
+        Raises:
+            RuntimeError: it is recorded already. ValueError: nothing is compressed, or the cache was built without
+                `config` and does not know the model's layers yet.
+
+        Example:
+            ```python
+            >>> with cache.record() as trace:
+            ...     out = model.generate(**inputs, past_key_values=cache, max_new_tokens=1024)
+            >>> trace.save("run.npz")
+            ```
+        """
+        if self._recorder is not None:
+            raise RuntimeError("this HardKVCache is recorded already: leave the other record() block first")
+        if not self._compressed:
+            raise ValueError(
+                "record() finds no layer that this HardKVCache compresses: pass config=model.config, or run a forward "
+                "pass first"
+            )
+        recorder = self._recorder = Recorder(self)
+        for layer in self._compressed:
+            layer.recorder = recorder
+        try:
+            yield recorder.trace
+            if self._broken is None:
+                recorder.finish(self)
+        finally:
+            self._recorder = None
+            for layer in self._compressed:
+                layer.recorder = None
 
     def kept(self, layer_idx: int) -> list[list[Tensor]]:
         """Positions (columns, pads counted) that attention reads in a layer: `[batch][kv_head]`, ascending int64.

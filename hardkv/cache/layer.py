@@ -17,6 +17,7 @@ from hardkv.cache.offload import Offload
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.shards import local_heads
 from hardkv.cache.tiers import DenseTier, Tiers, storage_nbytes
+from hardkv.cache.trace import Recorder
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import attend_tiers
 from hardkv.selectors.budgets import Budget
@@ -43,6 +44,7 @@ class HardKVLayer(CacheLayerMixin):
         offloading: what keeps the ragged tiers on the host while they do not attend; None: they stay.
         latent: whether the model expands what it stores: "keys" are then latents, and "values" rotated keys; they are
             stored joined, as keys.
+        recorder: is told after every event; None: nobody is.
         place: takes the tiers of an event to where they shall lie; None: they stay where they were made.
     """
 
@@ -63,6 +65,7 @@ class HardKVLayer(CacheLayerMixin):
         self.temperatures: Tensor | None = None
         self.offloading: Offload | None = None
         self.place: Callable[[Tiers], Tiers] | None = None
+        self.recorder: Recorder | None = None
         self.record_past = False
         self._clear()
 
@@ -206,6 +209,8 @@ class HardKVLayer(CacheLayerMixin):
         if self.offloading is not None:
             tiers = self.offloading.leave(self.layer_idx, tiers)
         self._store(new, tiers, ring, scale, softcap)
+        if self.recorder is not None and tiers.compressed_at is not None:
+            self.recorder.event(self)
         if new.group and (waits or self is new.group[-1]):
             ready = [layer for layer in new.group if layer._ready]
             held = sum(layer.tiers.dense.nbytes for layer in ready if layer.tiers is not None)
@@ -575,6 +580,8 @@ def compress_together(layers: Sequence[HardKVLayer]) -> None:
                 sizes_of = each[place], settings.window, settings.interval
                 layer.tiers = layer._placed(selection.finish(place, layer.tiers, index, *sizes_of))
                 layer.committed = layer.seen
+                if layer.recorder is not None:
+                    layer.recorder.event(layer)
 
 
 def count_fills(layers: Sequence[HardKVLayer]) -> None:

@@ -11,6 +11,9 @@ from hardkv.kernels.append import append
 from hardkv.kernels.layout import layout
 from hardkv.kernels.rows import Rows, cumulative, padded_index
 
+# What holds a token; attention reads the first and the last.
+TIERS = ("condensed", "sparse", "dense")
+
 
 def storage_nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each once: a view counts as all that it keeps alive."""

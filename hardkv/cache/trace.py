@@ -1,0 +1,424 @@
+"""What a cache held over time: `HardKVCache.record` fills a `Trace`, which pictures read and a small file keeps."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hardkv.cache.tiers import TIERS, Tiers, storage_nbytes
+
+if TYPE_CHECKING:
+    from hardkv.cache.cache import HardKVCache
+    from hardkv.cache.layer import HardKVLayer
+
+FORMAT = 1
+# What a snapshot knows beside positions.
+NUMBERS = ("seen", "events", "nbytes", "dense_nbytes")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions of one tier, row after row; on the CPU."""
+
+    flat: Tensor  # int32 [N]
+    lengths: Tensor  # int64 [rows]
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """Of every row, ascending int64."""
+        return list(self.flat.long().split(self.lengths.tolist()))
+
+    def select(self, rows: Tensor) -> "Positions":
+        """Those of the given rows, in that order."""
+        parts = self.flat.split(self.lengths.tolist())
+        flat = [parts[row] for row in rows.tolist()]
+        return Positions(torch.cat(flat) if flat else self.flat[:0], self.lengths[rows])
+
+    def below(self, length: int) -> "Positions":
+        """Without position `length` and later."""
+        row = torch.arange(self.lengths.shape[0], device="cpu").repeat_interleave(self.lengths)
+        left = self.flat < length
+        return Positions(self.flat[left], torch.bincount(row[left], minlength=self.lengths.shape[0]))
+
+
+@dataclass(frozen=True)
+class HeldByLayer:
+    """Positions that one layer holds: rows are (sequence, KV head); of the dense tier sequences, as heads share it."""
+
+    heads: int
+    tiers: dict[str, Positions]
+
+    @classmethod
+    def of(cls, tiers: Tiers) -> "HeldByLayer":
+        """A copy of what `tiers` hold now, on the CPU."""
+
+        def host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+            # memory of its own: a graph's pools are written again, and views would keep what an event gives back
+            return tensor.detach().to("cpu", dtype, copy=True)
+
+        def positions(flat: Tensor, lengths: Tensor) -> Positions:
+            return Positions(host(flat, torch.int32), host(lengths, torch.int64))
+
+        dense = tiers.dense
+        held = torch.arange(dense.capacity, device=dense.fill.device) < dense.fill[:, None]
+        found = {
+            "condensed": positions(tiers.condensed.positions, tiers.condensed.lengths),
+            "sparse": positions(tiers.sparse.positions, tiers.sparse.lengths),
+            "dense": positions(dense.positions[held], dense.fill),
+        }
+        return cls(tiers.shape[1], found)
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.tiers["dense"].lengths.shape[0]
+
+    def lengths(self, tier: str | None) -> Tensor:
+        """Tokens per row, int64 `[B, H]`: of a tier, or None for what attention reads."""
+        dense = self.tiers["dense"].lengths[:, None].expand(-1, self.heads)
+        if tier == "dense":
+            return dense
+        ragged = self.tiers[tier or "condensed"].lengths.view(-1, self.heads)
+        return ragged + dense if tier is None else ragged
+
+    def kept(self, tier: str | None) -> list[list[Tensor]]:
+        """Positions, ascending int64, `[batch][kv_head]`: of a tier, or None for what attention reads."""
+        newest = self.tiers["dense"].rows
+        if tier == "dense":
+            return [[each] * self.heads for each in newest]
+        ragged = self.tiers[tier or "condensed"].rows
+        grouped = [ragged[b * self.heads : (b + 1) * self.heads] for b in range(len(newest))]
+        if tier is not None:
+            return grouped
+        return [[torch.cat([row, each]) for row in rows] for rows, each in zip(grouped, newest, strict=True)]
+
+    def select(self, indices: Tensor) -> "HeldByLayer":
+        """Of the given sequences, in that order."""
+        rows = (indices[:, None] * self.heads + torch.arange(self.heads, device="cpu")).flatten()
+        found = {name: each.select(indices if name == "dense" else rows) for name, each in self.tiers.items()}
+        return HeldByLayer(self.heads, found)
+
+    def below(self, length: int) -> "HeldByLayer":
+        """Without column `length` and later."""
+        return HeldByLayer(self.heads, {name: each.below(length) for name, each in self.tiers.items()})
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What all compressed layers held at one moment.
+
+    Args:
+        seen: columns so far, pads and evicted tokens counted. events: selection events so far.
+        nbytes: bytes that the compressed layers held, as `HardKVCache.nbytes` counts. dense_nbytes: bytes that
+            DynamicCache would hold for these layers.
+        layers: of each compressed layer.
+    """
+
+    seen: int
+    events: int
+    nbytes: int
+    dense_nbytes: int
+    layers: list[HeldByLayer]
+
+
+class Trace:
+    """Which positions every KV head held after every selection event, in which tier, and the bytes; see `record`.
+
+    It covers the layers that the cache compresses. Symbols: S snapshots, L compressed layers, B sequences, H KV heads,
+    P columns (pads counted). Layers of fewer heads than others are padded with heads that hold nothing.
+
+    Args:
+        layers: indices of the compressed layers in the model. settings: plain values; scorer and budget as text.
+        snapshots: in the order of time.
+
+    Example:
+        ```python
+        >>> with cache.record() as trace:
+        ...     out = model.generate(**inputs, past_key_values=cache, max_new_tokens=1024)
+        >>> trace.save("run.npz")
+        >>> trace.lengths()[-1].float().mean()  # tokens that attention reads, at the end
+        ```
+    """
+
+    def __init__(self, layers: Sequence[int], settings: dict[str, Any], snapshots: Sequence[Snapshot] = ()):
+        self.layers = list(layers)
+        self.settings = settings
+        self.snapshots = list(snapshots)
+
+    @classmethod
+    def of(cls, cache: "HardKVCache") -> "Trace":
+        """One snapshot of a cache as it is now; none of one that is empty, or whose last forward died midway."""
+        given = cache.settings
+        numbers = {name: getattr(given, name) for name in ("window", "sinks", "interval", "patience", "pin_prompt")}
+        used = _used(cache._compressed)
+        trace = cls(
+            [layer.layer_idx for layer in used],
+            {"scorer": str(given.scorer), "budget": str(given.budget)} | numbers,
+        )
+        if len({layer.seen for layer in used}) == 1:
+            trace.snapshots.append(_snapshot(used, {}))
+        return trace
+
+    def __len__(self) -> int:
+        return len(self.snapshots)
+
+    def __repr__(self) -> str:
+        if not self.snapshots:
+            return f"Trace(no snapshots, {len(self.layers)} layers)"
+        snapshots, layers, batch, heads = self.lengths().shape
+        return (
+            f"Trace({snapshots} snapshots up to column {self.columns:,}, {layers} layers, {batch} sequences, "
+            f"{heads} KV heads)"
+        )
+
+    # ------------------------------------------------------------------ reading
+
+    def _of_each(self, name: str) -> Tensor:
+        return torch.tensor([getattr(each, name) for each in self.snapshots], dtype=torch.int64, device="cpu")
+
+    @property
+    def seen(self) -> Tensor:
+        """Columns that the cache had seen, int64 `[S]`."""
+        return self._of_each("seen")
+
+    @property
+    def events(self) -> Tensor:
+        """Selection events so far, int64 `[S]`."""
+        return self._of_each("events")
+
+    @property
+    def nbytes(self) -> Tensor:
+        """Bytes that the compressed layers held, int64 `[S]`."""
+        return self._of_each("nbytes")
+
+    @property
+    def dense_nbytes(self) -> Tensor:
+        """Bytes that DynamicCache would have held for these layers, int64 `[S]`."""
+        return self._of_each("dense_nbytes")
+
+    @property
+    def columns(self) -> int:
+        """P: columns seen at most."""
+        return max((each.seen for each in self.snapshots), default=0)
+
+    def lengths(self, tier: str | None = None) -> Tensor:
+        """Tokens per snapshot, layer, sequence and KV head, int64 `[S, L, B, H]`.
+
+        Args:
+            tier: None for what attention reads (condensed and dense), or "condensed", "sparse", "dense".
+        """
+        _check_tier(tier)
+        if not self.snapshots:
+            return torch.zeros(0, len(self.layers), 0, 0, dtype=torch.int64, device="cpu")
+        most = max(layer.heads for layer in self.snapshots[0].layers)
+
+        def padded(layer: HeldByLayer) -> Tensor:
+            return F.pad(layer.lengths(tier), (0, most - layer.heads))
+
+        return torch.stack([torch.stack([padded(layer) for layer in each.layers]) for each in self.snapshots])
+
+    def kept(self, layer_idx: int, snapshot: int = -1, tier: str | None = None) -> list[list[Tensor]]:
+        """Positions (columns, pads counted) that a layer held: `[batch][kv_head]`, ascending int64.
+
+        Args:
+            layer_idx: in the model. snapshot: which one, the newest by default. tier: as for `lengths`.
+
+        Raises:
+            ValueError: the layer is not one that the cache compressed. IndexError: no such snapshot.
+        """
+        _check_tier(tier)
+        return self._snapshot(snapshot).layers[self._rank(layer_idx)].kept(tier)
+
+    def tiers(self, layer_idx: int, head: int, sequence: int = 0) -> Tensor:
+        """Where one head held every position at every snapshot.
+
+        Args:
+            layer_idx: in the model. head, sequence: which KV head, of which sequence.
+
+        Returns:
+            uint8 `[S, P]`: 0 not held, 1 condensed, 2 sparse, 3 dense.
+
+        Raises:
+            ValueError: the layer is not one that the cache compressed. IndexError: no such sequence or head.
+        """
+        rank = self._rank(layer_idx)
+        found = torch.zeros(len(self.snapshots), self.columns, dtype=torch.uint8, device="cpu")
+        for row, each in zip(found, self.snapshots, strict=True):
+            layer = each.layers[rank]
+            for code, tier in enumerate(TIERS, 1):
+                row[layer.kept(tier)[sequence][head]] = code
+        return found
+
+    def holders(self, sequence: int = 0, snapshot: int = -1) -> Tensor:
+        """How many heads, of all compressed layers, read every position at a snapshot: int64 `[columns seen then]`.
+
+        Raises:
+            IndexError: no such sequence or snapshot.
+        """
+        each = self._snapshot(snapshot)
+        read = [positions for layer in each.layers for positions in layer.kept(None)[sequence]]
+        return torch.bincount(torch.cat(read), minlength=each.seen)
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all compressed layers together."""
+        return sum(layer.heads for layer in self.snapshots[0].layers) if self.snapshots else 0
+
+    def _rank(self, layer_idx: int) -> int:
+        if layer_idx not in self.layers:
+            raise ValueError(f"layer_idx={layer_idx} is not in this trace; layers: {self.layers}")
+        return self.layers.index(layer_idx)
+
+    def _snapshot(self, index: int) -> Snapshot:
+        if not -len(self.snapshots) <= index < len(self.snapshots):
+            raise IndexError(f"snapshot={index}: this trace has {len(self.snapshots)}")
+        return self.snapshots[index]
+
+    # ------------------------------------------------------------------ what happens to the cache
+
+    def _change(self, change: Callable[[HeldByLayer], HeldByLayer]) -> None:
+        self.snapshots[:] = [
+            Snapshot(each.seen, each.events, each.nbytes, each.dense_nbytes, [change(layer) for layer in each.layers])
+            for each in self.snapshots
+        ]
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: "str | PathLike[str]") -> Path:
+        """Write a compressed npz file, by name whatever `path` ends with; returns its path."""
+        layers = [layer for each in self.snapshots for layer in each.layers]
+        tiers = [layer.tiers[name] for layer in layers for name in TIERS]
+        flat = _joined([tier.flat for tier in tiers], torch.int32)
+        lengths = _joined([tier.lengths for tier in tiers], torch.int64)
+        meta = {"format": FORMAT, "layers": self.layers, "settings": self.settings}
+        heads = [layer.heads for layer in self.snapshots[0].layers] if self.snapshots else []
+        arrays: dict[str, Any] = {
+            "meta": np.array(json.dumps(meta)),
+            "steps": np.diff(flat, prepend=np.int32(0)),  # small numbers, which compress well
+            "lengths": lengths.astype(np.int32),
+            "heads": np.array(heads, np.int64),
+            "batch": np.array(layers[0].batch if layers else 0),
+        }
+        for name in NUMBERS:
+            arrays[name] = self._of_each(name).numpy()
+        with open(path, "wb") as file:  # a name would get .npz behind it
+            np.savez_compressed(file, **arrays)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: "str | PathLike[str]") -> "Trace":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: not a trace, or one of a newer hardkv. FileNotFoundError: no such file.
+        """
+        with open(path, "rb") as file:
+            if not is_zipfile(file):
+                raise ValueError(f"{path} is not a trace: pass a file that Trace.save wrote")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as stored:
+                if "meta" not in stored or "steps" not in stored:
+                    raise ValueError(f"{path} is not a trace: pass a file that Trace.save wrote")
+                arrays = {name: stored[name] for name in stored.files}
+        meta = json.loads(str(arrays["meta"]))
+        if meta["format"] > FORMAT:
+            raise ValueError(f"{path} has format {meta['format']}, and this hardkv reads up to {FORMAT}: update it")
+        batch, heads = int(arrays["batch"]), arrays["heads"].tolist()
+        rows = [batch if name == "dense" else batch * count for count in heads for name in TIERS]
+        count = len(arrays["seen"])
+        lengths = torch.from_numpy(arrays["lengths"].astype(np.int64)).split(rows * count)
+        flat = torch.from_numpy(np.cumsum(arrays["steps"], dtype=np.int32)).split([int(each.sum()) for each in lengths])
+        tiers = iter(Positions(*each) for each in zip(flat, lengths, strict=True))
+        snapshots = []
+        for numbers in zip(*(arrays[name].tolist() for name in NUMBERS), strict=True):
+            held = [HeldByLayer(each, {name: next(tiers) for name in TIERS}) for each in heads]
+            snapshots.append(Snapshot(**dict(zip(NUMBERS, numbers, strict=True)), layers=held))
+        return cls(meta["layers"], meta["settings"], snapshots)
+
+
+class Recorder:
+    """Takes the snapshots of a trace: told by layers after their events, and by the cache of what else changes.
+
+    Copies and pickles of a cache are not recorded.
+    """
+
+    def __init__(self, cache: "HardKVCache"):
+        self.trace = Trace.of(cache)
+        self._layers = cache._compressed
+        # layers that had an event which others are still to have, by the event's number
+        self._pending: dict[int, dict[int, HeldByLayer]] = {}
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def event(self, layer: "HardKVLayer") -> None:
+        """A layer has just had an event."""
+        assert layer.tiers is not None
+        done = self._pending.setdefault(layer.events, {})
+        done[layer.layer_idx] = HeldByLayer.of(layer.tiers)
+        used = _used(self._layers)
+        if self._layers[-1].layer_idx in done and len(done) == len(used):
+            self.trace.layers = [each.layer_idx for each in used]
+            self.trace.snapshots.append(_snapshot(used, self._pending.pop(layer.events)))
+
+    def select(self, indices: Tensor) -> None:
+        """The batch now consists of these sequences of the former one: so does every snapshot."""
+        indices = torch.as_tensor(indices).cpu()
+        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
+        self.trace._change(lambda layer: layer.select(indices % layer.batch))  # negative ones count from the end
+
+    def repeat(self, repeats: int) -> None:
+        """Every sequence of the batch comes so many times now."""
+        self.trace._change(
+            lambda layer: layer.select(torch.arange(layer.batch, device="cpu").repeat_interleave(repeats))
+        )
+
+    def crop(self) -> None:
+        """The layers took their newest columns back: no snapshot shows them, as others will have their numbers."""
+        length = max(layer.seen for layer in self._layers)
+        if length == 0:
+            self.trace.snapshots.clear()
+            self._pending.clear()
+        elif length < self.trace.columns:
+            self.trace._change(lambda layer: layer.below(length))
+
+    def finish(self, cache: "HardKVCache") -> None:
+        """A last snapshot, unless the newest is of this very moment."""
+        now = Trace.of(cache).snapshots
+        before = self.trace.snapshots[-1:]
+        self.trace.layers = self.trace.layers or [layer.layer_idx for layer in _used(self._layers)]
+        if now and (not before or (before[0].seen, before[0].events) != (now[0].seen, now[0].events)):
+            self.trace.snapshots += now
+
+
+def _used(layers: "Sequence[HardKVLayer]") -> "list[HardKVLayer]":
+    """Those that hold tokens: a model need not use all."""
+    return [layer for layer in layers if layer.seen]
+
+
+def _snapshot(layers: "Sequence[HardKVLayer]", held: dict[int, HeldByLayer]) -> Snapshot:
+    """Of layers as they are now; where `held` knows a layer, as that."""
+    return Snapshot(
+        seen=max(layer.seen for layer in layers),
+        events=max(layer.events for layer in layers),
+        nbytes=storage_nbytes(tensor for layer in layers for tensor in layer.tensors()),
+        dense_nbytes=sum(layer.dense_nbytes() for layer in layers),
+        layers=[held.get(layer.layer_idx) or HeldByLayer.of(layer.tiers) for layer in layers],  # type: ignore[arg-type]
+    )
+
+
+def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Any:
+    return (torch.cat(tensors) if tensors else torch.zeros(0, dtype=dtype, device="cpu")).numpy()
+
+
+def _check_tier(tier: str | None) -> None:
+    if tier is not None and tier not in TIERS:
+        raise ValueError(f"tier={tier!r} must be None or one of {TIERS}")
