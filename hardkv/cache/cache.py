@@ -34,6 +34,7 @@ from hardkv.kernels.attention import backend_for
 from hardkv.kernels.backends import kernels_for
 from hardkv.selectors.budgets import Budget, Pyramid
 from hardkv.selectors.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE
+from hardkv.selectors.observation import Observation
 from hardkv.selectors.risk import Risk
 from hardkv.selectors.scorer import Scorer
 
@@ -379,11 +380,26 @@ class HardKVCache(WholeCache):
         Raises:
             ValueError: the layer is not one that this cache compresses.
         """
+        layer = self._layer(layer_idx)
+        return [] if layer.tiers is None else layer.tiers.kept()
+
+    def observe(self, layer_idx: int) -> Observation:
+        """What a selection event would show the scorer now: a layer's held tokens, and its newest queries.
+
+        Raises:
+            ValueError: the layer is not one that this cache compresses, or holds nothing yet.
+        """
+        layer = self._layer(layer_idx)
+        if layer.tiers is None:
+            raise ValueError(f"layer {layer_idx} holds nothing yet: run a forward pass with this cache first")
+        return layer.observe()
+
+    def _layer(self, layer_idx: int) -> HardKVLayer:
         layer = self.layers[layer_idx] if -len(self.layers) <= layer_idx < len(self.layers) else None
         if not isinstance(layer, HardKVLayer):
             which = [idx for idx, other in enumerate(self.layers) if isinstance(other, HardKVLayer)]
             raise ValueError(f"layer_idx={layer_idx} is not compressed by this cache; compressed layers: {which}")
-        return [] if layer.tiers is None else layer.tiers.kept()
+        return layer
 
     def lengths(self, tier: str | None = None) -> Tensor:
         """Tokens held per layer, sequence and KV head, int64 `[layers, batch, kv_heads]` on the CPU.

@@ -135,6 +135,12 @@ def condense(event: Event, tiers: Tiers, ring: QueryRing) -> Tiers:
     return selection.finish(0, tiers, index, sizes[0], event.settings.window, event.settings.interval)
 
 
+def observe(event: Event, tiers: Tiers, ring: QueryRing) -> Observation:
+    """What an event of one layer shows its scorer; nothing is changed."""
+    merged = Merged.of([tiers], event.settings.window, event.settings.sinks, event.pinned)
+    return _observe(event, [tiers], [ring], merged)
+
+
 def _keep(
     events: Sequence[Event],
     z: Tensor,

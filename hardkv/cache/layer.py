@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hardkv.cache.event import Event, check, condense, groups, select
+from hardkv.cache.event import Event, check, condense, groups, observe, select
 from hardkv.cache.handles import HeldStates, KVHandle, LatentHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.merged import Selection
 from hardkv.cache.offload import Offload
@@ -21,6 +21,7 @@ from hardkv.cache.trace import Recorder
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import attend_tiers
 from hardkv.selectors.budgets import Budget
+from hardkv.selectors.observation import Observation
 
 # Bytes of keys and values of a prompt that layers may hold uncompressed, so that their events run together.
 WAITING_BYTES = 256 << 20
@@ -371,6 +372,13 @@ class HardKVLayer(CacheLayerMixin):
         """Run an event now: score every token, apply the budget, give back the bytes of what lost."""
         with self._on_device():
             compress_together([self])
+
+    def observe(self) -> Observation:
+        """What an event would show the scorer now."""
+        with self._on_device():
+            assert self.tiers is not None
+            assert self.ring is not None
+            return observe(self._event(self.tiers, self.scale, self.softcap), self.tiers, self.ring)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -208,6 +208,27 @@ def test_repr_names_the_layers(cache, tiny_model):
     assert "seen" not in repr(HardKVCache(config=tiny_model("llama", "sdpa").config).layers[0])
 
 
+@pytest.mark.parametrize("settings", [{}, {"patience": 1}, {"offload": True}, {"pin_prompt": True, "budget": 30}])
+def test_observe_shows_what_the_next_event_shows_its_scorer(settings, tiny_model, tiny_prompts):
+    shown = []
+
+    class Spy:
+        def score(self, observation):
+            shown.append(observation)
+            return torch.log(observation.attention + 1e-38)
+
+    cache = run(tiny_model("llama", "sdpa"), tiny_prompts(3), new=6, scorer=Spy(), **settings)
+    for idx, layer in enumerate(cache.layers):
+        ours = cache.observe(idx)
+        layer.compress()
+        for name in ("keys", "values", "positions", "cu_seqlens", "queries", "protected", "attention", "context"):
+            assert torch.equal(getattr(ours, name), getattr(shown[-1], name)), name
+    with pytest.raises(ValueError, match=r"layer_idx=3 is not compressed"):
+        cache.observe(3)
+    with pytest.raises(ValueError, match="layer 0 holds nothing yet"):
+        HardKVCache(config=tiny_model("llama", "sdpa").config).observe(0)
+
+
 # ---------------------------------------------------------------------------------------------- hybrids
 
 
