@@ -11,7 +11,6 @@ from torch import Tensor
 from hardkv.calibration_file import Calibration
 from hardkv.extras import require
 from hardkv.selectors.risk import Risk
-from hardkv.viz.lengths import MAX_ANNOTATED_LAYERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 # Layers named on a heat map's axis at most.
 MAX_TICKS = 40
+# Beyond this many layers a cell is too narrow for its number.
+MAX_ANNOTATED_LAYERS = 40
 # Beyond this many heads a cell is too low for its number.
 MAX_ANNOTATED_HEADS = 16
 # Narrowest range of the temperatures' colours, [1 / r, r]: what lies within is as good as 1.

@@ -8,24 +8,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hardkv.cache import HardKVCache, Stats, Trace
 from hardkv.extras import require
+from hardkv.viz.figures import WIDTH, finish
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Beyond this many layers a cell is too narrow for its number.
-MAX_ANNOTATED_LAYERS = 40
+# Points that all cells of a row share, and the sizes of numbers in them: narrower ones are left out.
+ROW_POINTS, MIN_SIZE, MAX_SIZE = 400, 4.5, 7.0
 
 
 def plot_lengths(
-    lengths: "Tensor | Sequence[Sequence[Sequence[int]]]",
+    lengths: "Tensor | Sequence[Sequence[Sequence[int]]] | HardKVCache | Stats | Trace",
     path: "str | Path | None" = None,
     title: str = "Tokens kept per layer and KV head",
 ) -> "Figure":
     """Draw `cache.lengths()`: layers from left to right, KV heads from top to bottom, one panel per sequence.
 
     Args:
-        lengths: tokens `[layers, batch, kv_heads]`, a tensor or the nested lists of a JSON file.
+        lengths: a cache, its `stats()`, the newest snapshot of a trace, or tokens `[layers, batch, kv_heads]`, a tensor
+            or the nested lists of a JSON file.
         path: where to save the picture; the suffix chooses the format.
         title: stands above it.
 
@@ -39,26 +42,31 @@ def plot_lengths(
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
 
-    counts = torch.as_tensor(lengths).cpu()
+    if isinstance(lengths, Trace):
+        lengths = lengths.lengths()[-1:].flatten(0, 1)
+    elif isinstance(lengths, HardKVCache):
+        lengths = lengths.lengths()
+    counts = torch.as_tensor(lengths.lengths if isinstance(lengths, Stats) else lengths).cpu()
     if counts.dim() != 3 or counts.numel() == 0:
         raise ValueError(f"lengths has shape {tuple(counts.shape)}; expected [layers, batch, kv_heads], none of them 0")
     layers, batch, heads = counts.shape
     figure, grid = plt.subplots(
-        batch, 1, figsize=(10, 1.3 + batch * (0.4 + 0.3 * heads)), squeeze=False, sharex=True, layout="constrained"
+        batch, 1, figsize=(WIDTH, 1.3 + batch * (0.4 + 0.3 * heads)), squeeze=False, sharex=True, layout="constrained"
     )
     axes = grid[:, 0]
     # From 0 on, so that equal colours mean equal counts in any two pictures with the same largest count.
     largest = max(int(counts.max()), 1)
+    size = min(ROW_POINTS / layers / (0.62 * len(str(largest)) + 0.3), MAX_SIZE)
     for sequence, axis in enumerate(axes):
         panel = counts[:, sequence].T.numpy()  # [heads, layers]
         image = axis.imshow(panel, aspect="auto", cmap="viridis", vmin=0, vmax=largest, interpolation="nearest")
         axis.set_yticks(range(heads))
         axis.set_ylabel("KV head" if batch == 1 else f"KV head\n(sequence {sequence})")
-        if layers <= MAX_ANNOTATED_LAYERS:
+        if size >= MIN_SIZE:
             for head, layer in product(range(heads), range(layers)):
                 count = int(panel[head, layer])
                 colour = "black" if count > 0.55 * largest else "white"
-                axis.text(layer, head, f"{count}", ha="center", va="center", fontsize=6, color=colour)
+                axis.text(layer, head, f"{count}", ha="center", va="center", fontsize=size, color=colour)
     axes[-1].set_xlabel("compressed layer")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_title(title, loc="left", fontsize=11)
@@ -67,7 +75,4 @@ def plot_lengths(
     bar = figure.colorbar(image, ax=list(axes), pad=0.01, aspect=max(6, 4 * batch))
     bar.set_label(f"tokens kept (mean {mean:,.0f})")
     bar.ax.axhline(mean, color="white" if mean < 0.55 * largest else "black", linewidth=1.5)
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return figure
+    return finish(figure, path)

@@ -1,0 +1,117 @@
+"""Every held token as a point in layers x heads x positions, to turn and to zoom into."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hardkv.cache import HardKVCache, Trace
+from hardkv.cache.tiers import TIERS
+from hardkv.extras import require
+from hardkv.viz.figures import STATES, TIER_COLOURS, trace_of
+from hardkv.viz.html import Html
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+def explore(
+    source: "Trace | HardKVCache",
+    sequence: int = 0,
+    snapshots: "int | Sequence[int]" = -1,
+    max_points: int = 60_000,
+    include_plotlyjs: "bool | str" = True,
+) -> Html:
+    """An interactive view of what every KV head holds: a point a token, coloured by its tier.
+
+    Args:
+        source: a cache, or a trace of `cache.record()`. sequence: of the batch.
+        snapshots: which of the trace, the newest by default; several come with a slider.
+        max_points: of one snapshot; if there are more, every k-th token of each head and tier is drawn, and the title
+            says so.
+        include_plotlyjs: True for a page that works alone (about 5 MB), "cdn" for a small one that needs the internet,
+            False where a page has plotly.js already; as `plotly.io.to_html` has it.
+
+    Returns:
+        `Html`: shown by notebooks, `save(path)` writes a page.
+
+    Raises:
+        MissingPackageError: plotly is not installed. TypeError, ValueError: nothing recorded. IndexError: no such
+            sequence or snapshot.
+    """
+    require("viz", "plotly")
+    figure = draw(trace_of(source), sequence, snapshots, max_points)
+    body = figure.to_html(full_html=False, include_plotlyjs=include_plotlyjs, config={"displaylogo": False})
+    return Html(body, "What every KV head holds")
+
+
+def draw(trace: Trace, sequence: int, snapshots: "int | Sequence[int]", max_points: int) -> "Figure":
+    """The figure of `explore`: for each snapshot one set of points a tier."""
+    import plotly.graph_objects as go
+
+    places = [snapshots] if isinstance(snapshots, int) else list(snapshots)
+    places = [range(len(trace))[place] for place in places]  # IndexError; negative ones count from the end
+    if not places or max_points < 1:
+        raise ValueError(f"snapshots={snapshots!r}, max_points={max_points}: ask for one at least")
+    figure = go.Figure()
+    titles = []
+    for place in places:
+        points = {tier: _points(trace, sequence, place, tier) for tier in TIERS}
+        held = sum(len(each) for each in points.values())
+        every = -(-held // max_points)
+        thinned = "" if every == 1 else f"; every {every}th is drawn"
+        titles.append(f"{held:,} tokens held after {int(trace.seen[place]):,} seen{thinned}")
+        for code, (tier, colour) in enumerate(TIER_COLOURS.items(), 1):
+            position, head, layer = points[tier][::every].T.numpy()
+            figure.add_scatter3d(
+                x=position,
+                y=head,
+                z=layer,
+                mode="markers",
+                name=STATES[code][0],
+                marker={"size": 2, "color": colour},
+                hovertemplate="layer %{z}, head %{y}, position %{x}",
+                visible=place == places[-1],
+            )
+    axes: dict[str, Any] = {
+        "xaxis": {"title": "position", "range": [0, trace.columns]},
+        "yaxis": {"title": "KV head", "dtick": 1},
+        "zaxis": {"title": "layer"},
+        "aspectmode": "manual",
+        "aspectratio": {"x": 1.8, "y": 0.7, "z": 1.0},
+        "camera": {"eye": {"x": 0.5, "y": -1.7, "z": 0.8}, "center": {"x": 0, "y": 0, "z": -0.1}},
+    }
+    figure.update_layout(
+        title={"text": titles[-1], "font": {"size": 14}},
+        scene=axes,
+        width=720,
+        height=560,
+        margin={"l": 30, "r": 30, "t": 40, "b": 20},
+        legend={"orientation": "h", "itemsizing": "constant", "y": 1.0},
+    )
+    if len(places) > 1:
+        steps = [
+            {
+                "method": "update",
+                "label": f"{int(trace.seen[place]):,}",
+                "args": [
+                    {"visible": [other == rank for other in range(len(places)) for _ in TIERS]},
+                    {"title.text": title},
+                ],
+            }
+            for rank, (place, title) in enumerate(zip(places, titles, strict=True))
+        ]
+        prefix = {"prefix": "tokens seen: "}
+        slider = {"steps": steps, "active": len(places) - 1, "currentvalue": prefix, "pad": {"t": 10, "b": 20}}
+        figure.update_layout(sliders=[slider])
+    return figure
+
+
+def _points(trace: Trace, sequence: int, place: int, tier: str) -> torch.Tensor:
+    """Position, head and layer of every token of a tier, int32 `[points, 3]`: as few bytes as will do."""
+    rows = []
+    for layer_idx in trace.layers:
+        for head, positions in enumerate(trace.kept(layer_idx, place, tier)[sequence]):
+            where = torch.tensor([head, layer_idx], device="cpu").expand(len(positions), -1)
+            rows.append(torch.cat([positions[:, None], where], 1))
+    return torch.cat(rows).int()

@@ -1,0 +1,77 @@
+"""Bytes held over time, against a dense cache."""
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+
+from hardkv.cache import Trace
+from hardkv.cache.stats import format_bytes
+from hardkv.extras import require
+from hardkv.viz.figures import BLUE, GREEN, ORANGE, VERMILION, WIDTH, finish, trace_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9")
+
+
+def plot_bytes(traces: "Trace | Mapping[str, Trace]", path: "str | PathLike[str] | None" = None) -> "Figure":
+    """Draw the bytes that caches held after every event, and what DynamicCache would hold for the same layers.
+
+    Args:
+        traces: of `cache.record()`: one, or several by the name that the legend gives them, at most six.
+        path: where to save the picture, by its suffix.
+
+    Returns:
+        The figure, closed: a notebook shows it once, as a cell's last value.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed. TypeError: not traces. ValueError: nothing recorded.
+    """
+    require("viz", "matplotlib")
+    import matplotlib.pyplot as plt
+
+    named = dict(traces) if isinstance(traces, Mapping) else {"HardKVCache": traces}
+    if not 0 < len(named) <= len(COLOURS):
+        raise ValueError(f"got {len(named)} traces; up to {len(COLOURS)} can be told apart")
+    named = {name: trace_of(trace, "traces") for name, trace in named.items()}
+    longest = max(named.values(), key=lambda trace: int(trace.dense_nbytes.max()))
+    unit = _unit(int(longest.dense_nbytes.max()))
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    # a dense cache grows with every token: from nothing on, if only events were recorded
+    seen, dense = (
+        torch.cat([torch.zeros(1, device="cpu"), longest.seen]),
+        torch.cat([torch.zeros(1, device="cpu"), longest.dense_nbytes / unit]),
+    )
+    axis.plot(seen.numpy(), dense.numpy(), color="0.45", linestyle="--", label="DynamicCache")
+    for (name, trace), colour in zip(named.items(), COLOURS, strict=False):
+        held = trace.nbytes / unit
+        # between two events nothing is allocated
+        axis.step(trace.seen.numpy(), held.numpy(), where="post", color=colour, marker=".", label=name)
+        ratio = float(trace.nbytes[-1] / trace.dense_nbytes[-1])
+        axis.annotate(
+            f"{ratio:.0%}",
+            (int(trace.seen[-1]), float(held[-1])),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=colour,
+        )
+    axis.set_xlim(0, int(longest.seen.max()) * 1.07)
+    axis.set_ylim(0, None)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.set_xlabel("tokens seen", fontsize=9)
+    axis.set_ylabel(f"held ({format_bytes(unit).split()[1]})", fontsize=9)
+    axis.set_title("Bytes of keys and values, and of all that selection needs", fontsize=10)
+    axis.grid(color="0.92")
+    axis.set_axisbelow(True)
+    axis.legend(fontsize=8, loc="upper left", frameon=False)
+    return finish(figure, path)
+
+
+def _unit(nbytes: int) -> int:
+    """The largest power of 1024 that goes into it, of those with a name."""
+    return max(1024**power for power in range(5) if 1024**power <= max(nbytes, 1))

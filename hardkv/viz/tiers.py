@@ -1,0 +1,167 @@
+"""Which tier holds a token, over time: all positions of some heads, one token in all heads, and how many in all."""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+
+from hardkv.cache import HardKVCache, Trace
+from hardkv.extras import require
+from hardkv.viz.figures import (
+    STATES,
+    TIER_COLOURS,
+    WIDTH,
+    draw_states,
+    finish,
+    label_snapshots,
+    states_legend,
+    trace_of,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PANELS_A_ROW = 4
+NOT_YET = 4
+
+
+def plot_kept(
+    trace: "Trace | HardKVCache",
+    layer_idx: int,
+    heads: "int | Sequence[int] | None" = None,
+    sequence: int = 0,
+    path: "str | PathLike[str] | None" = None,
+) -> "Figure":
+    """Draw which positions heads of one layer hold after every event, in the colours of their tiers.
+
+    A panel a head: events from left to right, positions from bottom to top. Where a pixel stands for several positions
+    their colours mix.
+
+    Args:
+        trace: from `cache.record()`; a cache shows only its present. layer_idx: in the model.
+        heads: KV heads, all by default. sequence: of the batch. path: where to save the picture, by its suffix.
+
+    Returns:
+        The figure, closed: a notebook shows it once, as a cell's last value.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed. TypeError, ValueError: nothing recorded, or a layer that is
+            not compressed. IndexError: no such head or sequence.
+    """
+    require("viz", "matplotlib")
+    import matplotlib.pyplot as plt
+
+    trace = trace_of(trace, "trace")
+    if heads is None:
+        heads = range(trace.snapshots[0].layers[trace._rank(layer_idx)].heads)
+    heads = [heads] if isinstance(heads, int) else list(heads)
+    columns = min(len(heads), PANELS_A_ROW)
+    rows = -(-len(heads) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(WIDTH, 0.9 + 2.9 * rows), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    unseen = torch.arange(trace.columns, device="cpu") >= trace.seen[:, None]
+    shown: set[int] = set()
+    for head, axis in zip_longest(heads, grid.flat):
+        if head is None:
+            axis.set_visible(False)
+            continue
+        states = trace.tiers(layer_idx, head, sequence).masked_fill(unseen, NOT_YET)
+        shown |= set(states.unique().tolist())
+        draw_states(axis, states.T)
+        label_snapshots(axis, trace, most=9 // columns + 1, name=False)
+        axis.set_title(f"KV head {head}", fontsize=9)
+    figure.supylabel("position of the token", fontsize=9)
+    figure.suptitle(
+        f"Layer {layer_idx}: tokens held, against tokens seen after every event and at the end", fontsize=10
+    )
+    states_legend(figure, shown - {NOT_YET})
+    return finish(figure, path)
+
+
+def plot_token(
+    trace: "Trace | HardKVCache",
+    position: int,
+    sequence: int = 0,
+    path: "str | PathLike[str] | None" = None,
+    text: str = "",
+) -> "Figure":
+    """Draw the life of one token: which tier of every head holds it, after every event.
+
+    A row a KV head, all heads of a layer together, the first layer at the bottom.
+
+    Args:
+        trace: from `cache.record()`; a cache shows only its present. position: column of the token, pads counted.
+        sequence: of the batch. path: where to save the picture, by its suffix. text: what the token says.
+
+    Returns:
+        The figure, closed: a notebook shows it once, as a cell's last value.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed. TypeError, ValueError: nothing recorded. IndexError: no such
+            position or sequence.
+    """
+    require("viz", "matplotlib")
+    import matplotlib.pyplot as plt
+
+    trace = trace_of(trace, "trace")
+    if not 0 <= position < trace.columns:
+        raise IndexError(f"position={position}: this trace has seen columns 0 to {trace.columns - 1}")
+    counts = [layer.heads for layer in trace.snapshots[0].layers]
+    states = torch.stack(
+        [
+            trace.tiers(layer_idx, head, sequence)[:, position]
+            for layer_idx, count in zip(trace.layers, counts, strict=True)
+            for head in range(count)
+        ]
+    )
+    states = states.masked_fill(trace.seen <= position, NOT_YET)
+    figure, axis = plt.subplots(figsize=(WIDTH, min(1.6 + 0.09 * len(states), 7.0)), layout="constrained")
+    draw_states(axis, states)
+    first = [sum(counts[:rank]) for rank in range(len(counts))]
+    for row in first[1:]:
+        axis.axhline(row - 0.5, color="white", linewidth=0.6)
+    every = -(-len(first) // 16)
+    middle = [row + (count - 1) / 2 for row, count in zip(first, counts, strict=True)]
+    axis.set_yticks(middle[::every], labels=[str(layer) for layer in trace.layers[::every]], fontsize=8)
+    axis.set_ylabel("layer, a row for each KV head", fontsize=9)
+    label_snapshots(axis, trace)
+    axis.set_title(f"The life of token {position}" + (f", {text!r}" if text else ""), fontsize=10)
+    states_legend(figure, set(states.unique().tolist()) - {NOT_YET})
+    return finish(figure, path)
+
+
+def plot_tiers(trace: "Trace | HardKVCache", sequence: int = 0, path: "str | PathLike[str] | None" = None) -> "Figure":
+    """Draw how many tokens a KV head holds in each tier after every event, the mean over all heads of all layers.
+
+    Args:
+        trace: from `cache.record()`; a cache shows only its present. sequence: of the batch.
+        path: where to save the picture, by its suffix.
+
+    Returns:
+        The figure, closed: a notebook shows it once, as a cell's last value.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed. TypeError, ValueError: nothing recorded. IndexError: no such
+            sequence.
+    """
+    require("viz", "matplotlib")
+    import matplotlib.pyplot as plt
+
+    trace = trace_of(trace, "trace")
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
+    below = torch.zeros(len(trace), dtype=torch.float64, device="cpu")
+    for code, (tier, colour) in enumerate(TIER_COLOURS.items(), 1):
+        mean = trace.lengths(tier)[:, :, sequence].sum((1, 2)).double() / trace.num_heads
+        if bool(mean.any()):
+            axis.bar(range(len(trace)), mean.numpy(), 0.8, below.numpy(), color=colour, label=STATES[code][0])
+        below += mean
+    axis.plot(range(len(trace)), trace.seen.numpy(), color="0.5", linestyle="--", marker=".", label="tokens seen")
+    axis.set_ylim(0, 1.6 * float(below.max()))  # what was seen soon leaves the picture
+    label_snapshots(axis, trace, most=10)
+    axis.set_ylabel("tokens a head, on average", fontsize=9)
+    axis.set_title("Tokens held, by tier", fontsize=10)
+    axis.legend(fontsize=8, loc="upper left", ncols=2, frameon=False)
+    return finish(figure, path)

@@ -1,0 +1,17 @@
+"""One small recorded generation for all pictures of what a cache holds."""
+
+import pytest
+import torch
+
+from hardkv import HardKVCache
+from tests.cache.conftest import make_model, make_prompts
+
+
+@pytest.fixture(scope="session")
+def run():
+    """A cache with patience, and the trace of its generation: 2 sequences, the first left-padded."""
+    model = make_model("gemma3")  # compresses layers 1 and 3
+    cache = HardKVCache(config=model.config, budget=12, window=4, interval=5, sinks=1, patience=2, scorer="snapkv")
+    with cache.record() as trace, torch.no_grad():
+        model.generate(**make_prompts(2), past_key_values=cache, max_new_tokens=22, do_sample=False)
+    return cache, trace
