@@ -19,7 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from hardkv.cache.cache import HardKVCache
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
-from hardkv.cache.offload import to_host
+from hardkv.cache.offload import ToHost
 from hardkv.cache.static import linear_of, states_of
 from hardkv.cache.steps import DecodeSteps
 from hardkv.cache.whole import HALF_DONE
@@ -145,20 +145,14 @@ class _Flight:
     """Whether all sequences have ended, and their newest tokens, on the way to the host."""
 
     def __init__(self, ended: Tensor, tokens: Tensor | None):
-        self._ended, self._tokens = to_host(ended), None if tokens is None else to_host(tokens)
-        self._landed: torch.cuda.Event | None = None
-        if ended.device.type == "cuda":
-            self._landed = torch.cuda.Event()
-            self._landed.record(torch.cuda.current_stream(ended.device))
+        self._ended, self._tokens = ToHost(ended), None if tokens is None else ToHost(tokens)
 
     def land(self, streamer: Any) -> bool:
         """Wait, stream the tokens, and tell whether all sequences have ended."""
-        if self._landed is not None:
-            self._landed.synchronize()
         if streamer is not None:
             assert self._tokens is not None
-            streamer.put(self._tokens)
-        return bool(self._ended)
+            streamer.put(self._tokens.wait())
+        return bool(self._ended.wait())
 
 
 class _Loop:

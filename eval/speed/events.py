@@ -15,9 +15,10 @@ from eval.speed.inputs import Setting, make_tiers
 from eval.speed.operations import TOLERANCE, reference_kernels, relative_error
 from eval.speed.timing import CudaTimer, describe
 from hardkv import HardKVConfig
-from hardkv.cache.layer import HardKVLayer, compress_together
+from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import Tiers
+from hardkv.cache.together import compress_together
 from hardkv.kernels import attention
 from hardkv.selectors import Risk, RiskCurves, TopK
 

@@ -20,12 +20,13 @@ from transformers.cache_utils import (
 
 from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.hybrid import HybridLayer
-from hardkv.cache.layer import HardKVLayer, compress_together
+from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.offload import Offload
 from hardkv.cache.routing import install, route
 from hardkv.cache.stats import Stats
 from hardkv.cache.steps import DecodeSteps
 from hardkv.cache.tiers import TIERS, Tiers, storage_nbytes
+from hardkv.cache.together import Together, compress_together
 from hardkv.cache.trace import Recorder, Trace
 from hardkv.cache.whole import WholeCache
 from hardkv.calibration_file import Calibration
@@ -125,6 +126,10 @@ class HardKVCache(WholeCache):
             if isinstance(calibration, Calibration) and budget.uses_temperature:
                 ours.temperatures = calibration.temperatures[rank]
             self.layers[idx] = ours
+        if not offload:
+            together = Together(self._compressed)
+            for ours in self._compressed:
+                ours.together = together
         if warning := self._uncompressed(type(config).__name__, full):
             self._warn(warning)
 
@@ -209,10 +214,7 @@ class HardKVCache(WholeCache):
             for each in (layer, self._after(layer_idx)):  # the next one comes while this one computes
                 if each is not None and each.tiers is not None:
                     self._offload.fetch(each.layer_idx, each.tiers, each.device)
-        handles = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
-        if isinstance(layer, HardKVLayer) and self.layer_class_to_replicate is None and self._offload is None:
-            handles[0].new.group = self._compressed  # type: ignore[union-attr]
-        return handles
+        return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
 
     def _after(self, layer_idx: int) -> HardKVLayer | None:
         """The next layer that this cache compresses."""

@@ -78,7 +78,6 @@ class NewTokens:
             self.values = self.keys[..., :0]
         self.start = start  # column of the first of them
         self.ingested_at: int | None = None  # the layer's event count when they were stored
-        self.group: list[HardKVLayer] = []  # the layers whose events wait for the last of them; empty: none waits
 
     @property
     def stop(self) -> int:

@@ -1,30 +1,26 @@
 """One layer of the cache: stores what attention brings, attends over the tiers, and compresses at events."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hardkv.cache.event import Event, check, condense, groups, observe, select
+from hardkv.cache.event import Event, condense, observe
 from hardkv.cache.handles import HeldStates, KVHandle, LatentHandle, LogicalLen, NewTokens, UnroutedKVError
-from hardkv.cache.merged import Selection
 from hardkv.cache.offload import Offload
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.shards import local_heads
 from hardkv.cache.tiers import DenseTier, Tiers, storage_nbytes
+from hardkv.cache.together import Together, compress_together
 from hardkv.cache.trace import Recorder
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import attend_tiers
 from hardkv.selectors.budgets import Budget
 from hardkv.selectors.observation import Observation
-
-# Bytes of keys and values of a prompt that layers may hold uncompressed, so that their events run together.
-WAITING_BYTES = 256 << 20
 
 
 class HardKVLayer(CacheLayerMixin):
@@ -47,6 +43,7 @@ class HardKVLayer(CacheLayerMixin):
             stored joined, as keys.
         recorder: is told after every event; None: nobody is.
         place: takes the tiers of an event to where they shall lie; None: they stay where they were made.
+        together: the layers that it is compressed together with; None: alone.
     """
 
     is_compileable = False  # or generate() compiles the model around data-dependent shapes
@@ -67,6 +64,7 @@ class HardKVLayer(CacheLayerMixin):
         self.offloading: Offload | None = None
         self.place: Callable[[Tiers], Tiers] | None = None
         self.recorder: Recorder | None = None
+        self.together: Together | None = None
         self.record_past = False
         self._clear()
 
@@ -144,6 +142,8 @@ class HardKVLayer(CacheLayerMixin):
                     f"gets {got} in {key_states.dtype}: this cache belongs to another batch or model; use a new "
                     "HardKVCache, or reset() this one"
                 )
+        if self.together is not None:
+            self.together.finish()
         if self.event_due:  # held back by recording, or because later layers still had to read
             self.compress()
         new = NewTokens(self, key_states, value_states, self.seen)
@@ -187,17 +187,14 @@ class HardKVLayer(CacheLayerMixin):
     ) -> None:
         """Store the first tokens, already attended by the model's own kernel, and compress them soon.
 
-        The event reads the raw keys and values, so an uncompressed copy of the prompt never exists. Layers wait for
-        one another with their events, to run them together, while all that wait hold at most `WAITING_BYTES`; a layer
-        that is larger does not wait.
+        The event reads the raw keys and values, so an uncompressed copy of the prompt never exists.
         """
         if not self._needs_storing(new):
             return
         self._check_pinned(new, padding)
         valid = _columns(padding, new)
-        nbytes = storage_nbytes([new.keys, new.values])
-        together = bool(new.group) and getattr(self.settings.scorer, "across_layers", False)
-        waits = together and not self._event_held and 2 * nbytes <= WAITING_BYTES
+        together, nbytes = self.together, storage_nbytes([new.keys, new.values])
+        waits = together is not None and together.may_wait(self, nbytes)
         if valid is None and not self._event_held:
             dense = DenseTier.view(new.keys, new.values)
         else:  # pads must go, and what outlives this call must not alias the model's activations
@@ -206,17 +203,14 @@ class HardKVLayer(CacheLayerMixin):
         ring = self._observe(query, valid, None, new)
         tiers = Tiers.of(dense, new.stop)
         if not self._event_held and not waits:
-            tiers = self._placed(condense(self._event(tiers, scale, softcap), tiers, ring))
+            tiers = self.placed(condense(self.event(tiers, scale, softcap), tiers, ring))
         if self.offloading is not None:
             tiers = self.offloading.leave(self.layer_idx, tiers)
         self._store(new, tiers, ring, scale, softcap)
         if self.recorder is not None and tiers.compressed_at is not None:
             self.recorder.event(self)
-        if new.group and (waits or self is new.group[-1]):
-            ready = [layer for layer in new.group if layer._ready]
-            held = sum(layer.tiers.dense.nbytes for layer in ready if layer.tiers is not None)
-            if self is new.group[-1] or held + nbytes > WAITING_BYTES:
-                compress_together(ready)
+        if together is not None:
+            together.prefilled(self, nbytes)
 
     def decode(
         self,
@@ -253,12 +247,10 @@ class HardKVLayer(CacheLayerMixin):
             assert self.tiers is not None
             bound = self.tiers.dense.bound
             out = self.attend(query, bound, new.start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask)
-            if self._ready:
-                # after the last layer's attention all events run together, so that the host waits for the device once
-                if not new.group:
-                    compress_together([self])
-                elif self is new.group[-1]:
-                    compress_together([layer for layer in new.group if layer._ready])
+            if self.together is not None:
+                self.together.decoded(self)
+            elif self.ready:
+                compress_together([self])
             return out
 
     def attend(
@@ -364,7 +356,7 @@ class HardKVLayer(CacheLayerMixin):
         return self.record_past or self.shared
 
     @property
-    def _ready(self) -> bool:
+    def ready(self) -> bool:
         """Whether an event is due and nothing holds it."""
         return self.event_due and not self._event_held
 
@@ -392,10 +384,12 @@ class HardKVLayer(CacheLayerMixin):
         finally:
             self.tiers = self.offloading.leave(self.layer_idx, self.tiers)
 
-    def _placed(self, tiers: Tiers) -> Tiers:
+    def placed(self, tiers: Tiers) -> Tiers:
+        """The tiers of an event where they shall lie."""
         return tiers if self.place is None else self.place(tiers)
 
-    def _event(self, tiers: Tiers, scale: float, softcap: float | None) -> Event:
+    def event(self, tiers: Tiers, scale: float, softcap: float | None) -> Event:
+        """What an event of these tiers needs to know."""
         latent = self.head_dim if self.latent else None
         pinned = self.pinned(tiers.seen)
         return Event(self.settings, self.budget, pinned, scale, softcap, self.temperatures, latent)
@@ -547,63 +541,6 @@ class HardKVLayer(CacheLayerMixin):
             return 0
         columns = self.batch_size * self.num_kv_heads * self.seen
         return columns * (self.head_dim + self.value_dim) * self.dtype.itemsize
-
-
-def compress_together(layers: Sequence[HardKVLayer]) -> None:
-    """An event of each layer; the host waits for each device once.
-
-    A failure leaves every layer as it was before its own event or after it, unless it has a `place`.
-
-    Raises:
-        ValueError: a scorer did not keep to its contract; nothing has changed then.
-        NotImplementedError: see `event.check`; nothing has changed then.
-    """
-    events, tiers, rings = [], [], []
-    count_fills(layers)
-    for layer in layers:
-        assert layer.tiers is not None
-        assert layer.ring is not None
-        events.append(layer._event(layer.tiers, layer.scale, layer.softcap))
-        tiers.append(layer.tiers)
-        rings.append(layer.ring)
-
-    def of(parts: Sequence[Any], group: Sequence[int]) -> list[Any]:
-        return [parts[i] for i in group]
-
-    by_device: dict[torch.device, list[tuple[list[int], Selection]]] = {}
-    for group in groups(events, tiers, rings):
-        selection = select(of(events, group), of(tiers, group), of(rings, group))
-        by_device.setdefault(layers[group[0]].device, []).append((group, selection))
-    del tiers  # so that each layer's old bytes go as soon as it has new ones
-    for selected in by_device.values():
-        read = torch.cat([selection.sizes for _, selection in selected]).tolist()
-        sizes = [[read.pop(0) for _ in group] for group, _ in selected]
-        for (group, _), each in zip(selected, sizes, strict=True):
-            for i, size in zip(group, each, strict=True):
-                check(events[i], size)
-        for (group, selection), each in zip(selected, sizes, strict=True):
-            for place, (i, index) in enumerate(zip(group, selection.index(each), strict=True)):
-                layer, settings = layers[i], layers[i].settings
-                assert layer.tiers is not None
-                sizes_of = each[place], settings.window, settings.interval
-                layer.tiers = layer._placed(selection.finish(place, layer.tiers, index, *sizes_of))
-                layer.committed = layer.seen
-                if layer.recorder is not None:
-                    layer.recorder.event(layer)
-
-
-def count_fills(layers: Sequence[HardKVLayer]) -> None:
-    """Let the host know the fill of every dense tier where padding hid it, which it waits for once a device."""
-    unknown: dict[torch.device, list[HardKVLayer]] = {}
-    for layer in layers:
-        if layer.tiers is not None and not layer.tiers.dense.even:
-            unknown.setdefault(layer.device, []).append(layer)
-    for same in unknown.values():
-        dense = [layer.tiers.dense for layer in same if layer.tiers is not None]
-        fills = torch.stack([each.fill for each in dense]).tolist()  # [layers, B]
-        for layer, fill in zip(same, fills, strict=True):
-            assert layer.tiers is not None
-            layer.tiers = replace(layer.tiers, dense=layer.tiers.dense.counted(fill))
 
 
 def _columns(padding: Tensor | None, new: NewTokens) -> Tensor | None:

@@ -27,6 +27,21 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+class ToHost:
+    """A tensor on its way to the host, which goes on with other work until it waits for it."""
+
+    def __init__(self, tensor: Tensor):
+        self._home, self._copied = to_host(tensor), None
+        if tensor.device.type == "cuda":
+            self._copied = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait(self) -> Tensor:
+        """The tensor in host memory; what was launched after it need not have run."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._home
+
+
 @dataclass(frozen=True)
 class Arrival:
     """Ragged tiers on the device, and the ones at home that they are copies of."""

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
-from hardkv.cache.layer import HardKVLayer, compress_together
+from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
+from hardkv.cache.together import compress_together
 from hardkv.cache.windows import LAST, StaticWindow
 from hardkv.kernels.append import append_step
 from hardkv.kernels.rows import Rows

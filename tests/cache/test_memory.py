@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
 
 from hardkv import HardKVCache
-from hardkv.cache import layer as layer_module
+from hardkv.cache import together
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, TopK, TopP
 
 SIZES = {"window": 8, "sinks": 2, "interval": 12}
@@ -188,10 +188,10 @@ def test_an_event_frees_the_old_tiers(tiny_model, tiny_prompts, run_feed):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("wait", [0, 1, 2, 3])
 def test_prefill_holds_no_more_uncompressed_layers_than_may_wait(wait, padded, monkeypatch, tiny_model, tiny_prompts):
-    """Full keys are gone when the next ones are made, but for layers that wait to be compressed with others."""
+    """Full keys are gone when the next layer's come, but for layers that wait to be compressed with others."""
     batch = 3 if padded else 1
     model, inputs = tiny_model("llama", num_hidden_layers=4), tiny_prompts(batch, 60)
-    monkeypatch.setattr(layer_module, "WAITING_BYTES", int((wait + 0.5) * batch * 2 * 60 * 2 * 8 * 4))
+    monkeypatch.setattr(together, "WAITING_BYTES", int((wait + 0.5) * batch * 2 * 60 * 2 * 8 * 4))
     cache = HardKVCache(config=model.config, budget=24, **SIZES)
     made, alive, uncompressed = [], [], []
 
@@ -204,8 +204,8 @@ def test_prefill_holds_no_more_uncompressed_layers_than_may_wait(wait, padded, m
         layer.self_attn.v_proj.register_forward_hook(watch)  # what the cache gets is a view of this
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
-    wait = 0 if wait == 1 else wait  # a layer alone has nothing to wait for
-    assert uncompressed == [idx % max(wait, 1) for idx in range(4)]
+    # before a layer's keys go to the cache; a layer alone has nothing to wait for
+    assert uncompressed == ([0, *((idx % wait) + 1 for idx in range(3))] if wait > 1 else [0] * 4)
     assert alive == ([0] * 4 if padded else uncompressed)  # pads are left out of a copy
     assert cache.stats().events == 1
     assert cache.nbytes() < cache.dense_nbytes()

@@ -40,7 +40,7 @@ def groups(monkeypatch):
         return select(events, *args)
 
     monkeypatch.setattr(event, "select", spy)
-    monkeypatch.setattr("hardkv.cache.layer.select", spy)
+    monkeypatch.setattr("hardkv.cache.together.select", spy)
     return sizes
 
 
@@ -111,7 +111,7 @@ def test_together_as_alone(
     options = {"scorer": scorer, "budget": budget, "patience": patience, **more}
     cache, logits = run(model, inputs, run_feed, **options)
     assert set(groups) == {1 if isinstance(scorer, Alone) else 3}
-    monkeypatch.setattr("hardkv.cache.layer.WAITING_BYTES", 0)
+    monkeypatch.setattr("hardkv.cache.together.WAITING_BYTES", 0)
     monkeypatch.setattr(event, "TOGETHER_BYTES", 0)
     monkeypatch.setattr(event, "TOGETHER_SHARE", 0)
     groups.clear()
