@@ -1,7 +1,7 @@
 """One layer of the cache: stores what attention brings, attends over the tiers, and compresses at events."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from hardkv.cache.event import Event, condense, observe
 from hardkv.cache.handles import HeldStates, KVHandle, LatentHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.offload import Offload
+from hardkv.cache.pool import Pool
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.shards import local_heads
 from hardkv.cache.tiers import DenseTier, Tiers, storage_nbytes
@@ -42,7 +43,7 @@ class HardKVLayer(CacheLayerMixin):
         latent: whether the model expands what it stores: "keys" are then latents, and "values" rotated keys; they are
             stored joined, as keys.
         recorder: is told after every event; None: nobody is.
-        place: takes the tiers of an event to where they shall lie; None: they stay where they were made.
+        pool: where the tiers of an event shall lie; None: they stay where they were made.
         together: the layers that it is compressed together with; None: alone.
     """
 
@@ -62,7 +63,7 @@ class HardKVLayer(CacheLayerMixin):
         self.latent = False
         self.temperatures: Tensor | None = None
         self.offloading: Offload | None = None
-        self.place: Callable[[Tiers], Tiers] | None = None
+        self.pool: Pool | None = None
         self.recorder: Recorder | None = None
         self.together: Together | None = None
         self.record_past = False
@@ -370,7 +371,7 @@ class HardKVLayer(CacheLayerMixin):
         with self._on_device():
             assert self.tiers is not None
             assert self.ring is not None
-            return observe(self._event(self.tiers, self.scale, self.softcap), self.tiers, self.ring)
+            return observe(self.event(self.tiers, self.scale, self.softcap), self.tiers, self.ring)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -386,7 +387,7 @@ class HardKVLayer(CacheLayerMixin):
 
     def placed(self, tiers: Tiers) -> Tiers:
         """The tiers of an event where they shall lie."""
-        return tiers if self.place is None else self.place(tiers)
+        return tiers if self.pool is None else self.pool.hold(tiers)
 
     def event(self, tiers: Tiers, scale: float, softcap: float | None) -> Event:
         """What an event of these tiers needs to know."""

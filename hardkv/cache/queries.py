@@ -19,6 +19,7 @@ class QueryRing:
             self.buffer = torch.zeros(batch, num_heads, capacity, head_dim, dtype=queries.dtype, device=queries.device)
             self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=queries.device)
         self.first: int | None = None  # the oldest column that is not overwritten
+        self.valid_from: int | None = None  # the host knows this and all newer columns to be valid in every sequence
 
     @property
     def capacity(self) -> int:
@@ -29,6 +30,7 @@ class QueryRing:
         capacity, q_len = self.capacity, queries.shape[2]
         # before anything is overwritten
         self.first = max(start if self.first is None else min(self.first, start), start + q_len - capacity)
+        self._note(start, None if valid is None else start + q_len)
         first = max(0, q_len - capacity)
         while first < q_len:  # at most twice: to the buffer's end, and from its beginning
             slot = (start + first) % capacity
@@ -42,12 +44,22 @@ class QueryRing:
         """`count` queries of every sequence, before column `end`, were written to the buffer by somebody else."""
         start = end - count
         self.first = max(start if self.first is None else self.first, end - self.capacity)
+        known = self.valid_from is not None and start - self.valid_from >= self.capacity
+        self._note(start, None)
+        if known:  # no slot says otherwise
+            return
         first, last = (end - min(count, self.capacity)) % self.capacity, end % self.capacity
         if first < last:
             self.valid[:, first:last] = True
         else:
             self.valid[:, first:] = True
             self.valid[:, :last] = True
+
+    def _note(self, start: int, valid_from: int | None) -> None:
+        """Columns from `start` come, valid from a column on; None: all of them. They may take the place of others."""
+        if valid_from is None:
+            valid_from = start if self.valid_from is None else min(self.valid_from, start)
+        self.valid_from = valid_from
 
     def available(self, end: int) -> int:
         """How many columns before `end` are not overwritten."""
@@ -69,7 +81,7 @@ class QueryRing:
         ring = QueryRing(self.buffer[indices], self.capacity)
         ring.buffer.copy_(self.buffer[indices])
         ring.valid.copy_(self.valid[indices])
-        ring.first = self.first
+        ring.first, ring.valid_from = self.first, self.valid_from
         return ring
 
 

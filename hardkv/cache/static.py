@@ -2,7 +2,7 @@
 
 Between two events only the dense tier's fill and the column of the next token change, and both live on the device. The
 host's numbers (`Tiers.seen`, the dense tier's bound) follow in `StaticDecoding.settle`. An event makes new tiers as
-always; `Pool.hold` then moves them to the old addresses.
+always, and the layer's `Pool` moves them to the old addresses.
 """
 
 import threading
@@ -16,106 +16,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from hardkv.cache.layer import HardKVLayer
-from hardkv.cache.queries import QueryRing
-from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
+from hardkv.cache.pool import Pool
 from hardkv.cache.together import compress_together
 from hardkv.cache.windows import LAST, StaticWindow
 from hardkv.kernels.append import append_step
-from hardkv.kernels.rows import Rows
-
-# A pool whose budget has no fixed total gets this much more room than it needs, whenever it runs out.
-GROWTH = 1.25
-
-
-class Pool:
-    """Room at fixed addresses for one layer's condensed and dense tier and its query ring.
-
-    Args:
-        tiers, ring: their shapes, dtypes and device are taken.
-        room: tokens of the condensed tier. dense_room: tokens of the dense tier, a head and sequence.
-    """
-
-    def __init__(self, tiers: Tiers, ring: QueryRing, room: int, dense_room: int):
-        self.dense = DenseTier.allocate(tiers.dense.keys, tiers.dense.values, dense_room)
-        rows = tiers.shape[0] * tiers.shape[1]
-        with torch.inference_mode(False):
-            self.cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=tiers.dense.fill.device)
-        self.ring = QueryRing(ring.buffer, ring.capacity)
-        self.schedules: dict[Any, Any] = {}
-        self._grow(tiers.condensed, room)
-
-    def _grow(self, like: RaggedTier, room: int) -> None:
-        with torch.inference_mode(False):
-            self.tokens = [
-                torch.empty(room, *each.shape[1:], dtype=each.dtype, device=each.device)
-                for each in (like.keys, like.values, like.positions, like.misses)
-            ]
-
-    @property
-    def room(self) -> int:
-        """Tokens of the condensed tier that fit."""
-        return self.tokens[0].shape[0]
-
-    def fits(self, tiers: Tiers) -> bool:
-        """Whether these are of the pool's shapes; the condensed tier's length apart."""
-        mine, dense = self.dense, tiers.dense
-        return (
-            mine.keys.shape[:2] == dense.keys.shape[:2]
-            and mine.keys.shape[3] == dense.keys.shape[3]
-            and mine.values.shape[3] == dense.values.shape[3]
-            and mine.keys.dtype == dense.keys.dtype
-            and mine.keys.device == dense.keys.device
-            and dense.bound <= mine.capacity
-        )
-
-    def hold(self, tiers: Tiers) -> Tiers:
-        """The same tiers at the pool's addresses, which move when the condensed tier outgrows its room.
-
-        Tiers of other shapes stay as they are.
-        """
-        if not self.fits(tiers):
-            return tiers
-        condensed, dense, bound = tiers.condensed, tiers.dense, tiers.dense.bound
-        total = condensed.rows.total
-        if total > self.room:
-            self._grow(condensed, int(total * GROWTH))
-        held = [buffer[:total] for buffer in self.tokens]
-        for buffer, new in zip(
-            held, (condensed.keys, condensed.values, condensed.positions, condensed.misses), strict=True
-        ):
-            _move(new, buffer)
-        for buffer, new in ((self.dense.keys, dense.keys), (self.dense.values, dense.values)):
-            _move(new[:, :, :bound], buffer[:, :, :bound])
-        _move(dense.positions[:, :bound], self.dense.positions[:, :bound])
-        _move(dense.fill, self.dense.fill)
-        _move(condensed.cu_seqlens, self.cu_seqlens)
-        rows = Rows(self.cu_seqlens, total, condensed.rows.longest, self.schedules, self.room)
-        if self.schedules:
-            from hardkv.kernels.triton.attention import recut_schedules
-
-            recut_schedules(rows, bound)
-        return replace(
-            tiers,
-            condensed=RaggedTier(held[0], held[1], held[2], held[3], rows),
-            dense=replace(self.dense, bound=bound, even=dense.even),
-        )
-
-    def hold_ring(self, ring: QueryRing) -> QueryRing:
-        """The same queries at the pool's addresses."""
-        _move(ring.buffer, self.ring.buffer)
-        _move(ring.valid, self.ring.valid)
-        self.ring.first = ring.first
-        return self.ring
-
-    def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes."""
-        schedules = [tensor for schedule in self.schedules.values() for tensor in schedule.tensors()]
-        return [*self.tokens, self.cu_seqlens, *self.dense.tensors(), self.ring.buffer, self.ring.valid, *schedules]
-
-
-def _move(source: Tensor, target: Tensor) -> None:
-    if source.data_ptr() != target.data_ptr():
-        target.copy_(source)
 
 
 class StaticDecoding:
@@ -136,7 +40,7 @@ class StaticDecoding:
         self.seen = 0  # as the host's numbers have it
         self.steps = 0  # that they do not know of yet
         self.midway = False  # whether a step has begun and not ended
-        self.filled: dict[int, Tensor] = {}  # every layer's fill as the host's numbers have it
+        self.filled = torch.empty(0)  # int64 [layers, B], their fill as the host's numbers have it
         attended: list[Any] = [*self.layers.values(), *sliding_of(layers).values()]
         with torch.inference_mode(False):
             self.column = torch.zeros(1, dtype=torch.int64, device=attended[0].device)
@@ -186,6 +90,7 @@ class StaticDecoding:
         self.column.fill_(seen)
         for idx in self.layers:
             self._hold(idx)
+        self._note_fill()
         for window in self.windows.values():
             window.load(padding)
 
@@ -194,7 +99,10 @@ class StaticDecoding:
         assert layer.tiers is not None
         assert layer.ring is not None
         layer.tiers, layer.ring = pool.hold(layer.tiers), pool.hold_ring(layer.ring)
-        self.filled[idx] = layer.tiers.dense.fill.clone()
+
+    def _note_fill(self) -> None:
+        if self.pools:
+            self.filled = torch.stack([pool.dense.fill for pool in self.pools.values()])
 
     @property
     def event_due(self) -> bool:
@@ -211,8 +119,7 @@ class StaticDecoding:
         self._count()
         with self.placing():
             compress_together(list(self.layers.values()))
-        for idx, pool in self.pools.items():
-            self.filled[idx] = pool.dense.fill.clone()
+        self._note_fill()
 
     @contextmanager
     def placing(self) -> Iterator[None]:
@@ -221,12 +128,12 @@ class StaticDecoding:
         What fails within leaves tiers that nobody can use.
         """
         for idx, layer in self.layers.items():
-            layer.place = self.pools[idx].hold
+            layer.pool = self.pools[idx]
         try:
             yield
         finally:
             for layer in self.layers.values():
-                layer.place = None
+                layer.pool = None
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -295,7 +202,7 @@ class StaticDecoding:
         self.seen += count
         if not count:
             return
-        for idx, layer in self.layers.items():
+        for layer in self.layers.values():
             tiers, ring = layer.tiers, layer.ring
             assert tiers is not None
             assert ring is not None
@@ -304,13 +211,13 @@ class StaticDecoding:
             tiers = replace(tiers, dense=dense, tokens=tiers.tokens + count, seen=tiers.seen + count)
             ring.appended(count, tiers.seen)
             layer.tiers, layer.prompt_length = tiers, prompt_length
-            self.filled[idx] = self.filled[idx] + count
+        self.filled += count
 
     def recover(self) -> None:
         """Let the host's numbers and every layer follow the column, after an interrupt or a step taken back."""
         self.steps = int(self.column) - self.seen
-        for idx, pool in self.pools.items():
-            pool.dense.fill.copy_(self.filled[idx] + self.steps)
+        for pool, filled in zip(self.pools.values(), self.filled, strict=True):
+            pool.dense.fill.copy_(filled + self.steps)
         self.settle()
 
     def take_back(self) -> None:

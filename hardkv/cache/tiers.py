@@ -286,10 +286,16 @@ class Tiers:
             least: the host's lower bound on the dense tier's fill. temperatures: what the event selected with.
             window, interval: sizes of the new dense tier.
         """
+        return self.after_event(condensed, sparse, self.dense.newest(window, window + interval, least), temperatures)
+
+    def after_event(
+        self, condensed: RaggedTier, sparse: RaggedTier, dense: DenseTier, temperatures: Tensor | None
+    ) -> "Tiers":
+        """The tiers that an event, which selected with these temperatures, leaves."""
         return Tiers(
             condensed,
             sparse,
-            self.dense.newest(window, window + interval, least),
+            dense,
             tokens=self.tokens,
             seen=self.seen,
             compressed_at=self.seen,

@@ -70,7 +70,7 @@ class Together:
 class Compression:
     """An event of each of some layers: what stays is decided on the device, and `finish` moves it.
 
-    A failure leaves every layer as it was before its own event or after it, unless it has a `place`.
+    A failure leaves every layer as it was before its own event or after it, unless it has a `pool`.
     """
 
     def __init__(self, layers: "Sequence[HardKVLayer]"):
@@ -117,8 +117,14 @@ class Compression:
                     if begun is None or layer.tiers is not begun:
                         continue
                     del begun
-                    sizes_of = each[place], settings.window, settings.interval
-                    layer.tiers = layer.placed(selection.finish(place, layer.tiers, index, *sizes_of))
+                    found, temperatures = (selection, index, each[place]), selection.temperatures[place]
+                    tiers = None
+                    if layer.pool is not None:
+                        tiers = layer.pool.compacted(layer.tiers, *found, temperatures, settings.window)
+                    if tiers is None:
+                        sizes_of = each[place], settings.window, settings.interval
+                        tiers = layer.placed(selection.finish(place, layer.tiers, index, *sizes_of))
+                    layer.tiers = tiers
                     layer.committed = layer.seen
                     if layer.recorder is not None:
                         layer.recorder.event(layer)

@@ -61,3 +61,34 @@ def gather_tiers(
     keys = gather_tokens([keys for keys, _ in sources], chosen)
     values = gather_tokens([values for _, values in sources], chosen)
     return keys, values, positions[index], misses[index]
+
+
+def compact(
+    tokens: Sequence[Tensor],
+    dense: tuple[Tensor, Tensor],
+    cu_seqlens: Tensor,
+    address: Tensor,
+    index: Tensor,
+    positions: Tensor,
+    misses: Tensor,
+) -> None:
+    """Ragged rows that keep their lengths, of their own tokens and the dense tier's: written over themselves.
+
+    Args:
+        tokens: keys `[n, D]`, values `[n, Dv]`, int32 positions `[n]` and uint8 misses `[n]` of the rows, contiguous.
+        dense: keys `[B, H, C, D]` and values `[B, H, C, Dv]` of the newest tokens, other memory.
+        cu_seqlens: int32 `[R + 1]`, before and after.
+        address: int64 `[N]`, of all tokens over the rows' and the dense slots', as in `gather_tokens`.
+        index: int64 `[n]`, which of the N to take; in every row the places of its own tokens ascend, so that none lies
+            before its new one.
+        positions: int32 `[N]`. misses: uint8 `[N]`.
+    """
+    if kernels_for(tokens[0].device, tokens[0].dtype) == "triton":
+        from hardkv.kernels.triton import compaction as kernel
+
+        with current(address):
+            kernel.compact(tokens, dense, cu_seqlens, address, index, positions, misses)
+        return
+    sources = [(tokens[0], tokens[1]), dense]
+    for held, new in zip(tokens, gather_tiers(sources, address, index, positions, misses), strict=True):
+        held.copy_(new)

@@ -18,7 +18,8 @@ import hardkv.cache.layer as layer_module
 import hardkv.generation as module
 from hardkv import Calibration, HardKVCache
 from hardkv.cache.handles import KVHandle, UnroutedKVError
-from hardkv.cache.static import GROWTH, StaticTokens
+from hardkv.cache.pool import GROWTH, Pool
+from hardkv.cache.static import StaticTokens
 from hardkv.cache.windows import LAST
 from hardkv.calibration_file import geometry
 from hardkv.generation import graphed
@@ -316,6 +317,22 @@ def test_fixed_totals_never_move(model):
         generate_logits(model, cache, prompts, 70, custom_generate=graphed, stopping_criteria=criteria)
         assert len(criteria[0].seen) == 1
         assert cache.stats().captures == ON_GPU
+
+
+def test_rows_of_one_length_are_compacted_in_place(model, monkeypatch):
+    """Once all heads keep as many tokens as before, an event writes them over themselves and makes nothing new."""
+    held, in_place, after = [], [], Pool.compacted
+    monkeypatch.setattr(Pool, "compacted", lambda *args: in_place.append(after(*args)) or in_place[-1])
+    for budget in (TopK(12), AdaKV(12)):
+        cache = same(model, make_prompts(2, length=30), cache_settings={"budget": budget, "scorer": "snapkv"})[1]
+        held.append([tiers is not None for tiers in in_place])
+        for idx, pool in cache.steps.decoding.pools.items():
+            assert cache.layers[idx].tiers.condensed.keys.data_ptr() == pool.tokens[0].data_ptr()
+        in_place.clear()
+    events = len(held[0]) // model.config.num_hidden_layers
+    assert events >= 4
+    assert all(held[0])  # the prompt's own event has left 12 a head
+    assert not all(held[1])
 
 
 def test_empty_tiers_have_an_address(model, monkeypatch):

@@ -7,66 +7,18 @@ condensed tier only: who works on a row's end takes all its dense slots, whose n
 schedule, and a captured graph, stay valid until the next event.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hardkv.kernels.rows import Rows
+from hardkv.kernels.triton.schedule import UNIT, Schedule, schedule_for
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Rows of a matrix unit's smallest product: fewer queries are padded to it.
 MIN_QUERIES = 16
 MAX_QUERIES, QUERY_BYTES = 64, 16 << 10
-# The line is cut at multiples of this.
-UNIT = 64
-# Fewest tokens that are worth a program.
-MIN_SHARE = 128
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which program works on which part of which row; made on the device, without asking it anything."""
-
-    row_start: Tensor  # int32 [R + 1], where rows begin on the line, in units
-    first_row: Tensor  # int32 [P], the row in which a program's share begins
-    share: Tensor  # int32 [1], units of a program
-    arrived: Tensor  # int32 [R * query blocks], programs that have finished; 0 between launches
-
-    @classmethod
-    def make(cls, cu_seqlens: Tensor, total: int, dense: int, programs: int, query_blocks: int = 1) -> "Schedule":
-        """Cut rows of `cu_seqlens` int32 `[R + 1]` (`total` tokens) into shares.
-
-        Args:
-            dense: dense tokens that a row is expected to have: right on average, the work is even.
-            programs: shares at most. query_blocks: blocks of queries that every share meets.
-        """
-        rows = cu_seqlens.shape[0] - 1
-        programs = max(1, min(programs, (total + rows * dense) // MIN_SHARE + rows))
-        arrived = torch.zeros(rows * query_blocks, dtype=torch.int32, device=cu_seqlens.device)
-        return cls(*_cut(cu_seqlens, dense, programs), arrived)
-
-    def recut(self, cu_seqlens: Tensor, dense: int) -> None:
-        """Serve other rows, as many as before, with as many programs: rewritten in place, for captured graphs."""
-        parts = _cut(cu_seqlens, dense, self.first_row.shape[0])
-        for mine, new in zip((self.row_start, self.first_row, self.share), parts, strict=True):
-            mine.copy_(new)
-
-    def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes."""
-        return [self.row_start, self.first_row, self.share, self.arrived]
-
-
-def _cut(cu_seqlens: Tensor, dense: int, programs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where rows begin on the line, in which row each program's share begins, and how large a share is."""
-    units = ((cu_seqlens.diff() + (dense + UNIT - 1)) // UNIT).clamp_min(1)
-    row_start = torch.zeros_like(cu_seqlens)
-    torch.cumsum(units, 0, out=row_start[1:])
-    share = ((row_start[-1:] + (programs - 1)) // programs).clamp_min(MIN_SHARE // UNIT)
-    begins = torch.arange(programs, dtype=torch.int32, device=cu_seqlens.device) * share
-    return row_start, torch.searchsorted(row_start[1:], begins, right=True, out_int32=True), share
 
 
 @triton.jit
@@ -295,9 +247,9 @@ def _ragged_attention(
         row += 1
 
 
-# Programs per multiprocessor, and of each: warps, and pipeline stages of about 16 KB. Measured best on an H200 for
-# 60 MB of keys and values and more (eval/speed); three such programs fit on every GPU since sm_80 but sm_86 and sm_89.
-OCCUPANCY, WARPS, STAGES, STAGE_BYTES = 3, 4, 3, 16 << 10
+# Warps of a program, and pipeline stages of about 16 KB. Measured best on an H200 for 60 MB of keys and values and more
+# (eval/speed), with `schedule.OCCUPANCY`.
+WARPS, STAGES, STAGE_BYTES = 4, 3, 16 << 10
 
 
 def block_tokens(head_dim: int, itemsize: int) -> tuple[int, int]:
@@ -410,29 +362,6 @@ def launch(
         num_warps=WARPS,
     )  # fmt: skip
     return out, lse
-
-
-def schedule_for(rows: Rows, bound: int, capacity: int, blocks: int) -> Schedule:
-    """The schedule of rows whose dense tier has `bound` of `capacity` slots filled; kept until the rows change."""
-    key = capacity, blocks
-    if key not in rows.schedules:
-        device = rows.cu_seqlens.device
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        programs = max(1, OCCUPANCY * processors // blocks)
-        total = rows.total if rows.room is None else rows.room
-        rows.schedules[key] = Schedule.make(rows.cu_seqlens, total, expected(bound, capacity), programs, blocks)
-    return rows.schedules[key]
-
-
-def expected(bound: int, capacity: int) -> int:
-    """Dense tokens to plan for: the tier fills up before the rows change, so half of what is free, on average."""
-    return (bound + capacity) // 2
-
-
-def recut_schedules(rows: Rows, bound: int) -> None:
-    """Rewrite in place every schedule that `rows` took over from rows in the same buffers; see `schedule_for`."""
-    for (capacity, _), schedule in rows.schedules.items():
-        schedule.recut(rows.cu_seqlens, expected(bound, capacity))
 
 
 def queries_per_block(group: int, q_len: int, head_dim: int, itemsize: int) -> int:

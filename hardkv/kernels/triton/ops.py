@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 
 from hardkv.kernels.triton import append as append_kernel
-from hardkv.kernels.triton import attention, compaction, scoring, similarity
+from hardkv.kernels.triton import attention, compaction, schedule, scoring, similarity
+
+
+@torch.library.custom_op("hardkv::cut", mutates_args=("row_start", "first_row", "share"))
+def cut(row_start: Tensor, first_row: Tensor, share: Tensor, cu_seqlens: Tensor, dense: int) -> None:
+    """`schedule.cut`."""
+    schedule.cut(row_start, first_row, share, cu_seqlens, dense)
+
+
+@cut.register_fake
+def _(*args: object) -> None:
+    return None
 
 
 @torch.library.custom_op("hardkv::ragged_attention", mutates_args=("arrived",))
@@ -31,11 +42,9 @@ def ragged_attention(
     new_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`attention.launch` with the parts of its schedule."""
-    schedule = attention.Schedule(row_start, first_row, share, arrived)
+    parts = schedule.Schedule(row_start, first_row, share, arrived)
     tensors = query, keys, values, cu_seqlens, dense_keys, dense_values, dense_positions, fill
-    return attention.launch(
-        *tensors, schedule, start=start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask
-    )
+    return attention.launch(*tensors, parts, start=start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask)
 
 
 @ragged_attention.register_fake

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import hardkv.kernels.triton  # noqa: E402
 from hardkv.kernels.rows import Rows, cumulative  # noqa: E402
-from hardkv.kernels.triton import append, attention, compaction, layout, scoring, similarity  # noqa: E402
+from hardkv.kernels.triton import append, attention, compaction, layout, schedule, scoring, similarity  # noqa: E402
 from tests.kernels.test_scoring import REDUCTIONS  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # Triton brings its own
@@ -201,6 +201,19 @@ def gather_keys(dim, dtype, layout):
     compaction.gather_keys(sources(dim, dtype, layout), torch.zeros(N, dtype=torch.int64))
 
 
+def compact(dim, dtype, layout):
+    first, _, last = sources(dim, dtype, layout)
+    last = last if last.dim() == 4 else last[None, None]
+    address = torch.zeros(2 * N, dtype=torch.int64)
+    known = [torch.zeros(size, dtype=dtype) for size in (N, 2 * N) for dtype in (torch.int32, torch.uint8)]
+    held, told = known[:2], known[2:]
+    compaction.compact([first, first.clone(), *held], (last, last), cu_seqlens(), address, address[:N], *told)
+
+
+def cut():
+    schedule.Schedule.make(cu_seqlens(), N, C, 400)
+
+
 def add(dim, dtype, q_len, options):
     dense, new = (torch.empty(B, H, tokens, dim, dtype=getattr(torch, dtype)) for tokens in (C, q_len))
     append.append(
@@ -296,6 +309,11 @@ def test_pool_rows(check, arch, pooling):
 
 
 @pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_schedule(check, arch):
+    check(arch, cut)
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
 def test_layout(check, arch):
     check(arch, lay_out, None)
     check(arch, lay_out, torch.arange(N))
@@ -311,7 +329,7 @@ def test_similarity(check, arch, dim, dtype):
     ("arch", "dim", "dtype", "layout"),
     [(*shape, layout) for shape, layout in zip(SHAPES, cycle(LAYOUTS), strict=False)],
 )
-@pytest.mark.parametrize("gather", [gather_tiers, gather_keys])
+@pytest.mark.parametrize("gather", [gather_tiers, gather_keys, compact])
 def test_compaction(check, arch, dim, dtype, layout, gather):
     check(arch, gather, dim, dtype, layout)
 
@@ -340,6 +358,7 @@ def test_no_kernel_is_left_out():
         compare(64, "float16")
         gather_tiers(64, "float16", "flat")
         gather_keys(64, "float16", "flat")
+        compact(64, "float16", "flat")
         add(64, "float16", 1, "plain")
         append_step(64, "float16")
     assert launched == {function.__name__ for function in functions} - called

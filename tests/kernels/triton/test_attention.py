@@ -13,7 +13,8 @@ triton = pytest.importorskip("triton")
 
 from hardkv.kernels.attention import dense_allowed  # noqa: E402
 from hardkv.kernels.rows import cumulative  # noqa: E402
-from hardkv.kernels.triton.attention import UNIT, Schedule, launch, query_blocks  # noqa: E402
+from hardkv.kernels.triton.attention import launch, query_blocks  # noqa: E402
+from hardkv.kernels.triton.schedule import UNIT, Schedule  # noqa: E402
 from tests.kernels import test_attention as reference  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -165,7 +166,7 @@ class TestSchedule:
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(0, 300), min_size=1, max_size=8), st.integers(0, 40), st.integers(1, 40))
     def test_shares_cover_every_row_once(self, lengths, capacity, programs):
-        schedule = Schedule.make(cumulative(torch.tensor(lengths)), sum(lengths), capacity, programs)
+        schedule = Schedule.make(cumulative(torch.tensor(lengths, device=DEVICE)), sum(lengths), capacity, programs)
         units = [max(1, -(-(length + capacity) // UNIT)) for length in lengths]
         line = [row for row, count in enumerate(units) for _ in range(count)]
         share, first_row = int(schedule.share), schedule.first_row.tolist()
@@ -180,7 +181,7 @@ class TestSchedule:
     def test_recut_in_place_is_as_made_anew(self, data, rows, capacity, programs):
         """For rows that have as many programs; and the addresses stay."""
         lengths = [data.draw(st.lists(st.integers(0, 300), min_size=rows, max_size=rows)) for _ in range(2)]
-        before, after = (cumulative(torch.tensor(each)) for each in lengths)
+        before, after = (cumulative(torch.tensor(each, device=DEVICE)) for each in lengths)
         schedule = Schedule.make(before, 300 * rows, capacity, programs)
         addresses = [tensor.data_ptr() for tensor in schedule.tensors()]
         schedule.recut(after, capacity)

@@ -232,3 +232,63 @@ def test_in_a_captured_graph():
     assert torch.equal(found[0], concatenated(keys)[address[index]])
     assert torch.equal(found[1], concatenated(values)[address[index]])
     assert torch.equal(found[2], positions[index])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(0, 300),
+    st.integers(0, 90),
+    st.sampled_from(LAYOUTS[1:]),
+    st.sampled_from([(8, 8), (80, 80), (16, 0), (24, 5)]),
+    st.randoms(use_true_random=False),
+)
+def test_compacting_rows_over_themselves(batch, heads, length, capacity, layout, dims, random):
+    """Every row keeps as many tokens as it had, of its own and its dense slots'; any of them, in order."""
+    rows = batch * heads
+    held = [tokens(rows * length, dim) for dim in dims]
+    held += [torch.randint(0, 99, (rows * length,), dtype=dtype, device=DEVICE) for dtype in (torch.int32, torch.uint8)]
+    newest = tuple(dense(layout, batch, heads, capacity, dim) for dim in dims)
+    address, index = [], []
+    for row in range(rows):
+        own = [row * length + i for i in range(length)]
+        slots = [rows * length + row * capacity + i for i in range(capacity)]
+        chosen = sorted(random.sample(range(length + capacity), length))
+        index += [len(address) + i for i in chosen]
+        address += own + slots
+    address, index = (torch.tensor(each, dtype=torch.int64, device=DEVICE) for each in (address, index))
+    positions = torch.randint(0, 1 << 30, address.shape, dtype=torch.int32, device=DEVICE)
+    misses = torch.randint(0, 256, address.shape, device=DEVICE).to(torch.uint8)
+    expected = [concatenated([mine, new])[address[index]] for mine, new in zip(held, newest, strict=False)]
+    cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * length
+    compaction.compact(held, newest, cu_seqlens, address, index, positions, misses)
+    for found, wanted in zip(held, [*expected, positions[index], misses[index]], strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs many programs at once")
+@pytest.mark.parametrize("rows", [(32, 8), (1, 8)])
+def test_compacting_much(rows):
+    """As many tokens as a program cannot hold, most of which move a little or not at all."""
+    length, capacity, dim = 2000, 160, 128
+    number = rows[0] * rows[1]
+    held = [tokens(number * length, dim, dtype=torch.bfloat16) for _ in range(2)]
+    held += [torch.zeros(number * length, dtype=dtype, device=DEVICE) for dtype in (torch.int32, torch.uint8)]
+    newest = tuple(tokens(*rows, capacity, dim, dtype=torch.bfloat16) for _ in range(2))
+    each = torch.arange(number, device=DEVICE)[:, None]
+    own = each * length + torch.arange(length, device=DEVICE)
+    address = torch.cat([own, number * length + each * capacity + torch.arange(capacity, device=DEVICE)], 1)
+    lost = torch.rand(number, length + capacity, device=DEVICE)
+    lost[:, : length // 3] += 1  # the oldest stay where they are
+    chosen = lost.argsort(1)[:, capacity:].sort(1).values
+    index = (chosen + each * (length + capacity)).flatten()
+    address = address.flatten()
+    positions = torch.arange(address.shape[0], dtype=torch.int32, device=DEVICE)
+    misses = torch.zeros(address.shape[0], dtype=torch.uint8, device=DEVICE)
+    expected = [concatenated([mine, new])[address[index]] for mine, new in zip(held, newest, strict=False)]
+    cu_seqlens = torch.arange(number + 1, dtype=torch.int32, device=DEVICE) * length
+    compaction.compact(held, newest, cu_seqlens, address, index, positions, misses)
+    for found, wanted in zip(held, [*expected, positions[index]], strict=False):
+        assert torch.equal(found, wanted)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from hardkv.kernels import append, attention, compaction, scoring, similarity
 from hardkv.kernels.rows import Rows, cumulative
 from hardkv.kernels.triton import ops  # noqa: F401  # registers them
-from hardkv.kernels.triton.attention import schedule_for
+from hardkv.kernels.triton.schedule import schedule_for
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -61,6 +61,7 @@ def calls(inputs):
     misses = torch.zeros(rows.total, dtype=torch.uint8, device=DEVICE)
     new = draw(2, 2, 3, DIM), draw(2, 2, 3, DIM)
     return {
+        "cut": (schedule.row_start, schedule.first_row, schedule.share, rows.cu_seqlens, 5),
         "ragged_attention": (
             *(inputs["query"], keys, values, rows.cu_seqlens, *inputs["dense"], *schedule.tensors()),
             *(300, 0.25, None, draw(4), None),
@@ -79,7 +80,10 @@ def calls(inputs):
 
 @pytest.mark.parametrize(
     "name",
-    ["ragged_attention", "window_attention", "pool_rows", "mean_cosine", "gather_tokens", "gather_tiers", "append"],
+    [
+        *("cut", "ragged_attention", "window_attention", "pool_rows", "mean_cosine"),
+        *("gather_tokens", "gather_tiers", "append"),
+    ],
 )
 def test_schema_and_fake_implementation(name, inputs):
     checks = ("test_schema", "test_faketensor")

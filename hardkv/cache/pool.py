@@ -1,0 +1,156 @@
+"""Room for a layer's tokens at addresses that stay, for CUDA graphs."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hardkv.cache.merged import Selection
+from hardkv.cache.queries import QueryRing
+from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
+from hardkv.kernels.compaction import compact
+from hardkv.kernels.rows import Rows
+
+# A pool whose budget has no fixed total gets this much more room than it needs, whenever it runs out.
+GROWTH = 1.25
+
+
+class Pool:
+    """Room at fixed addresses for one layer's condensed and dense tier and its query ring.
+
+    Args:
+        tiers, ring: their shapes, dtypes and device are taken.
+        room: tokens of the condensed tier. dense_room: tokens of the dense tier, a head and sequence.
+    """
+
+    def __init__(self, tiers: Tiers, ring: QueryRing, room: int, dense_room: int):
+        self.dense = DenseTier.allocate(tiers.dense.keys, tiers.dense.values, dense_room)
+        rows = tiers.shape[0] * tiers.shape[1]
+        with torch.inference_mode(False):
+            self.cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=tiers.dense.fill.device)
+        self.ring = QueryRing(ring.buffer, ring.capacity)
+        self.schedules: dict[Any, Any] = {}
+        self._grow(tiers.condensed, room)
+
+    def _grow(self, like: RaggedTier, room: int) -> None:
+        with torch.inference_mode(False):
+            self.tokens = [
+                torch.empty(room, *each.shape[1:], dtype=each.dtype, device=each.device)
+                for each in (like.keys, like.values, like.positions, like.misses)
+            ]
+
+    @property
+    def room(self) -> int:
+        """Tokens of the condensed tier that fit."""
+        return self.tokens[0].shape[0]
+
+    def fits(self, tiers: Tiers) -> bool:
+        """Whether these are of the pool's shapes; the condensed tier's length apart."""
+        mine, dense = self.dense, tiers.dense
+        return (
+            mine.keys.shape[:2] == dense.keys.shape[:2]
+            and mine.keys.shape[3] == dense.keys.shape[3]
+            and mine.values.shape[3] == dense.values.shape[3]
+            and mine.keys.dtype == dense.keys.dtype
+            and mine.keys.device == dense.keys.device
+            and dense.bound <= mine.capacity
+        )
+
+    def hold(self, tiers: Tiers) -> Tiers:
+        """The same tiers at the pool's addresses, which move when the condensed tier outgrows its room.
+
+        Tiers of other shapes stay as they are.
+        """
+        if not self.fits(tiers):
+            return tiers
+        condensed, dense, bound = tiers.condensed, tiers.dense, tiers.dense.bound
+        total = condensed.rows.total
+        if total > self.room:
+            self._grow(condensed, int(total * GROWTH))
+        held = [buffer[:total] for buffer in self.tokens]
+        for buffer, new in zip(
+            held, (condensed.keys, condensed.values, condensed.positions, condensed.misses), strict=True
+        ):
+            _move(new, buffer)
+        for buffer, new in ((self.dense.keys, dense.keys), (self.dense.values, dense.values)):
+            _move(new[:, :, :bound], buffer[:, :, :bound])
+        _move(dense.positions[:, :bound], self.dense.positions[:, :bound])
+        _move(dense.fill, self.dense.fill)
+        _move(condensed.cu_seqlens, self.cu_seqlens)
+        return replace(
+            tiers,
+            condensed=RaggedTier(held[0], held[1], held[2], held[3], self._rows(total, condensed.rows.longest, bound)),
+            dense=replace(self.dense, bound=bound, even=dense.even),
+        )
+
+    def compacted(
+        self,
+        tiers: Tiers,
+        selection: Selection,
+        index: tuple[Tensor, Tensor],
+        sizes: Sequence[int],
+        temperatures: Tensor | None,
+        window: int,
+    ) -> Tiers | None:
+        """The tiers after an event that leaves every row as long as it was, made in place; None for other events.
+
+        Args:
+            tiers: in this pool. selection, index, sizes: as in `Selection.finish`, of this layer.
+            temperatures: what the event selected with. window: tokens that stay in the dense tier.
+        """
+        condensed, dense = tiers.condensed, tiers.dense
+        rows, kept = condensed.rows, min(dense.bound, window)
+        number = self.cu_seqlens.shape[0] - 1
+        if not (
+            rows.total == sizes[0] == number * rows.longest  # all rows of one length
+            and rows.longest == sizes[1]
+            and not tiers.sparse.rows.total
+            and not sizes[2]
+            and condensed.keys.data_ptr() == self.tokens[0][: rows.total].data_ptr()
+            and dense.keys.data_ptr() == self.dense.keys.data_ptr()
+            and dense.even
+            and dense.bound >= 2 * kept  # what stays does not lie where it goes
+        ):
+            return None
+        held = [buffer[: rows.total] for buffer in self.tokens]
+        chosen = selection.address, index[0], selection.positions, selection.misses
+        compact(held, (dense.keys, dense.values), self.cu_seqlens, *chosen)
+        newest = slice(dense.bound - kept, dense.bound)
+        for buffer in (self.dense.keys, self.dense.values):
+            buffer[:, :, :kept].copy_(buffer[:, :, newest])
+        self.dense.positions[:, :kept].copy_(self.dense.positions[:, newest])
+        self.dense.fill.fill_(kept)
+        return tiers.after_event(
+            RaggedTier(held[0], held[1], held[2], held[3], self._rows(rows.total, rows.longest, kept)),
+            tiers.sparse,
+            replace(self.dense, bound=kept),
+            temperatures,
+        )
+
+    def _rows(self, total: int, longest: int, bound: int) -> Rows:
+        """The condensed tier's rows as `cu_seqlens` has them, with the schedules of earlier ones cut anew."""
+        rows = Rows(self.cu_seqlens, total, longest, self.schedules, self.room)
+        if self.schedules:
+            from hardkv.kernels.triton.schedule import recut_schedules
+
+            recut_schedules(rows, bound)
+        return rows
+
+    def hold_ring(self, ring: QueryRing) -> QueryRing:
+        """The same queries at the pool's addresses."""
+        _move(ring.buffer, self.ring.buffer)
+        _move(ring.valid, self.ring.valid)
+        self.ring.first, self.ring.valid_from = ring.first, ring.valid_from
+        return self.ring
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes."""
+        schedules = [tensor for schedule in self.schedules.values() for tensor in schedule.tensors()]
+        return [*self.tokens, self.cu_seqlens, *self.dense.tensors(), self.ring.buffer, self.ring.valid, *schedules]
+
+
+def _move(source: Tensor, target: Tensor) -> None:
+    if source.data_ptr() != target.data_ptr():
+        target.copy_(source)
