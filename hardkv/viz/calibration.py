@@ -11,6 +11,7 @@ from torch import Tensor
 from hardkv.calibration_file import Calibration
 from hardkv.extras import require
 from hardkv.selectors.risk import Risk
+from hardkv.viz.figures import WIDTH, finish, number_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 # Layers named on a heat map's axis at most.
 MAX_TICKS = 40
-# Beyond this many layers a cell is too narrow for its number.
-MAX_ANNOTATED_LAYERS = 40
 # Beyond this many heads a cell is too low for its number.
 MAX_ANNOTATED_HEADS = 16
 # Narrowest range of the temperatures' colours, [1 / r, r]: what lies within is as good as 1.
@@ -86,19 +85,31 @@ def plot_calibration(
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
+
+    with plt.rc_context({"font.size": 8}):
+        figure = _draw(calibration, budget)
+    return finish(figure, path)
+
+
+# ---------------------------------------------------------------------- panels
+
+
+def _draw(calibration: Calibration, budget: int) -> "Figure":
+    """The figure of `plot_calibration`."""
+    import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import LogLocator, NullLocator
 
     heads = calibration.temperatures.shape[1]
-    high = min(max(0.9 + 0.25 * heads, 1.5), 5.0)
+    high = min(max(0.7 + 0.18 * heads, 1.3), 4.0)
     axes: dict[str, Axes]
     figure, axes = plt.subplot_mosaic(
         [["temperatures"] * 2, ["budgets"] * 2, ["kept", "risk"]],
-        figsize=(12, 2 * high + 5.2),
-        height_ratios=[high, high, 4.6],
+        figsize=(WIDTH, 2 * high + 4.0),
+        height_ratios=[high, high, 3.4],
         layout="constrained",
     )
-    figure.suptitle(_title(calibration), fontsize=12)
+    figure.suptitle(_title(calibration), fontsize=9)
     layers = _layers(calibration)
 
     # A few heads may lie far out: the colours serve the others, and the numbers in the cells these.
@@ -109,11 +120,11 @@ def plot_calibration(
     ticks = [1 / limit, limit**-0.5, 1, limit**0.5, limit]
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    axes["temperatures"].set_title("Temperatures (1: scores are as sharp as attention)", loc="left", fontsize=11)
+    axes["temperatures"].set_title("Temperatures (1: scores are as sharp as attention)", loc="left", fontsize=9)
 
     allocation = _allocation(calibration, budget)
-    axes["budgets"].set_title(f"Tokens kept under Risk({budget})", loc="left", fontsize=11)
-    axes["risk"].set_title("Risk: attention lost by keeping fewer tokens", loc="left", fontsize=11)
+    axes["budgets"].set_title(f"Tokens kept under Risk({budget})", loc="left", fontsize=9)
+    axes["risk"].set_title("Risk: attention lost by keeping fewer tokens", loc="left", fontsize=9)
     if allocation is None:
         _say(axes["budgets"], NO_RISK)
         _say(axes["risk"], NO_RISK)
@@ -124,18 +135,12 @@ def plot_calibration(
         _draw_risk(axes["risk"], calibration, allocation)
         axes["risk"].xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
 
-    axes["kept"].set_title("Tokens that top-p keeps, a point a head", loc="left", fontsize=11)
+    axes["kept"].set_title("Tokens that top-p keeps, a point a head", loc="left", fontsize=9)
     if calibration.kept is None:
         _say(axes["kept"], NO_KEPT)
     else:
         _draw_kept(axes["kept"], calibration.kept)
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
     return figure
-
-
-# ---------------------------------------------------------------------- panels
 
 
 def _heat_map(axis: "Axes", values: Tensor, layers: list[int], norm: Any, colours: str) -> Any:
@@ -145,17 +150,18 @@ def _heat_map(axis: "Axes", values: Tensor, layers: list[int], norm: Any, colour
     image = axis.imshow(panel, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
     heads, count = panel.shape
     every = -(-count // MAX_TICKS)
-    axis.set_xticks(range(0, count, every), labels=[str(layer) for layer in layers[::every]], fontsize=8)
+    axis.set_xticks(range(0, count, every), labels=[str(layer) for layer in layers[::every]], fontsize=7)
     every = -(-heads // MAX_ANNOTATED_HEADS)
-    axis.set_yticks(range(0, heads, every), labels=[str(head) for head in range(0, heads, every)], fontsize=8)
+    axis.set_yticks(range(0, heads, every), labels=[str(head) for head in range(0, heads, every)])
     axis.set_xlabel("layer")
     axis.set_ylabel("KV head")
-    if count <= MAX_ANNOTATED_LAYERS and heads <= MAX_ANNOTATED_HEADS:
-        for head, layer in product(range(heads), range(count)):
+    texts = {(head, layer): _cell(panel[head, layer].item()) for head, layer in product(range(heads), range(count))}
+    size = number_size(count, max(map(len, texts.values())))
+    if size is not None and heads <= MAX_ANNOTATED_HEADS:
+        for (head, layer), text in texts.items():
             red, green, blue, _ = image.to_rgba(panel[head, layer])
             colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-            text = _digits(panel[head, layer].item(), 2)
-            axis.text(layer, head, text, ha="center", va="center", fontsize=6, color=colour)
+            axis.text(layer, head, text, ha="center", va="center", fontsize=size, color=colour)
     below, above = bool((values < norm.vmin).any()), bool((values > norm.vmax).any())
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
     return figure.colorbar(image, ax=axis, pad=0.01, aspect=10, extend=extend)
@@ -178,7 +184,7 @@ def _draw_kept(axis: "Axes", kept: Tensor) -> None:
     axis.set_ylabel("by the scores")
     axis.grid(color="0.92")
     axis.set_axisbelow(True)
-    axis.legend(loc="upper left", fontsize=8)
+    axis.legend(loc="upper left")
 
 
 def _draw_risk(axis: "Axes", calibration: Calibration, allocation: Tensor) -> None:
@@ -214,7 +220,7 @@ def _draw_risk(axis: "Axes", calibration: Calibration, allocation: Tensor) -> No
     axis.set_xlabel("tokens kept")
     axis.set_ylabel("squared attention lost, per query")
     axis.grid(color="0.92")
-    axis.legend(loc="lower left", fontsize=8)
+    axis.legend(loc="lower left")
     if len(layers) > 1:
         bar = figure.colorbar(ScalarMappable(scale, colours), ax=axis, pad=0.01, label="layer")
         bar.ax.yaxis.get_major_locator().set_params(integer=True)
@@ -283,12 +289,20 @@ def _title(calibration: Calibration) -> str:
     parts = [Path(known.get("name", "")).name]
     parts += [_scorer(known["scorer"])] if "scorer" in known else []
     parts += [f"{known['tokens']:,} tokens of text"] if "tokens" in known else []
-    return ", ".join(part for part in parts if part) or "Calibration"
+    named = [part for part in parts if part]
+    return ", ".join(named[:1]) + (",\n" if len(named) > 1 else "") + ", ".join(named[1:]) or "Calibration"
 
 
 def _digits(value: "float | Tensor", digits: int) -> str:
     """A number with so many digits, an integer with all of them."""
     return str(value) if isinstance(value, int) else f"{value:#.{digits}g}".rstrip(".")
+
+
+def _cell(value: "float | int") -> str:
+    """A number as short as two digits can be: no zero before its point, and what is tiny as that."""
+    if isinstance(value, int) or value >= 9.95:
+        return f"{value:.0f}"
+    return _digits(value, 2) if value >= 0.995 else f"{value:.2f}".lstrip("0") if value >= 0.01 else "<.01"
 
 
 def _by_layer(values: Tensor) -> list[Tensor]:

@@ -24,6 +24,8 @@ STATES = {  # what `Trace.tiers` says, and 4 for what is still to come
     3: ("dense: newest", GREEN),
     4: ("not yet seen", UNSEEN),
 }
+# Points that all cells of a heat map's row share, and the sizes of numbers in them.
+ROW_POINTS, MIN_SIZE, MAX_SIZE = 395, 4.2, 7.0
 # Up to so many rows a row is a pixel at least; beyond, an image is made so many pixels wide.
 SHARP_ROWS, WIDE = 200, 600
 
@@ -51,6 +53,12 @@ def finish(figure: "Figure", path: "str | PathLike[str] | None") -> "Figure":
         figure.savefig(path, dpi=150)
     plt.close(figure)
     return figure
+
+
+def number_size(cells: int, characters: int) -> float | None:
+    """Font size of numbers of so many characters in a row of so many cells, in points; None: they do not fit."""
+    size = min(ROW_POINTS / cells / (0.62 * characters + 0.6), MAX_SIZE)
+    return size if size >= MIN_SIZE else None
 
 
 def draw_states(axis: "Axes", states: torch.Tensor) -> None:

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from hardkv.cache import HardKVCache, Stats, Trace
 from hardkv.extras import require
-from hardkv.viz.figures import WIDTH, finish
+from hardkv.viz.figures import WIDTH, finish, number_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Points that all cells of a row share, and the sizes of numbers in them: narrower ones are left out.
-ROW_POINTS, MIN_SIZE, MAX_SIZE = 400, 4.5, 7.0
 
 
 def plot_lengths(
@@ -56,13 +53,13 @@ def plot_lengths(
     axes = grid[:, 0]
     # From 0 on, so that equal colours mean equal counts in any two pictures with the same largest count.
     largest = max(int(counts.max()), 1)
-    size = min(ROW_POINTS / layers / (0.62 * len(str(largest)) + 0.3), MAX_SIZE)
+    size = number_size(layers, len(str(largest)))
     for sequence, axis in enumerate(axes):
         panel = counts[:, sequence].T.numpy()  # [heads, layers]
         image = axis.imshow(panel, aspect="auto", cmap="viridis", vmin=0, vmax=largest, interpolation="nearest")
         axis.set_yticks(range(heads))
         axis.set_ylabel("KV head" if batch == 1 else f"KV head\n(sequence {sequence})")
-        if size >= MIN_SIZE:
+        if size is not None:
             for head, layer in product(range(heads), range(layers)):
                 count = int(panel[head, layer])
                 colour = "black" if count > 0.55 * largest else "white"

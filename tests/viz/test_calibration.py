@@ -156,10 +156,10 @@ def test_every_head_is_drawn_where_it_belongs(shape, tmp_path):
     counts = Risk(200).allocation(calibration.curves, 2000, 36)
     for axis, values in ((temperatures, calibration.temperatures), (budgets, counts)):
         assert torch.equal(torch.as_tensor(axis.images[0].get_array().data), values.T)
-        assert len(axis.texts) == (shape[0] * shape[1] if shape[0] <= 40 and shape[1] <= 16 else 0)
+        assert len(axis.texts) == (shape[0] * shape[1] if shape[0] <= 30 and shape[1] <= 16 else 0)
         for text in axis.texts:
             layer, head = map(int, text.get_position())
-            assert float(text.get_text()) == pytest.approx(values[layer, head].item(), rel=0.05)
+            assert float(text.get_text()) == pytest.approx(values[layer, head].item(), rel=0.05, abs=0.005)
         for tick, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True):
             assert int(label.get_text()) == 2 * tick + 1  # the model's index
     assert f"mean {counts.double().mean():,.0f}" in "".join(axis.get_ylabel() for axis in figure.axes)
@@ -212,7 +212,7 @@ def test_the_figure_is_closed_and_titled():
     before = plt.get_fignums()
     figure = plot_calibration(make())
     assert plt.get_fignums() == before
-    assert figure.get_suptitle() == "small-model, snapkv(kernel_size=7), 12,000 tokens of text"
+    assert figure.get_suptitle() == "small-model,\nsnapkv(kernel_size=7), 12,000 tokens of text"
 
 
 def test_missing_matplotlib_is_said_with_its_extra(monkeypatch):
