@@ -47,7 +47,7 @@ def assert_shows(trace, place, expected):
 
 def same(one, other):
     return all(
-        torch.equal(positions, other_positions)
+        torch.equal(positions.cpu(), other_positions.cpu())
         for rows, other_rows in zip(one, other, strict=True)
         for positions, other_positions in zip(rows, other_rows, strict=True)
     )
@@ -110,7 +110,7 @@ def test_tiers_and_holders_say_the_same_position_by_position(model):
     cache = HardKVCache(config=model.config, **EVICT, patience=2)
     trace, _ = recorded(model, cache, make_prompts(3, new=20), [13, *[1] * 20])
     assert trace.num_heads == 6
-    count = torch.zeros(len(trace), trace.columns, dtype=torch.long)
+    count = torch.zeros(len(trace), trace.columns, dtype=torch.long, device="cpu")
     for layer_idx in trace.layers:
         for head in range(2):
             where = trace.tiers(layer_idx, head, sequence=2)

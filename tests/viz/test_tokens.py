@@ -1,6 +1,7 @@
 """A text shaded by how many heads read its tokens."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -73,3 +74,9 @@ def test_ids_need_their_tokenizer_and_one_sequence(run, tokens):
 def test_too_few_tokens_are_refused(run):
     with pytest.raises(ValueError, match="got 3 tokens, and the cache has seen 34"):
         show_tokens(run[0], ["a", "b", "c"])
+
+
+def test_it_needs_no_extra(run, monkeypatch):
+    for package in ("matplotlib", "plotly"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert spans(show_tokens(run[1], ["."] * 40))
