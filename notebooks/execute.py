@@ -30,7 +30,8 @@ def complaints(path: Path, notebook: Any) -> Iterator[str]:
     if path.stat().st_size >= MOST_BYTES:
         yield f"has {path.stat().st_size:,} bytes; {MOST_BYTES:,} are allowed: draw less, or with a lower dpi"
     text = path.read_text(encoding="utf-8")
-    if str(HERE.parent) in text or str(Path.home()) in text:
+    folders = [folder for folder in (HERE.parent, Path.home()) if folder != Path(folder.anchor)]
+    if any(f"{folder}{os.sep}" in text for folder in folders):
         yield "names a folder of the machine it was executed on"
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):

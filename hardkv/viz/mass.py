@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hardkv.cache import HardKVCache
+from hardkv.cache.layer import HardKVLayer
 from hardkv.extras import require
 from hardkv.selectors.calibration import fit_temperatures
 from hardkv.selectors.checks import check_fraction
@@ -48,8 +49,9 @@ def plot_mass(
     import matplotlib.pyplot as plt
 
     check_fraction("p", p, low_open=True)
-    layer = cache._layer(layer_idx)
     observation = cache.observe(layer_idx)
+    layer = cache.layers[layer_idx]
+    assert isinstance(layer, HardKVLayer)  # observe() saw to it
     if not (0 <= head < observation.num_kv_heads and 0 <= sequence < observation.batch_size):
         raise IndexError(
             f"head={head}, sequence={sequence}: layer {layer_idx} has {observation.num_kv_heads} KV heads, and the "

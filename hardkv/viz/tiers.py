@@ -55,7 +55,7 @@ def plot_kept(
 
     trace = trace_of(trace, "trace")
     if heads is None:
-        heads = range(trace.snapshots[0].layers[trace._rank(layer_idx)].heads)
+        heads = range(trace.heads(layer_idx))
     heads = [heads] if isinstance(heads, int) else list(heads)
     columns = min(len(heads), PANELS_A_ROW)
     rows = -(-len(heads) // columns)
@@ -109,7 +109,7 @@ def plot_token(
     trace = trace_of(trace, "trace")
     if not 0 <= position < trace.columns:
         raise IndexError(f"position={position}: this trace has seen columns 0 to {trace.columns - 1}")
-    counts = [layer.heads for layer in trace.snapshots[0].layers]
+    counts = [trace.heads(layer_idx) for layer_idx in trace.layers]
     states = torch.stack(
         [
             trace.tiers(layer_idx, head, sequence)[:, position]
