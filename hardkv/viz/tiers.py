@@ -37,7 +37,7 @@ def plot_kept(
     """Draw which positions heads of one layer hold after every event, in the colours of their tiers.
 
     A panel a head: events from left to right, positions from bottom to top. Where a pixel stands for several positions
-    their colours mix.
+    their colours mix. Pads, which are never held, look like tokens that were given back.
 
     Args:
         trace: from `cache.record()`; a cache shows only its present. layer_idx: in the model.
