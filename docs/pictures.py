@@ -16,10 +16,9 @@ from matplotlib.colors import ListedColormap
 from torch import Tensor
 
 from docs.tables import NEEDLE, read
-from hardkv import HardKVCache, calibrate
-from hardkv.cache.layer import HardKVLayer
+from hardkv import HardKVCache, Trace, calibrate
 from hardkv.demo import load
-from hardkv.selectors import RKV, AdaKV, Attention, Observation, Risk, SnapKV, TopK
+from hardkv.selectors import RKV, AdaKV, Attention, Risk, SnapKV, TopK
 
 FOLDER = Path(__file__).parent / "pictures"
 BUDGET, LENGTH, WINDOW, SINKS, INTERVAL = 256, 2048, 32, 4, 128
@@ -64,62 +63,35 @@ def budgets(model: Any, ids: Tensor, calibration: Any) -> Tensor:
 
 
 def tiers(model: Any, ids: Tensor) -> None:
-    """The positions that one head holds after every step, in colours of their tiers."""
+    """The positions that one head holds while a text is read, in colours of their tiers."""
     cache = HardKVCache(config=model.config, scorer="snapkv", budget=96, patience=1, interval=64)
-    layer_idx, head, steps, columns = 12, 0, [], 448
-    names = ("dropped or not there yet", "condensed", "sparse (on probation)", "dense")
+    layer_idx, columns, step = 12, 448, 8
+    held = torch.zeros(columns // step, columns)
     with torch.no_grad():
-        for token in ids[:, :columns].split(8, 1):
-            model(token, past_key_values=cache)
-            row = np.zeros(columns)
-            layer = cache.layers[layer_idx]
-            assert isinstance(layer, HardKVLayer)
-            for tier, positions in held(layer, head, cache.kept(layer_idx)[0][head]).items():
-                row[positions] = 1 + ("condensed", "sparse", "dense").index(tier)
-            steps.append(row)
+        for row, tokens in zip(held, ids[:, :columns].split(step, 1), strict=True):
+            model(tokens, past_key_values=cache)
+            (now,) = Trace.of(cache).tiers(layer_idx, head=0)
+            row[: now.shape[0]] = now
+    names = {"condensed": BLUE, "sparse (on probation)": ORANGE, "dense": GREEN}
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    colours = ["white", BLUE, ORANGE, GREEN]
+    colours = ListedColormap(["white", *names.values()])
     extent = (0, columns, 0, columns)
-    axis.imshow(np.array(steps).T, cmap=ListedColormap(colours), vmin=0, vmax=3, aspect="auto", interpolation="nearest",
-                origin="lower", extent=extent)  # fmt: skip
+    axis.imshow(held.T, colours, vmin=0, vmax=3, aspect="auto", interpolation="nearest", origin="lower", extent=extent)
     for event in range(64, columns, 64):
         axis.axvline(event, color="0.8", linewidth=0.6)
     axis.set_xlabel("tokens read; a line at every event")
     axis.set_ylabel("position held")
-    axis.set_title(f"Layer {layer_idx}, KV head {head}: budget 96, interval 64, patience 1", loc="left", fontsize=10)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours[1:]]
-    axis.legend(handles, names[1:], loc="upper left", fontsize=9)
+    axis.set_title(f"Layer {layer_idx}, KV head 0: budget 96, interval 64, patience 1", loc="left", fontsize=10)
+    axis.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in names.values()], names, loc="upper left")
     save(figure, "tiers")
-
-
-def held(layer: HardKVLayer, head: int, kept: Tensor) -> dict[str, Tensor]:
-    """Positions of the first sequence's head, by tier; `kept` is what attention reads."""
-    tiers = layer.tiers
-    found = {}
-    for name in ("condensed", "sparse"):
-        tier = getattr(tiers, name)
-        start, stop = tier.cu_seqlens[head : head + 2].tolist()
-        found[name] = tier.positions[start:stop].long()
-    found["dense"] = kept[~torch.isin(kept, found["condensed"])]
-    return found
 
 
 def scorers(model: Any, ids: Tensor) -> None:
     """What three scorers say of the same tokens."""
-    seen: dict[int, Observation] = {}
-
-    class Look:
-        """Attention, and a note of what it was shown."""
-
-        def score(self, observation: Observation) -> Tensor:
-            seen[len(seen)] = observation
-            return Attention().score(observation)
-
-    cache = HardKVCache(config=model.config, scorer=Look(), budget=96)
+    cache = HardKVCache(config=model.config, budget=1024)  # keeps all
     with torch.no_grad():
         model(ids[:, :512], past_key_values=cache)
-    layer_idx, head = 12, 0
-    observation = seen[layer_idx]
+    observation, head = cache.observe(12), 0
     figure, axes = plt.subplots(3, 1, figsize=(9, 5), layout="constrained", sharex=True)
     for axis, (name, scorer) in zip(
         axes, {"attention": Attention(), "snapkv": SnapKV(), "rkv": RKV()}.items(), strict=True
