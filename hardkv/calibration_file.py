@@ -150,7 +150,11 @@ class Calibration:
         """The picture of `hardkv.viz.plot_calibration`, which needs matplotlib.
 
         Args:
-            path: where to save it; the suffix chooses the format. budget: as in `summary`.
+            path: where to save it; the suffix chooses the format.
+            budget: as in `summary`.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
         """
         from hardkv.viz import plot_calibration
 

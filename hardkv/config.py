@@ -40,7 +40,22 @@ class HardKVConfig:
             while the layer before it computes. The dense tier, positions and sliding-window layers stay on the device.
 
     Raises:
-        ValueError, TypeError: a value that is not allowed, with what is. FileNotFoundError: no calibration there.
+        ValueError, TypeError: a value that is not allowed, with what is.
+        FileNotFoundError: no calibration there.
+
+    Example:
+
+    ```python
+    >>> config = HardKVConfig(scorer="snapkv", budget=256)
+    >>> config.budget
+    TopK(n=256)
+    >>> HardKVConfig.from_json(config.to_json()) == config
+    True
+    >>> HardKVConfig(budget=32)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: budget n=32 must be larger than window + sinks = 32 + 4 = 36, which are always kept: raise ...
+
+    ```
     """
 
     scorer: "str | dict[str, Any] | Scorer" = "attention"

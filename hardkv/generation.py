@@ -34,14 +34,17 @@ def generate(model: Any, *args: Any, compile: bool = False, tokenizer: Any = Non
     """`model.generate(...)` by `graphed`, with a new HardKVCache unless `past_key_values` is given.
 
     Args:
-        model: a transformers model that generates. compile: see `graphed`.
-        args, kwargs, tokenizer: as for `model.generate`.
+        model: a transformers model that generates.
+        args, kwargs: as for `model.generate`.
+        compile: see `graphed`.
+        tokenizer: as for `model.generate`, for `stop_strings`.
 
     Returns:
         What `model.generate` returns.
 
     Raises:
-        See `graphed`.
+        ValueError: `stop_strings` without a tokenizer.
+        TypeError, NotImplementedError: see `graphed`.
     """
     if kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = HardKVCache(config=model.config)

@@ -18,9 +18,11 @@ class MemoryPlan:
     """Bytes of keys, values and what belongs to them, at the most; activations and weights are not among them.
 
     Args:
-        condensed: the tokens that events keep, and those on probation. recent: the dense tiers, of the window and an
-            interval. queries: those that score. sliding: layers that attend within a window, which stay uncompressed
-            (transformers keeps their whole prompt until the first step).
+        condensed: the tokens that events keep, and those on probation.
+        recent: the dense tiers, of the window and an interval.
+        queries: those that score.
+        sliding: layers that attend within a window, which stay uncompressed (transformers keeps their whole prompt
+            until the first step).
         dense_nbytes: what a DynamicCache holds at `max_length`.
         fixed: whether the budget's totals are fixed, so that `graphed` allocates this from the start; otherwise it is
             a bound that a cache stays below.
@@ -58,14 +60,26 @@ def plan(
     """Bytes that `HardKVCache(config=config, budget=budget, **settings)` holds for a batch, without running anything.
 
     Args:
-        config: `model.config`. batch: sequences.
+        config: `model.config`.
+        budget: as for `HardKVCache`.
+        batch: sequences.
         prompt_length: columns of the prompt, which matter where it is pinned.
-        max_length: columns of prompt and answer. dtype: of keys and values.
+        max_length: columns of prompt and answer.
+        dtype: of keys and values.
         settings: as for `HardKVCache`.
 
     Raises:
         ValueError: lengths or batch are not positive, the prompt is longer than `max_length`, the model has latent
             attention, or an argument is not one that HardKVCache takes.
+
+    Example:
+
+    ```python
+    >>> from transformers import Qwen3Config
+    >>> print(plan(Qwen3Config(), budget=1024, batch=2, max_length=32768))
+    1.2 GiB, 3.6% of dense 32.0 GiB
+
+    ```
     """
     if batch < 1 or max_length < 1 or not 0 <= prompt_length <= max_length:
         raise ValueError(

@@ -1,5 +1,7 @@
 """What README and docs/ show runs, and what they say is so."""
 
+import doctest
+import importlib
 import inspect
 import re
 import runpy
@@ -147,6 +149,15 @@ def test_everything_public_has_a_docstring(module):
         missing += [name] if not inspect.getdoc(thing) else []
         missing += [f"{name}.{key}" for key in own if not inspect.getdoc(getattr(thing, key))]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "name", ["hardkv.config", "hardkv.planning", "hardkv.selectors.observation", "hardkv.selectors.scorer"]
+)
+def test_examples_in_docstrings(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 def test_the_citation_is_of_this_version():

@@ -23,17 +23,24 @@ class Stats:
     """A snapshot of a HardKVCache; print it, or `to_dict()` it to JSON.
 
     Args:
-        nbytes: bytes held, wherever. host_nbytes: those of them in host memory by `offload=True`. dense_nbytes: bytes a
-            DynamicCache would hold for the same sequences.
-        seq_length: logical length, padding and evicted tokens included. batch_size: sequences, 0 before the first.
-        layers: layers of the model. compressed_layers: those that this cache compresses.
+        nbytes: bytes held, wherever.
+        host_nbytes: those of them in host memory by `offload=True`.
+        dense_nbytes: bytes a DynamicCache would hold for the same sequences.
+        seq_length: logical length, padding and evicted tokens included.
+        batch_size: sequences, 0 before the first.
+        layers: layers of the model.
+        compressed_layers: those that this cache compresses.
         lengths: tokens that attention reads, `[compressed layers][batch][kv_heads]`.
         temperatures: fitted ones, shaped alike; empty without a calibration.
-        sparse: deselected tokens that are held but not read, over all rows. events: selection events per layer so far.
-        scorer, budget: what selects. attention: backend that computes attention after the
-            prompt. kernels: "triton" or "torch", which scores, selects and compacts.
+        sparse: deselected tokens that are held but not read, over all rows.
+        events: selection events per layer so far.
+        scorer: what ranks tokens.
+        budget: what says how many are kept.
+        attention: backend that computes attention after the prompt.
+        kernels: "triton" or "torch", which scores, selects and compacts.
         decode: how `graphed` ran its steps: "" where it did not, "captured", or "uncaptured" without CUDA.
-        captures, replays: CUDA graphs captured, and steps that replayed one.
+        captures: CUDA graphs captured.
+        replays: steps that replayed one.
         warnings: what the user should know.
     """
 

@@ -79,7 +79,8 @@ class Budget(ABC):
         """The most tokens that all heads of a layer together keep of a sequence, F included; None: it depends.
 
         Args:
-            heads: KV heads of the layer. length: tokens that the sequence may have had by then.
+            heads: KV heads of the layer.
+            length: tokens that the sequence may have had by then.
             protected: the most tokens that are protected in a head.
         """
         return None

@@ -164,8 +164,11 @@ class Observation:
         """An observation from rectangular tensors, for tests and for scoring outside a cache.
 
         Args:
-            keys: `[B, H, n, D]`; values: `[B, H, n, Dv]`; queries: `[B, Hq, W, D]`, those of the last W columns.
-            scale: `D ** -0.5` by default. window: newest tokens that are protected, W by default.
+            keys: `[B, H, n, D]`.
+            values: `[B, H, n, Dv]`.
+            queries: `[B, Hq, W, D]`, those of the last W columns.
+            scale: `D ** -0.5` by default.
+            window: newest tokens that are protected, W by default.
             sinks: first tokens of a row that are protected.
             mask: bool `[B, n]` or `[B, H, n]`, tokens that exist; all by default. Queries of columns that exist for no
                 head of their sequence do not count.
@@ -173,6 +176,17 @@ class Observation:
 
         Raises:
             ValueError: shapes do not fit together.
+
+        Example:
+
+        ```python
+        >>> keys, values, queries = torch.zeros(1, 2, 6, 4), torch.zeros(1, 2, 6, 4), torch.zeros(1, 4, 2, 4)
+        >>> observation = Observation.from_dense(keys, values, queries)
+        >>> observation.to_padded(observation.protected)  # of both heads, the two newest tokens
+        tensor([[[0., 0., 0., 0., 1., 1.],
+                 [0., 0., 0., 0., 1., 1.]]])
+
+        ```
         """
         for name, tensor in (("keys", keys), ("values", values), ("queries", queries)):
             if tensor.dim() != 4:

@@ -95,7 +95,16 @@ def scorer_to_dict(scorer: Scorer) -> dict[str, Any]:
 
 
 def log_score(score: Tensor) -> Tensor:
-    """z = log(s + tiny) for scores s >= 0."""
+    """z = log(s + tiny) for scores s >= 0.
+
+    Example:
+
+    ```python
+    >>> log_score(torch.tensor([1.0, 0.5, 0.0]))
+    tensor([  0.0000,  -0.6931, -87.3365])
+
+    ```
+    """
     return torch.log(score + TINY)
 
 
@@ -120,7 +129,11 @@ def pool_rows(score: Tensor, observation: Observation, pooling: str, kernel_size
     """Smooth scores along each row, over the tokens that `exclude` (bool `[N]`) leaves, in order of position.
 
     Args:
-        score: `[N]`, >= 0. pooling: "max", "avg" (zeros beyond the row's ends count) or "none". kernel_size: odd.
+        score: `[N]`, >= 0.
+        observation: the tokens they belong to.
+        pooling: "max", "avg" (zeros beyond the row's ends count) or "none".
+        kernel_size: odd.
+        exclude: bool `[N]`, tokens that count for nothing.
 
     Returns:
         `[N]`; 0 at excluded tokens.
