@@ -60,6 +60,85 @@ def shares(study: Study, groups: Sequence[tuple]) -> str:
     return markdown(["mean tokens kept", *(f"{n:,} of {group[2]:,}, {group[3]}" for group, n in columns)], rows)
 
 
+def scorers() -> str:
+    """Every scorer: what it is, and what it costs with an even split and with Risk."""
+    study = Study(read("budgets")["records"])
+    about = {
+        "Attention": (
+            "attention that the newest `window` queries pay to it",
+            f"as in H2O, {arxiv('2306.14048')}, which sums over all queries",
+            "the default",
+        ),
+        "SnapKV": (
+            "the same, pooled over its neighbours",
+            arxiv("2404.14469"),
+            "a question about a long text: answers are runs of tokens",
+        ),
+        "RKV": (
+            "pooled attention minus redundancy among the keys",
+            arxiv("2505.24133"),
+            "reasoning that repeats itself; its selections take longer",
+        ),
+    }
+    rows = []
+    for (name, (what, paper, when)), group in zip(about.items(), (SHORT, SNAPKV, RKV), strict=True):
+        losses = [study.excess(group, budget, 256) for budget in ("TopK", "Risk")]
+        rows.append([f"`{name}`", what, paper, *(f"{loss.mean():.3f}" for loss in losses if loss is not None), when])
+    return markdown(["scorer", "ranks a token by", "paper", "loss, `TopK`", "loss, `Risk`", "when"], rows)
+
+
+def methods() -> str:
+    """Every budget: what it is, what it needs, and what was measured."""
+    study = Study(read("budgets")["records"])
+    found = {(row["method"], row["budget"]): row["accuracy"]["mean"] for row in read(NEEDLE)["configurations"]}
+    about = {
+        "Risk(n)": (
+            "the same number at every selection, by measured risk curves: least loss of the whole model; n on average",
+            "ours",
+            "a calibration",
+            "whenever you can calibrate",
+        ),
+        "TopK(n)": ("n tokens", "", "nothing", "without a calibration"),
+        "AdaKV(n, alpha)": (
+            "its part in the layer's best tokens; n on average",
+            arxiv("2407.11550"),
+            "nothing",
+            "to compare",
+        ),
+        "Pyramid(n, beta)": (
+            "more in lower layers, fewer in higher ones; n on average; wraps another budget",
+            arxiv("2406.02069"),
+            "nothing",
+            "to compare",
+        ),
+        "TopP(p, floor, cap)": (
+            "the fewest tokens that hold probability mass p: bytes follow the text",
+            f"HARD-KV, {arxiv('2606.28831')}",
+            "nothing; takes temperatures",
+            "the same mass of attention in every head, whatever it costs in bytes",
+        ),
+        "Adaptive(n)": (
+            "Top-p at the one p at which heads keep n on average: fixed bytes",
+            "after HARD-KV",
+            "nothing; takes temperatures",
+            "to compare",
+        ),
+    }
+    rows = []
+    for call, (what, paper, needs, when) in about.items():
+        name = call.partition("(")[0]
+        ratio = study.ratio(SHORT, name, 256)
+        accuracy = found.get((name.lower(), "256"))
+        measured = ["" if ratio is None else f"{ratio[1]:.2f}", "" if accuracy is None else f"{100 * accuracy:.0f} %"]
+        rows.append([f"`{call}`", what, paper, needs, *measured, when])
+    return markdown(["budget", "each head keeps", "paper", "needs", "loss", "needles", "when"], rows)
+
+
+def arxiv(number: str) -> str:
+    """A link to a paper."""
+    return f"[{number}](https://arxiv.org/abs/{number})"
+
+
 def needle() -> str:
     """Accuracy of every method at every budget, in the words of the report."""
     cells: dict[str, dict[str, str]] = {}
@@ -163,9 +242,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "budgets": budgets,
     "first": first,
     "kernels": kernels,
+    "methods": methods,
     "needle": needle,
     "reasoner": reasoner,
     "results": results,
+    "scorers": scorers,
     "steps": steps,
     "targets": targets,
 }
