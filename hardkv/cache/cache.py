@@ -87,6 +87,7 @@ class HardKVCache(WholeCache):
             scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload
         )
         self._offload = Offload() if offload else None
+        self._together: Together | None = None
         self.steps: DecodeSteps | None = None  # of hardkv.generation
         self.warnings: list[str] = []
         self._recorder: Recorder | None = None
@@ -127,9 +128,7 @@ class HardKVCache(WholeCache):
                 ours.temperatures = calibration.temperatures[rank]
             self.layers[idx] = ours
         if not offload:
-            together = Together(self._compressed)
-            for ours in self._compressed:
-                ours.together = together
+            self._together = Together(self._compressed)
         if warning := self._uncompressed(type(config).__name__, full):
             self._warn(warning)
 
@@ -214,7 +213,12 @@ class HardKVCache(WholeCache):
             for each in (layer, self._after(layer_idx)):  # the next one comes while this one computes
                 if each is not None and each.tiers is not None:
                     self._offload.fetch(each.layer_idx, each.tiers, each.device)
-        return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+        if self._together is not None:
+            self._together.finish()
+        handles = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+        if isinstance(layer, HardKVLayer):
+            handles[0].new.together = self._together  # type: ignore[union-attr]
+        return handles
 
     def _after(self, layer_idx: int) -> HardKVLayer | None:
         """The next layer that this cache compresses."""

@@ -13,6 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hardkv.cache.layer import HardKVLayer
     from hardkv.cache.static import StaticTokens
+    from hardkv.cache.together import Together
 
 
 class UnroutedKVError(RuntimeError):
@@ -78,6 +79,7 @@ class NewTokens:
             self.values = self.keys[..., :0]
         self.start = start  # column of the first of them
         self.ingested_at: int | None = None  # the layer's event count when they were stored
+        self.together: Together | None = None  # the layers whose events run together; None: each alone
 
     @property
     def stop(self) -> int:

@@ -16,7 +16,7 @@ from hardkv.cache.pool import Pool
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.shards import local_heads
 from hardkv.cache.tiers import DenseTier, Tiers, storage_nbytes
-from hardkv.cache.together import Together, compress_together
+from hardkv.cache.together import compress_together
 from hardkv.cache.trace import Recorder
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import attend_tiers
@@ -44,7 +44,6 @@ class HardKVLayer(CacheLayerMixin):
             stored joined, as keys.
         recorder: is told after every event; None: nobody is.
         pool: where the tiers of an event shall lie; None: they stay where they were made.
-        together: the layers that it is compressed together with; None: alone.
     """
 
     is_compileable = False  # or generate() compiles the model around data-dependent shapes
@@ -65,7 +64,6 @@ class HardKVLayer(CacheLayerMixin):
         self.offloading: Offload | None = None
         self.pool: Pool | None = None
         self.recorder: Recorder | None = None
-        self.together: Together | None = None
         self.record_past = False
         self._clear()
 
@@ -143,8 +141,6 @@ class HardKVLayer(CacheLayerMixin):
                     f"gets {got} in {key_states.dtype}: this cache belongs to another batch or model; use a new "
                     "HardKVCache, or reset() this one"
                 )
-        if self.together is not None:
-            self.together.finish()
         if self.event_due:  # held back by recording, or because later layers still had to read
             self.compress()
         new = NewTokens(self, key_states, value_states, self.seen)
@@ -194,7 +190,7 @@ class HardKVLayer(CacheLayerMixin):
             return
         self._check_pinned(new, padding)
         valid = _columns(padding, new)
-        together, nbytes = self.together, storage_nbytes([new.keys, new.values])
+        together, nbytes = new.together, storage_nbytes([new.keys, new.values])
         waits = together is not None and together.may_wait(self, nbytes)
         if valid is None and not self._event_held:
             dense = DenseTier.view(new.keys, new.values)
@@ -248,8 +244,8 @@ class HardKVLayer(CacheLayerMixin):
             assert self.tiers is not None
             bound = self.tiers.dense.bound
             out = self.attend(query, bound, new.start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask)
-            if self.together is not None:
-                self.together.decoded(self)
+            if new.together is not None:
+                new.together.decoded(self)
             elif self.ready:
                 compress_together([self])
             return out

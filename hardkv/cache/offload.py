@@ -31,9 +31,9 @@ class ToHost:
     """A tensor on its way to the host, which goes on with other work until it waits for it."""
 
     def __init__(self, tensor: Tensor):
-        self._home, self._copied = to_host(tensor), None
-        if tensor.device.type == "cuda":
-            self._copied = torch.cuda.current_stream(tensor.device).record_event()
+        on_cuda = tensor.device.type == "cuda"
+        self._home = to_host(tensor) if on_cuda else tensor.cpu()
+        self._copied = torch.cuda.current_stream(tensor.device).record_event() if on_cuda else None
 
     def wait(self) -> Tensor:
         """The tensor in host memory; what was launched after it need not have run."""

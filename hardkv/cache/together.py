@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hardkv.cache.layer import HardKVLayer
 
 # Bytes of keys and values of a prompt that layers may hold uncompressed, so that their events run together.
-WAITING_BYTES = 256 << 20
+WAITING_BYTES = 128 << 20
 
 
 class Together:

@@ -79,7 +79,8 @@ def test_nbytes_is_what_the_object_graph_holds(name, batch, budget, patience, ti
     for _ in run_feed(model, cache, **inputs, chunks=[40] + [1] * 20 + [10]):
         reported = cache.nbytes()
         assert reported == cache.stats().nbytes == bytes_of(held_by(cache))
-        assert not walk(vars(cache) | {"layers": None})  # nothing beside the layers
+        assert cache._together.under_way is None
+        assert not walk(vars(cache) | {"layers": None, "_together": None})  # nothing beside the layers
         for layer in cache.layers:
             if not hasattr(layer, "tiers"):
                 continue  # transformers' sliding-window layers
@@ -119,6 +120,21 @@ def test_nothing_is_held_outside_the_cache(batch, tiny_model, tiny_prompts, run_
     reported = cache.nbytes()
     added = {address: nbytes for address, nbytes in live_bytes().items() if address not in before}
     assert sum(added.values()) == reported > 0
+
+
+def test_a_cache_goes_with_its_last_reference(tiny_model, tiny_prompts, run_generate):
+    """Not at the garbage collector's next visit: a device has no other way to tell it that memory is short."""
+    model = tiny_model("llama")
+    cache = HardKVCache(config=model.config, budget=24, **SIZES)
+    run_generate(model, cache, tiny_prompts(1, 40), 14)
+    storages = [StorageWeakRef(tensor.untyped_storage()) for layer in cache.layers for tensor in layer.tensors()]
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert all(storage.expired() for storage in storages)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("patience", [0, 1])
