@@ -183,6 +183,12 @@ def first() -> str:
     return markdown(["prompt, tokens", "cache", "scorer", "first token"], rows)
 
 
+def profile() -> str:
+    """Where the device's time goes."""
+    head, *rows = generate_report.profiles(read("generate")["records"])
+    return markdown(head, rows)
+
+
 def targets() -> str:
     """Targets of both reports."""
     rows = [
@@ -244,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "methods": methods,
     "needle": needle,
+    "profile": profile,
     "reasoner": reasoner,
     "results": results,
     "scorers": scorers,

@@ -2,16 +2,23 @@
 
     python -m eval.speed.generate --out eval/results/generate.json    # one CUDA GPU
     python -m eval.speed.generate_report eval/results/generate.json   # tables, and the picture beside the JSON
+    python -m eval.speed.generate --profile    # also where the time of each step and prompt goes
 
 Models have their real shapes and random weights. Every method decodes through `model.generate`; a step is the time
 between two calls of a stopping criterion. Where only decoding is timed, the context is not computed but filled in with
 random keys and values ("synthetic fill"): of hardkv's caches with what a budget keeps of it. `limit_ms` is the time in
 which a large copy moves as many bytes as a step has to read: weights, without the input embedding, and keys and values.
+
+kvpress needs an older transformers, so it decodes in a process of its own, by packages in a folder that
+`--kvpress-site` names: `pip install --no-deps --target FOLDER` of kvpress, transformers 5.2, and what these lack here.
 """
 
 import argparse
 import gc
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +44,7 @@ from transformers import (
 import hardkv
 from eval.speed.events import synthetic_curves
 from eval.speed.inputs import Setting, make_tiers
+from eval.speed.kernel_time import Profiler
 from eval.speed.timing import CudaTimer, copy_bandwidth, describe
 from hardkv import Calibration, HardKVCache, graphed
 from hardkv.cache.queries import QueryRing
@@ -67,10 +75,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "topk-compile": ("topk", {"custom_generate": graphed, "compile": True}),
     "risk": ("risk", {"custom_generate": graphed}),
     "risk-compile": ("risk", {"custom_generate": graphed, "compile": True}),
+    "kvpress": ("kvpress", {}),
 }
 # Steps that are timed, after steps that are not: two events fall among them.
 STEPS, WARM = 256, 12
 SLOW_STEPS = 40  # of methods without events
+PROFILED = 8  # steps, between two events
 # Of the memory that is free beside the weights, what the largest batch's cache may take.
 SHARE = 0.7
 
@@ -103,15 +113,39 @@ class Clock(StoppingCriteria):
         return torch.full((input_ids.shape[0],), len(self.times) > self.steps, device=input_ids.device)
 
 
+class ProfilingClock(Clock):
+    """Also profiles the last `PROFILED` steps, once `steps` of them are over."""
+
+    def __init__(self, steps: int):
+        super().__init__(steps + PROFILED)
+        self.first, self.profiler, self.found = steps, Profiler(), dict[str, Any]()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        ended = super().__call__(input_ids, scores, **kwargs)
+        if len(self.times) == self.first:
+            self.profiler.start()
+        if len(self.times) == self.first + PROFILED:
+            self.found = self.profiler.stop(PROFILED)
+        return ended
+
+
 class Bench:
     """One model on one device.
 
     Args:
         name: a key of `MODELS`. config: its config, or a smaller one. device: where it runs; with CUDA, timed there.
+        kvpress_site: folder of kvpress and what it needs.
     """
 
-    def __init__(self, name: str, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype):
-        self.name, self.config, self.device = name, config, device
+    def __init__(
+        self,
+        name: str,
+        config: PreTrainedConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        kvpress_site: Path | None = None,
+    ):
+        self.name, self.config, self.device, self.kvpress_site = name, config, device, kvpress_site
         with device:
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         self.setting = Setting(
@@ -192,18 +226,21 @@ class Bench:
     def decode(self, method: str, case: Case, steps: int | None = None) -> dict[str, Any]:
         """Decode after a synthetic fill."""
         kind, options = METHODS[method]
-        steps = steps or (STEPS if kind in ("topk", "risk") else SLOW_STEPS)
+        steps = steps or (SLOW_STEPS if kind in ("dynamic", "static") else STEPS)
+        if kind == "kvpress":
+            return self.kvpress(case, steps)
+        largest = not case.batch
         batch = case.batch or self.largest(kind, case, WARM + steps)
         case = replace(case, batch=batch)
         record: dict[str, Any] = {"measure": "decode", "method": method, "model": self.name, **asdict(case)}
+        if largest:
+            record["largest"] = True
         self._begin()
         cache = self.filled(kind, case, WARM + steps + 2)
         clock = Clock(WARM + steps)
         begun = time.perf_counter()
         self._generate(cache, case, clock, options)
-        if kind == "static":  # whose graphs keep the cache
-            torch.compiler.reset()
-            self.model._compiled_call = None
+        self._forget(kind)
         times = clock.times[WARM:]
         each = [b - a for a, b in pairwise(times)]
         mean = (times[-1] - times[0]) / len(each)
@@ -228,13 +265,8 @@ class Bench:
         times = []
         for _ in range(repeats + 1):
             self._begin()
-            cache = DynamicCache(config=self.config) if method == "dynamic" else self.hardkv_cache("topk", 2048, scorer)
-            options = {} if method == "dynamic" else METHODS[method][1]
             begun = time.perf_counter()
-            self.model.generate(
-                ids, past_key_values=cache, max_new_tokens=1, do_sample=False, pad_token_id=0, **options
-            )
-            self._wait()
+            self._first(ids, method, scorer)
             times.append(time.perf_counter() - begun)
         record = {"measure": "first token", "method": method, "scorer": scorer, "model": self.name, "context": length}
         return record | {"batch": batch, "seconds": median(times[1:])} | self._peak()
@@ -254,6 +286,20 @@ class Bench:
         )
         self._wait()
 
+    def _first(self, ids: torch.Tensor, method: str, scorer: str) -> None:
+        """One token after a prompt."""
+        dense = method == "dynamic"
+        cache = DynamicCache(config=self.config) if dense else self.hardkv_cache("topk", 2048, scorer)
+        options = METHODS[method][1]
+        self.model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False, pad_token_id=0, **options)
+        self._wait()
+
+    def _forget(self, kind: str) -> None:
+        """Let go of a cache that compiled graphs keep."""
+        if kind == "static":
+            torch.compiler.reset()
+            self.model._compiled_call = None
+
     def _begin(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
@@ -267,26 +313,52 @@ class Bench:
     def _peak(self) -> dict[str, Any]:
         return {"peak_bytes": torch.cuda.max_memory_allocated()} if self.device.type == "cuda" else {}
 
-    def trace(self, method: str, case: Case) -> dict[str, Any]:
-        """Where the device's time goes in one replayed step: kernels by name, and the gaps between them."""
+    def profile_step(self, method: str, case: Case) -> dict[str, Any]:
+        """Where the device's time goes in a step without an event."""
         kind, options = METHODS[method]
-        cache = self.filled(kind, case, WARM + 2)
         self._begin()
-        self._generate(cache, case, Clock(WARM), options)
-        graph = cache.steps._graph
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            graph.replay()
-            torch.cuda.synchronize()
-        rows = sorted(profile.key_averages(), key=lambda row: -row.device_time_total)
-        kernels = [{"name": row.key, "calls": row.count, "ms": row.device_time_total / 1e3} for row in rows]
-        record = {"measure": "trace", "method": method, "model": self.name, **asdict(case)}
-        return record | {"replay_ms": begin.elapsed_time(end), "kernels": [k for k in kernels if k["ms"] > 0]}
+        cache, clock = self.filled(kind, case, WARM + PROFILED + 2), ProfilingClock(WARM)
+        self._generate(cache, case, clock, options)
+        self._forget(kind)
+        return {"measure": "profile", "of": "step", "method": method, "model": self.name, **asdict(case)} | clock.found
+
+    def profile_prompt(self, method: str, scorer: str, length: int, batch: int) -> dict[str, Any]:
+        """Where the device's time goes from a prompt to its first token, events included."""
+        ids = torch.randint(5, self.config.vocab_size, (batch, length), device=self.device)
+        for _ in range(2):  # the first builds kernels
+            self._begin()
+            profiler = Profiler()
+            profiler.start()
+            self._first(ids, method, scorer)
+            found = profiler.stop()
+        record = {"measure": "profile", "of": "prompt", "method": method, "scorer": scorer, "model": self.name}
+        return record | {"context": length, "batch": batch} | found
+
+    def kvpress(self, case: Case, steps: int) -> dict[str, Any]:
+        """As `decode`, by kvpress in a process of its own."""
+        asked = {
+            "config": self.config.to_diff_dict() | {"dtype": None},
+            "device": str(self.device),
+            "dtype": str(self.setting.dtype).removeprefix("torch."),
+            "cases": [asdict(case)],
+            "warm": WARM,
+            "steps": steps,
+            "window": self.setting.window,
+            "interval": self.setting.interval,
+        }
+        program = Path(__file__).with_name("kvpress_decode.py")
+        self._begin()  # leaves the other process room
+        run = subprocess.run(
+            [sys.executable, "-P", str(program), json.dumps(asked)],
+            env=os.environ | {"PYTHONPATH": str(self.kvpress_site)},
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode:
+            raise RuntimeError(run.stderr.strip().rpartition(chr(10))[2])
+        (record,) = json.loads(run.stdout.strip().rpartition(chr(10))[2])
+        record |= {"read_bytes": self.read + record["kv_bytes"]}
+        return {"measure": "decode", "method": "kvpress", "model": self.name} | record
 
 
 def _shape(config: PreTrainedConfig) -> Any:
@@ -299,20 +371,25 @@ def _nbytes(cache: Any) -> int:
     return storage_nbytes(each for layer in cache.layers for each in (layer.keys, layer.values))
 
 
-def run(bench: Bench, methods: list[str], cases: list[Case], lengths: list[int]) -> Iterator[dict[str, Any]]:
+def run(
+    bench: Bench, methods: list[str], cases: list[Case], lengths: list[int], profile: bool = False
+) -> Iterator[dict[str, Any]]:
     """The records of a model, one after the other; a measurement that fails says how."""
     for length in lengths:
         for method, scorer in (("dynamic", ""), ("topk", "snapkv"), ("topk", "attention")):
-            call = partial(bench.first_token, method, scorer, length, 1)
-            yield _tried(call, measure="first token", method=method, scorer=scorer, context=length)
+            what = {"method": method, "scorer": scorer, "context": length, "batch": 1}
+            yield _tried(partial(bench.first_token, method, scorer, length, 1), measure="first token", **what)
+            if profile:
+                call = partial(bench.profile_prompt, method, scorer, length, 1)
+                yield _tried(call, measure="profile", of="prompt", **what)
     for case in cases:
         for method in methods:
-            yield _tried(partial(bench.decode, method, case), measure="decode", method=method, **asdict(case))
-    for method in ("topk", "topk-compile"):
-        for batch in (1, 32):
-            if method in methods and any(case.batch == batch for case in cases):
-                case = Case(2048, batch)
-                yield _tried(partial(bench.trace, method, case), measure="trace", method=method, **asdict(case))
+            if method == "kvpress" and not case.batch:
+                continue  # nobody tells how many sequences fit
+            what = {"method": method, **asdict(case)}
+            yield _tried(partial(bench.decode, method, case), measure="decode", **what)
+            if profile and case.batch and method != "kvpress":
+                yield _tried(partial(bench.profile_step, method, case), measure="profile", of="step", **what)
 
 
 def _tried(call: Callable[[], dict[str, Any]], **what: Any) -> dict[str, Any]:
@@ -332,32 +409,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.speed.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("eval/results/generate.json"))
     parser.add_argument("--model", choices=MODELS, default="qwen3-8b")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
     parser.add_argument("--cases", nargs="+", metavar="CONTEXTxBATCH", help="such as 2048x32; 32768x0: what fits")
     parser.add_argument("--first-token", nargs="*", type=int, default=[8192], metavar="LENGTH")
+    parser.add_argument("--profile", action="store_true", help="also where the time goes, of every case and prompt")
+    parser.add_argument("--kvpress-site", type=Path, metavar="FOLDER", help="packages for kvpress (see above)")
     args = parser.parse_args()
+    methods = [name for name in args.methods or METHODS if name != "kvpress" or args.kvpress_site is not None]
+    if "kvpress" in (args.methods or ()) and "kvpress" not in methods:
+        parser.error("kvpress needs --kvpress-site FOLDER: a folder with it and a transformers that it takes")
     if not torch.cuda.is_available():
         parser.error("this needs a CUDA device, and PyTorch finds none: run it on a machine with an NVIDIA GPU")
     cases = [Case(*map(int, case.split("x"))) for case in args.cases] if args.cases else list(CASES)
     device = torch.device("cuda")
     bandwidth = copy_bandwidth(CudaTimer(), Setting(device, torch.bfloat16))
-    bench = Bench(args.model, MODELS[args.model](), device, torch.bfloat16)
+    bench = Bench(args.model, MODELS[args.model](), device, torch.bfloat16, args.kvpress_site)
     found: dict[str, Any] = {"machine": machine(device), "copy_bytes_per_s": bandwidth, "records": []}
     if args.out.exists():
         earlier = json.loads(args.out.read_text())
         found["records"] = earlier["records"] if earlier["machine"] == found["machine"] else []
-    for record in run(bench, args.methods, cases, args.first_token):
+    for record in run(bench, methods, cases, args.first_token, args.profile):
         if "read_bytes" in record:
             record["limit_ms"] = record["read_bytes"] / bandwidth * 1e3
         found["records"] = [old for old in found["records"] if _key(old) != _key(record)] + [record]
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
         shown = {key: round(value, 3) if isinstance(value, float) else value for key, value in record.items()}
-        print({key: value for key, value in shown.items() if key != "kernels"}, flush=True)
+        print(shown, flush=True)
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record.get(name) for name in ("measure", "model", "method", "scorer", "context", "batch", "kept"))
+    return tuple(
+        record.get(name) for name in ("measure", "of", "model", "method", "scorer", "context", "batch", "kept")
+    )
 
 
 if __name__ == "__main__":

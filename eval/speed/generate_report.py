@@ -5,6 +5,7 @@ python -m eval.speed.generate_report eval/results/generate.json
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ NAMES = {
     "topk-compile": "HardKVCache, graphed and compiled",
     "risk": "HardKVCache with Risk, graphed",
     "risk-compile": "HardKVCache with Risk, graphed and compiled",
+    "kvpress": "kvpress",
 }
 
 
@@ -64,7 +66,7 @@ def targets(records: list[Record]) -> list[tuple[str, str, float, bool]]:
                     if other:
                         ratio = ours["tokens_per_s"] / other["tokens_per_s"]
                         at_least(f"tokens/s over {NAMES[peer]}, batch 32, context 2,048", times, ratio)
-    long = [r for r in records if r.get("context") == LONG and r["measure"] == "decode" and "error" not in r]
+    long = [r for r in records if r.get("context") == LONG and r.get("largest") and "error" not in r]
     dense = [r["tokens_per_s"] for r in long if r["method"] in SPEEDUPS]
     ours_long = [r["tokens_per_s"] for r in long if r["method"] not in SPEEDUPS]
     if dense and ours_long:
@@ -75,6 +77,20 @@ def targets(records: list[Record]) -> list[tuple[str, str, float, bool]]:
         if ours and dense_first:
             at_most(f"first token over dense, {scorer}, 8,192", FIRST_TOKEN, ours["seconds"] / dense_first["seconds"])
     return rows
+
+
+def profiles(records: list[Record]) -> list[list[str]]:
+    """Where the time goes: a line of headings and one for each profile; nothing without any."""
+    found = [r for r in records if r["measure"] == "profile" and "error" not in r]
+    if not found:
+        return []
+    kinds = list(found[0]["kinds"])
+    lines = [["", "context", "batch", "method", *kinds, "no kernel runs", "all, ms", "kernels"]]
+    for r in found:
+        method = f"HardKVCache, {r['scorer']}" if r.get("scorer") else NAMES[r["method"]]
+        times = [f"{each:.2f}" for each in (*(r["kinds"][kind] for kind in kinds), r["idle"], r["total"])]
+        lines.append([r["of"], f"{r['context']:,}", str(r["batch"]), method, *times, f"{r['kernels']:,}"])
+    return lines
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -88,6 +104,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['copy_bytes_per_s'] / 1e12:.2f} TB/s. Models have random weights; contexts are filled in with random "
         "keys and values, and only decoding is timed. Limit: the time in which a copy moves what a step reads. What is "
         "not listed was not measured.",
+        *_about_kvpress(records),
         "",
         "| target | wanted | found | |",
         "| --- | --- | --- | --- |",
@@ -97,7 +114,8 @@ def markdown(found: dict[str, Any]) -> str:
     columns = ("context", "batch", "method", "step, ms", "median, ms", "limit, ms", "over limit", "tokens/s")
     columns += ("cache, GB", "peak, GB", "captures")
     lines += ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for r in (r for r in records if r["measure"] == "decode"):
+    decoded = [r for r in records if r["measure"] == "decode"]
+    for r in sorted(decoded, key=lambda r: (r["context"], -(r.get("batch") or 0), list(NAMES).index(r["method"]))):
         head = f"| {r['context']:,} | {r.get('batch') or 'largest'} | {NAMES[r['method']]} |"
         if "error" in r:
             lines.append(f"{head} {r['error']} | | | | | | | |")
@@ -111,42 +129,74 @@ def markdown(found: dict[str, Any]) -> str:
         name = "DynamicCache" if r["method"] == "dynamic" else "HardKVCache"
         peak = r["peak_bytes"] / 1e9
         lines.append(f"| {r['context']:,} | {name} | {r['scorer']} | {r['seconds']:.3f} | {peak:.1f} |")
-    for r in (r for r in records if r["measure"] == "trace" and "error" not in r):
-        total = sum(kernel["ms"] for kernel in r["kernels"])
+    if columns_and_rows := profiles(records):
+        columns, *rows = columns_and_rows
         lines += [
             "",
-            f"Where a step goes: {NAMES[r['method']]}, batch {r['batch']}: {r['replay_ms']:.2f} ms, of which no kernel "
-            f"runs for {r['replay_ms'] - total:.2f}.",
+            "Where the time of a step, without an event, and of a prompt, with its events, goes on the device, in "
+            "milliseconds, in a few steps of their own. Where kernels are launched one by one, the device waits for "
+            "the host most of the time, and how long differs from run to run: compare the kernels there, and the times "
+            'above. "Selection" are hardkv\'s own kernels of an event; what else belongs to one is among "other".',
             "",
-            "| kernel | calls | ms |",
-            "| --- | --- | --- |",
-            *(f"| `{k['name'][:80]}` | {k['calls']} | {k['ms']:.3f} |" for k in r["kernels"][:12]),
+            f"| {' | '.join(columns)} |",
+            "| --- " * len(columns) + "|",
+            *(f"| {' | '.join(row)} |" for row in rows),
         ]
     return "\n".join(lines) + "\n"
 
 
+def _about_kvpress(records: list[Record]) -> list[str]:
+    """What was run of it."""
+    ours = find(records, method="kvpress", measure="decode")
+    if ours is None:
+        return ["", "kvpress is a method of the program too (`--kvpress-site`), and has not been measured yet."]
+    versions = ours["versions"]
+    return [
+        "",
+        f"[kvpress](https://github.com/NVIDIA/kvpress) {versions['kvpress']} (Apache-2.0) was run with transformers "
+        f"{versions['transformers']} in a process of its own: its `DecodingPress` brings a DynamicCache back to as "
+        "many tokens, the same in every head, by its `SnapKVPress`, at the same interval and window. It decodes by the "
+        "loop of its own pipeline, without `generate()`.",
+    ]
+
+
+def _place(record: Record) -> tuple[int, int]:
+    """Context and batch, 0 for the largest."""
+    return record["context"], 0 if record.get("largest") else record["batch"]
+
+
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Tokens a second, by method and case."""
+    """By method and case, tokens a second, and bytes of the cache for a sequence against its context."""
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
 
     cases = [r for r in found["records"] if r["measure"] == "decode" and "error" not in r]
-    names = list(dict.fromkeys((r["context"], r["batch"] if r["context"] < LONG else 0) for r in cases))
-    methods = list(dict.fromkeys(r["method"] for r in cases))
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    names = sorted(dict.fromkeys(map(_place, cases)), key=lambda place: (place[0], place[1] or math.inf))
+    methods = [name for name in NAMES if any(r["method"] == name for r in cases)]
+    figure, (axes, memory) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", width_ratios=(2, 1))
     width = 0.8 / len(methods)
     for i, method in enumerate(methods):
         rows = [r for r in cases if r["method"] == method]
-        at = [names.index((r["context"], r["batch"] if r["context"] < LONG else 0)) + i * width for r in rows]
+        at = [names.index(_place(r)) + i * width for r in rows]
         bars = axes.bar(at, [r["tokens_per_s"] for r in rows], width, label=NAMES[method], color=f"C{i}")
         axes.bar_label(bars, [f"{r['tokens_per_s']:,.0f}" for r in rows], fontsize=7, rotation=90, padding=2)
+        points = sorted({r["context"]: r["kv_bytes"] / r["batch"] / 1e9 for r in rows}.items())
+        memory.plot(*zip(*points, strict=True), "o-", color=f"C{i}", markersize=4, alpha=0.8)
     labels = [f"{context:,} tokens\n{f'batch {batch}' if batch else 'largest batch'}" for context, batch in names]
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(names))], labels)
+    axes.set_xlim(-width, len(names) - 1 + len(methods) * width)
     axes.set_yscale("log")
     axes.margins(y=0.2)
     axes.set_ylabel("tokens/s")
     axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    memory.set_xscale("log", base=2)
+    memory.set_ylim(bottom=0)
+    contexts = sorted({r["context"] for r in cases})
+    memory.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    memory.set_xlabel("context, tokens")
+    memory.set_ylabel("cache of a sequence, GB")
+    for each in (axes, memory):
+        each.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

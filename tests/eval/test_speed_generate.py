@@ -9,6 +9,7 @@ from transformers import Qwen3Config
 
 from eval.speed.generate import METHODS, Bench, Case, _key, run
 from eval.speed.generate_report import NAMES, event_share, markdown, targets
+from eval.speed.kernel_time import kind_of, summarise
 from hardkv.cache.tiers import storage_nbytes
 
 COMMITTED = Path(__file__).parents[2] / "eval/results/generate.json"
@@ -23,7 +24,7 @@ def bench():
     return Bench("tiny", config, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if "compile" not in name])
+@pytest.mark.parametrize("method", [name for name in METHODS if "compile" not in name and name != "kvpress"])
 def test_decode(bench, method):
     record = bench.decode(method, Case(200, 2, 100), steps=130)
     assert record["steps"] == 130
@@ -72,3 +73,39 @@ def test_targets():
     assert found["step over the least that memory allows, batch 32"] == (1.25, True)
     assert found["tokens/s over DynamicCache, batch 32, context 2,048"] == (pytest.approx(4000 / 390), True)
     assert len(found) == 3
+
+
+def test_where_the_time_goes():
+    """Kernels side by side count once in the busy time; gaps before, between and after count as idle."""
+    kernels = [("nvjet_tst_192", 1.0, 3.0), ("_ragged_attention", 2.0, 5.0), ("void elementwise_kernel", 7.0, 8.0)]
+    found = summarise(reversed(kernels), elapsed=10.0, steps=2)
+    assert found["total"] == 5.0
+    assert found["idle"] == pytest.approx((10.0 - 5.0) / 2)
+    assert found["kinds"] == {"matrix products": 1.0, "attention": 1.5, "selection": 0.0, "other": 0.5}
+    assert found["kernels"] == 2
+    assert summarise([], elapsed=4.0)["idle"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x", "attention"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
+        ("_gather_tiers_kernel", "selection"),
+        ("_append_step_kernel", "other"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", "other"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
+    ],
+)
+def test_kinds_of_kernels(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_kvpress_without_its_packages_says_so(bench, tmp_path):
+    """It is measured in a process of its own, whose error becomes the record's."""
+    bench.kvpress_site = tmp_path
+    (record,) = run(bench, ["kvpress"], [Case(100, 2, 90)], [])
+    assert record["method"] == "kvpress"
+    assert record["error"] == "RuntimeError: ModuleNotFoundError: No module named 'kvpress'"
