@@ -1,18 +1,19 @@
 """Solved problems as token ids and labels."""
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.reasoner.problems import LINE_TOKENS, Puzzle
+from eval.reasoner.problems import LINE_TOKENS, MAX_LINES, Puzzle
 
 PROMPT_ROOM = 34  # tokens of a statement and an answer at most
 IGNORED = -100  # cross_entropy's ignore_index
-RESULT = range(9, 14)  # where a line has "=", the new cell and its value
-TAIL = (4, 12)  # lines that `encode_hiding` leaves whole, at least and at most
+CELLS = (0, 5, 10)  # where a line writes a cell's name and value, 4 tokens: the newest, the one looked up, the new one
+TAIL = (2, 10)  # lines that `encode_hiding` leaves whole, at least and at most
 
 
 def tokens_of(tokenizer: Any, puzzles: Sequence[Puzzle]) -> tuple[list[list[int]], list[int]]:
@@ -34,19 +35,19 @@ def encode(tokenizer: Any, puzzles: Sequence[Puzzle], length: int) -> tuple[Tens
 
 
 def room_for(length: int, hiding: bool = False) -> int:
-    """The most lines of a solution that `encode`, or `encode_hiding`, gets into a length."""
-    if hiding:
-        return (length - PROMPT_ROOM - TAIL[0] * (LINE_TOKENS - len(RESULT))) // len(RESULT)
+    """The most lines of a solution that `encode` gets into a length, or `encode_hiding` whatever it has to show."""
+    if hiding and length >= PROMPT_ROOM + TAIL[1] * LINE_TOKENS + 4 * (TAIL[1] + 1):
+        return MAX_LINES
     return (length - PROMPT_ROOM) // LINE_TOKENS
 
 
 def encode_hiding(
     tokenizer: Any, puzzles: Sequence[Puzzle], length: int, rng: random.Random
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solutions whose older lines lack a random part of their scratch work, as if it had been evicted.
+    """Solutions whose older lines lack a random part of their tokens, as if they had been evicted.
 
-    The statement, every line's result and the last lines stay, all at their true positions. Half of the problems for
-    which `length` has room stay whole.
+    The statement and the last lines stay, and of each older cell that the last lines look up one place where it is
+    written, whichever; all at their true positions. Half of the problems for which `length` has room stay whole.
 
     Returns:
         ids, positions and labels, int64 `[puzzles, length]`, right-padded; labels only for what stays whole.
@@ -55,27 +56,35 @@ def encode_hiding(
     positions = torch.arange(length).expand(len(puzzles), length).clone()
     labels = torch.full_like(ids, IGNORED)
     for row, (tokens, prompt) in enumerate(zip(*tokens_of(tokenizer, puzzles), strict=True)):
-        lines = puzzles[row].lines
-        most = (length - PROMPT_ROOM - lines * len(RESULT)) // (LINE_TOKENS - len(RESULT))  # there is room for
-        older = max(lines - min(rng.randint(*TAIL), most), 0)
+        older = max(puzzles[row].lines - rng.randint(*TAIL), 0)
         tail = prompt + older * LINE_TOKENS
-        room = length - prompt - (len(tokens) - tail) - older * len(RESULT)
-        scratch = older * (LINE_TOKENS - len(RESULT))
-        if room >= scratch and rng.random() < 0.5:
+        room = length - (len(tokens) - (tail - prompt))
+        if len(tokens) <= length and rng.random() < 0.5:
             kept, first = list(range(len(tokens))), prompt
         else:
-            visible = set(rng.sample(range(scratch), int(rng.random() * min(room, scratch))))
-            kept, first, count = list(range(prompt)), tail + 1, 0  # what follows the hidden part cannot be known
-            for index in range(prompt, tail):
-                if (index - prompt) % LINE_TOKENS in RESULT:
-                    kept.append(index)
-                else:
-                    if count in visible:
-                        kept.append(index)
-                    count += 1
-            kept += range(tail, len(tokens))
+            shown = {prompt + index for index in needed(puzzles[row].solve()[0], older, rng)}
+            others = [index for index in range(prompt, tail) if index not in shown]
+            shown.update(rng.sample(others, int(rng.random() * min(room - len(shown), len(others)))))
+            kept = [*range(prompt), *sorted(shown), *range(tail, len(tokens))]
+            first = tail + 1  # the tail's first token may follow anything
         index = torch.tensor(kept)
         ids[row, : len(kept)] = torch.tensor(tokens)[index]
         positions[row, : len(kept)] = index
         labels[row, : len(kept)] = torch.where(index >= first, ids[row, : len(kept)], IGNORED)
     return ids, positions, labels
+
+
+def needed(solution: str, older: int, rng: random.Random) -> set[int]:
+    """Tokens of the first `older` lines that the others cannot do without, counted from the solution's start.
+
+    Of each cell that the others mention and the first lines compute: its name and value, at one place of them all.
+    """
+    lines = solution.split("\n")[:-1]
+    computed = {line[CELLS[-1] :][:2] for line in lines[:older]}
+    places = defaultdict(list)
+    for number, line in enumerate(lines):
+        for start in CELLS:
+            places[line[start : start + 2]].append((number, start))
+    asked = {name for name, found in places.items() if name in computed and found[-1][0] >= older}
+    chosen = [rng.choice([place for place in places[name] if place[0] < older]) for name in sorted(asked)]
+    return {number * LINE_TOKENS + start + offset for number, start in chosen for offset in range(4)}

@@ -8,8 +8,8 @@ earlier one is known only when the cell before it is:
 - in block a, the cell three before the new one;
 - `Walk`: with the newest cell `h l` holding `x y`, cell (x mod h, y + l²), letters counted from 0. So anything computed
   so far, up to the last whole block, may be asked for next (the square keeps it from going round in circles);
-- `Table m`: (x mod min(h, m), y + l²): only the first m blocks are ever asked for;
-- `Back k`: (h - k, l), block a if there is none: ten k cells back, known beforehand.
+- `Table m`: (x mod min(h, m), y + l²): only the first m blocks are ever asked for, m from 1 to 3;
+- `Back k`: (h - k, l), block a if there is none: ten k cells back, known beforehand, k from 1 to 3.
 
 The solution writes one line for each cell, and ends with the last value as a number, ten times the letter's plus the
 digit. A line restates the newest cell, looks the earlier one up, adds, and checks the sum by subtracting, which tells
@@ -55,7 +55,7 @@ class Puzzle:
     """What a problem is made of.
 
     Args:
-        kind: of `KINDS`. parameter: Table's m, Back's k, 1 to 15; 0 for Walk.
+        kind: of `KINDS`. parameter: Table's m, Back's k, 1 to 15 (`draw` takes 1 to 3); 0 for Walk.
         given: the values of the first three cells.
         lines: cells to compute, 1 to 157.
     """
@@ -110,7 +110,7 @@ def draw(rng: random.Random, lines: int, split: str) -> Puzzle:
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} must be 'train' or 'test'")
     kind = rng.choice(KINDS)
-    parameter = {"Walk": 0, "Table": rng.randint(1, 6), "Back": rng.randint(1, 6)}[kind]
+    parameter = {"Walk": 0, "Table": rng.randint(1, 3), "Back": rng.randint(1, 3)}[kind]
     while True:
         given = tuple((rng.randrange(len(LETTERS)), rng.randrange(len(DIGITS))) for _ in range(GIVEN))
         if is_test(given) == (split == "test"):

@@ -51,8 +51,8 @@ class Settings:
         (0.5, (1024, 2048)),
         (1.0, (1024, 2048, 4096, 4096)),
     )
-    hide_from: float = 1.0
-    hidden_lengths: tuple[int, ...] = (1024, 1024, 1024, 4096)
+    hide_from: float = 0.6
+    hidden_lengths: tuple[int, ...] = (1024, 1024, 4096)
     fewest_lines: int = 10
     seed: int = 0
     compile: bool = True
@@ -66,7 +66,8 @@ class Settings:
 class Batches(Dataset):
     """One batch a step, the same for the same step and seed whichever process makes it.
 
-    An item is `(ids, positions, labels)`, int64 `[batch, length]`: right-padded, labels only for solutions.
+    An item is `(ids, positions, labels)`, int64 `[batch, length]`: right-padded, labels only for solutions. No element
+    has its memory twice, which pinning does not take.
     """
 
     def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerFast):
@@ -88,7 +89,7 @@ class Batches(Dataset):
         if hiding:
             return encode_hiding(self.tokenizer, puzzles, length, rng)
         ids, labels = encode(self.tokenizer, puzzles, length)
-        return ids, torch.arange(length).expand(count, length), labels
+        return ids, torch.arange(length).repeat(count, 1), labels
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -238,7 +239,7 @@ def main() -> None:
         type=float,
         default=Settings.hide_from,
         metavar="FRACTION",
-        help="of the steps, from which on old scratch work is hidden (default: %(default)s, never)",
+        help="of the steps, from which on old tokens are hidden, 1: never (default: %(default)s)",
     )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,7 @@ from eval.reasoner.accuracy import exact, generated
 from eval.reasoner.encoding import IGNORED, encode, encode_hiding, tokens_of
 from eval.reasoner.problems import KINDS, LINE_TOKENS, MAX_LINES, Puzzle, draw, is_test, problems
 from eval.reasoner.tokenizer import build_tokenizer
-from eval.reasoner.train import Settings, run
+from eval.reasoner.train import Batches, Settings, run
 from hardkv.cli import main
 
 MODEL = Path(__file__).parents[2] / "eval" / "reasoner" / "model"
@@ -143,7 +143,7 @@ def test_labels_are_the_solution_and_its_end():
         assert (ids[row][~asked][start:] == tokenizer.pad_token_id).all()
 
 
-def test_what_is_hidden_is_older_scratch_work_and_nothing_moves():
+def test_what_is_hidden_is_older_and_can_be_done_without():
     tokenizer = build_tokenizer()
     rng = random.Random(0)
     batch = [draw(rng, lines, "train") for lines in (10, 30, 60, 100, 157, 157)] * 3
@@ -157,15 +157,26 @@ def test_what_is_hidden_is_older_scratch_work_and_nothing_moves():
         assert torch.equal(ids[row][kept], torch.tensor(tokens)[where])
         asked = where[labels[row][kept] != IGNORED]
         assert torch.equal(asked, torch.arange(int(asked[0]), len(tokens)))  # whole to the end
-        assert len(asked) >= 4 * LINE_TOKENS
+        assert len(asked) >= 2 * LINE_TOKENS
         shown = set(where.tolist())
         assert shown >= set(range(prompt))
-        for start in range(prompt, int(asked[0]) - 1, LINE_TOKENS):
-            line = tokenizer.decode(tokens[start : start + LINE_TOKENS])
-            result = range(start + line.index("="), start + line.index(";"))
-            assert shown >= set(result)
         hidden += len(tokens) - len(where)
+        # every value that the whole lines take over stands somewhere else, name and value
+        whole = int(asked[0]) - (int(asked[0]) - prompt) % LINE_TOKENS  # the line in which the labels begin
+        seen = {tokenizer.decode(tokens[at : at + 4]) for at in range(whole) if shown >= set(range(at, at + 4))}
+        for line in tokenizer.decode(tokens[whole:]).split("\n")[:-1]:
+            newest, other, new = re.findall(r"[a-p]\d[a-p]\d", line.split(";")[0])
+            assert {newest, other} <= seen
+            seen.add(new)
     assert hidden > 18 * 200
+
+
+@pytest.mark.parametrize("hide_from", [0.0, 1.0])
+def test_batches_can_be_pinned(hide_from):
+    small = Settings(steps=1, batch_tokens=512, stages=((1.0, (128,)),), hide_from=hide_from, hidden_lengths=(128,))
+    batch = Batches(small, build_tokenizer())[0]
+    assert {tensor.shape for tensor in batch} == {(4, 128)}
+    assert all(tensor.is_contiguous() for tensor in batch)
 
 
 @pytest.mark.slow
