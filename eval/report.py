@@ -258,55 +258,66 @@ def _detail_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """Accuracy against mean bytes, a line a method; the full cache is the band."""
+    """Accuracy against mean bytes: a panel a scorer, a line a method; the full cache is the band."""
     require("eval", "matplotlib")
+    import matplotlib.pyplot as plt
+
+    rows = summary["configurations"]
+    full = [row for row in rows if row["method"] == "full"]
+    scorers = sorted({row["scorer"] for row in rows if row["scorer"]}) or [None]
+    size = (3.0 + 3.9 * len(scorers), 4.6)
+    figure, axes = plt.subplots(
+        1, len(scorers), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, scorer in zip(axes[0], scorers, strict=True):
+        _panel(axis, full, [row for row in rows if row["scorer"] == scorer and row["method"] != "full"])
+        if len(scorers) > 1:
+            axis.set_title(scorer, fontsize=10)
+    sizes = [row["bytes_mean"] for row in rows]
+    low, high = np.log2(min(sizes)), np.log2(max(sizes))
+    axes[0, 0].set_xticks(2 ** np.linspace(low, high, 5) if high > low else sizes[:1])
+    axes[0, 0].set_ylabel("accuracy (%), 95 % interval over problems")
+    figure.supxlabel(f"mean bytes a sequence ({summary['bytes']})", fontsize=10)
+    figure.suptitle(f"{summary['settings']['task']}: {summary['settings']['model']}", fontsize=11)
+    # methods may differ between scorers
+    handles = {
+        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right upper")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _panel(axis: Any, full: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    rows = summary["configurations"]
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    lines = list(dict.fromkeys(_name(row) for row in rows))
-    scorers = sorted({row["scorer"] for row in rows if row["scorer"]})
     # all but grey, which is the full cache
     colours = [colour for place, colour in enumerate(plt.get_cmap("tab10").colors) if place != 7]
-    for name in lines:
-        points = sorted((row for row in rows if _name(row) == name), key=_size)
-        means = [100 * row["accuracy"]["mean"] for row in points]
-        errors = [
-            [100 * (row["accuracy"]["mean"] - row["accuracy"]["low"]) for row in points],
-            [100 * (row["accuracy"]["high"] - row["accuracy"]["mean"]) for row in points],
-        ]
-        if name == "full":
-            (row,) = points
-            axis.axhspan(100 * row["accuracy"]["low"], 100 * row["accuracy"]["high"], color="0.92", zorder=0)
-            axis.axhline(means[0], color="0.5", linewidth=1)
-            axis.plot(row["bytes_mean"], means[0], "s", color="0.3", label="full")
-            continue
+    for row in full:
+        axis.axhspan(100 * row["accuracy"]["low"], 100 * row["accuracy"]["high"], color="0.92", zorder=0)
+        axis.axhline(100 * row["accuracy"]["mean"], color="0.5", linewidth=1)
+        axis.plot(row["bytes_mean"], 100 * row["accuracy"]["mean"], "s", color="0.3", label="full")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((row for row in rows if row["method"] == method), key=_size)
+        low, mean, high = (np.array([100 * row["accuracy"][end] for row in points]) for end in ("low", "mean", "high"))
         axis.errorbar(
             [row["bytes_mean"] for row in points],
-            means,
-            errors,
-            label=name,
-            color=colours[METHODS.index(points[0]["method"])],
-            linestyle=("-", "--", ":", "-.")[scorers.index(points[0]["scorer"]) % 4],
-            linewidth=2.2 if points[0]["method"] == "risk" else 1.2,
+            mean,
+            [mean - low, high - mean],
+            label=method,
+            color=colours[METHODS.index(method)],
+            linestyle="--" if method.endswith("-calibrated") else "-",
+            linewidth=2.2 if method == "risk" else 1.2,
             marker="o",
             markersize=4,
             capsize=2,
         )
     axis.set_xscale("log", base=2)
-    sizes = [row["bytes_mean"] for row in rows]
-    low, high = np.log2(min(sizes)), np.log2(max(sizes))
-    axis.set_xticks(2 ** np.linspace(low, high, 5) if high > low else sizes[:1])
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, place: format_bytes(value)))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel(f"mean bytes a sequence ({summary['bytes']})")
-    axis.set_ylabel("accuracy (%), 95 % interval over problems")
-    axis.set_title(f"{summary['settings']['task']}: {summary['settings']['model']}", fontsize=11)
+    axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def report(folder: Path, to: Path | None = None) -> str:
