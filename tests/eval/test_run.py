@@ -167,7 +167,7 @@ def test_a_generated_task_can_be_calibrated_on_other_problems_of_it(checkpoint, 
         main(fixed)
     with pytest.raises(SystemExit, match=rf"'by {path.name}' now"):
         main([*fixed, "--calibration", str(path)])
-    main([*fixed, "--calibration", str(path), "--out", str(tmp_path / "other")])
+    main([*fixed, "--calibration", str(path.parent / "{scorer}.safetensors"), "--out", str(tmp_path / "other")])
     ours, others = (lines(tmp_path / out, "risk-attention-24") for out in ("out", "other"))
     assert ours == others
 
