@@ -7,7 +7,7 @@ import pytest
 
 from eval.budgets_report import Study
 from eval.report import _at_bytes, budget_table, main, more_bytes, report, summarise
-from eval.results_page import PAGE, RESULTS, harness_findings, page, read_reports, study_findings, verdict
+from eval.results_page import PAGE, RESULTS, can_differ, harness_findings, page, read_reports, study_findings, verdict
 from eval.store import Store
 
 SETTINGS = {
@@ -189,6 +189,35 @@ def test_findings_of_the_harness(store, tmp_path):
     assert [kind for kind, text in harness_findings(reports) if text.startswith("`risk`")] == ["open"]
     row["versus_topk"]["more_bytes"] = 0.03  # a gain that more bytes may explain is none
     assert not [text for _, text in harness_findings(reports) if text.startswith("`risk`")]
+
+
+@pytest.mark.parametrize(
+    ("ours", "difference", "could"),
+    [
+        (0.5, 0.0, True),
+        (0.0, -0.5, True),
+        (0.99, 0.1, True),
+        (0.02, 0.0, False),
+        (0.03, 0.03, False),
+        (1.0, 0.0, False),
+    ],
+)
+def test_where_both_fail_or_both_succeed_nothing_is_told(ours, difference, could):
+    assert can_differ({"accuracy": {"mean": ours}, "versus_topk": {"mean": difference}}) == could
+
+
+def test_a_verdict_is_over_the_budgets_that_tell_something(store, tmp_path):
+    report(store.folder, tmp_path / "results" / "made-up")
+    reports = read_reports(tmp_path / "results")
+    (row,) = [row for row in reports["made-up"]["configurations"] if row["method"] == "risk"]
+    nothing = row | {
+        "accuracy": {"mean": 0.0},
+        "versus_topk": row["versus_topk"] | {"mean": 0.0, "low": 0.0, "high": 0.0},
+    }
+    reports["made-up"]["configurations"].append(nothing)
+    assert [kind for kind, text in harness_findings(reports) if text.startswith("`risk`")] == ["helps"]
+    nothing["accuracy"] = {"mean": 0.5}
+    assert [kind for kind, text in harness_findings(reports) if text.startswith("`risk`")] == ["open"]
 
 
 def test_what_the_full_cache_cannot_do_is_listed_as_not_tested(store, tmp_path):
