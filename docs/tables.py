@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.budgets_report import Study
+from eval.methods import Configuration
 from eval.speed import generate_report, kernels_report
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +226,26 @@ def reasoner() -> str:
     return markdown(["lines", *map(str, lines)], [["exact", *exact]])
 
 
+def solved() -> str:
+    """What compressed caches solve of the reasoner's problems, where a scorer was run with several methods."""
+    found = {row["label"]: row for row in read("reasoner-40")["configurations"]}
+    full = found["full"]["bytes_mean"]
+    budgets = ("1/4", "5/16", "3/8", "1/2")
+    columns = [f"{budget}, {found[label(budget)]['bytes_mean'] / full:.2f}" for budget in budgets]
+    rows = []
+    for scorer in ("rkv", "snapkv"):
+        for method in ("topk", "risk", "adaptive", "adaptive-calibrated", "adakv"):
+            cells = [found.get(label(budget, method, scorer)) for budget in budgets]
+            shares = ["" if cell is None else f"{100 * cell['accuracy']['mean']:.0f} %" for cell in cells]
+            rows.append([f"`{scorer}`, `{method}`", *shares])
+    return markdown(["budget, bytes of the full cache's", *columns], rows)
+
+
+def label(budget: str, method: str = "topk", scorer: str = "rkv") -> str:
+    """Of a configuration in a report of the harness."""
+    return Configuration(method, scorer, budget).label
+
+
 def results() -> str:
     """README's: what a dense cache, an even split and Risk cost."""
     needles = read(NEEDLE)["configurations"]
@@ -254,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reasoner": reasoner,
     "results": results,
     "scorers": scorers,
+    "solved": solved,
     "steps": steps,
     "targets": targets,
 }

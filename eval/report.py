@@ -31,9 +31,7 @@ def summarise(store: Store) -> dict[str, Any]:
     every = {label: records for label in store.labels() if (records := store.records(label))}
     if not every:
         raise ValueError(f"{store.folder} holds no results yet")
-    on_gpu = all(record["allocated_mean"] is not None for records in every.values() for record in records)
-    field = "allocated" if on_gpu else "held"
-    rows = [_summary(label, records, field, settings["budgets"]) for label, records in every.items()]
+    rows = [_summary(label, records, settings["budgets"]) for label, records in every.items()]
     rows.sort(key=lambda row: (METHODS.index(row["method"]), row["scorer"] or "", _size(row)))
     accuracies = {label: by_problem(records) for label, records in every.items()}
     for row in rows:
@@ -51,12 +49,12 @@ def summarise(store: Store) -> dict[str, Any]:
     return {
         "kind": "harness",
         "settings": settings,
-        "bytes": "CUDA allocator, beyond the weights" if on_gpu else "the cache's tensors",
         "configurations": rows,
     }
 
 
-def _summary(label: str, records: Records, field: str, budgets: Mapping[str, int]) -> dict[str, Any]:
+def _summary(label: str, records: Records, budgets: Mapping[str, int]) -> dict[str, Any]:
+    on_gpu = all(record["allocated_mean"] is not None for record in records)
     method, scorer, budget = split(label)
     tokens = [np.array(record["tokens_per_head"]) for record in records]
     heads = np.mean(tokens, 0) if len({array.shape for array in tokens}) == 1 else tokens[0]
@@ -71,8 +69,10 @@ def _summary(label: str, records: Records, field: str, budgets: Mapping[str, int
         "accuracy": interval(np.array(list(by_problem(records).values()))),
         "new_tokens": _mean(records, "new_tokens"),
         "truncated": _mean(records, "truncated"),
-        "bytes_mean": _mean(records, f"{field}_mean"),
-        "bytes_peak": max(record[f"{field}_peak"] for record in records),
+        "bytes_mean": _mean(records, "held_mean"),
+        "bytes_peak": max(record["held_peak"] for record in records),
+        # not compared: workspaces of libraries count for whatever a process ran first
+        "allocated_mean": _mean(records, "allocated_mean") if on_gpu else None,
         "tokens_per_head": {"mean": float(heads.mean()), "min": float(heads.min()), "max": float(heads.max())}
         | {"heads": np.round(heads, 1).tolist()},
         "tokens_per_second": float(np.median([record["tokens_per_second"] for record in records])),
@@ -143,7 +143,8 @@ def markdown(summary: Mapping[str, Any], picture: str) -> str:
             "Differences are in percentage points, paired over the problems that both have, with 95 % intervals; those "
             "to `topk` are taken at the bytes that the method really used, between two of its budgets where needed, or "
             "at the nearest within 5 %, which is then said. "
-            f"Bytes ({summary['bytes']}) are a sequence's share of its batch, while it lived: mean, and the highest. "
+            "Bytes (the cache's tensors) are a sequence's share of its batch, while it lived: mean, and the highest; "
+            "allocated: the mean of what the CUDA allocator had given out beyond the weights, with all else. "
             "Tokens a head: mean over time and heads (fewest–most of a head). Tokens/s: of a batch, prompts included; "
             "the median.",
             "",
@@ -231,7 +232,7 @@ def more_bytes(row: Mapping[str, Any] | None) -> str:
 def _detail_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     head = (
         "configuration | problems × samples | accuracy | against full | against topk, equal bytes | new tokens "
-        "| truncated | bytes | peak | tokens a head | tokens/s"
+        "| truncated | bytes | peak | allocated | tokens a head | tokens/s"
     )
     lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
     for row in rows:
@@ -247,6 +248,7 @@ def _detail_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{row['truncated']:.1%}",
             format_bytes(row["bytes_mean"]),
             format_bytes(row["bytes_peak"]),
+            format_bytes(row["allocated_mean"]) if row.get("allocated_mean") else "–",
             f"{heads['mean']:,.0f} ({heads['min']:,.0f}–{heads['max']:,.0f})",
             f"{row['tokens_per_second']:,.1f}, batch {row['batch']}",
         )
@@ -277,7 +279,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     low, high = np.log2(min(sizes)), np.log2(max(sizes))
     axes[0, 0].set_xticks(2 ** np.linspace(low, high, 5) if high > low else sizes[:1])
     axes[0, 0].set_ylabel("accuracy (%), 95 % interval over problems")
-    figure.supxlabel(f"mean bytes a sequence ({summary['bytes']})", fontsize=10)
+    figure.supxlabel("mean bytes of a sequence's cache", fontsize=10)
     figure.suptitle(f"{summary['settings']['task']}: {summary['settings']['model']}", fontsize=11)
     # methods may differ between scorers
     handles = {

@@ -23,6 +23,21 @@ SECTIONS = ("main", "long")
 # Accuracies this near to nothing, or to everything, cannot differ.
 EDGE = 0.05
 
+# For a page with results of the committed reasoner.
+REASONER = """\
+- The reasoner with other lengths, windows and intervals, and a reasoner trained anew. Empty cells of its table were not
+  run; most lie below budgets at which next to nothing is solved already. These commands make it, and its calibrations;
+  `python -m eval.report eval-runs/reasoner --to eval/results/reasoner-40` then writes what this page reads:
+
+```bash
+for scorer in attention snapkv rkv; do python -m eval.reasoner.calibrate --scorer $scorer --count 6; done
+python -m eval.run --task reasoner --difficulty 40 --limit 200 --batch-size 200 --max-new-tokens 976 --interval 32 \\
+    --method full,topk,adakv,adaptive,adaptive-calibrated,risk,topp,topp-calibrated --scorer attention,snapkv,rkv \\
+    --budget 1/16,1/8,1/4,5/16,3/8,1/2 --mass 0.8,0.9,0.95 \\
+    --calibration 'eval/reasoner/model/calibration-{scorer}.safetensors'
+```
+"""
+
 PAPER = """\
 No checkpoint of several billion parameters has been run. These commands make the table of the paper (HARD-KV,
 [2606.28831](https://arxiv.org/abs/2606.28831)) for Qwen3-8B, with budgets of 1,024, 2,048 and 4,096 tokens; interrupted
@@ -136,6 +151,8 @@ def page(reports: Mapping[str, Mapping[str, Any]], study: Study, model: str) -> 
     lines += ["![loss against budget](../eval/results/budgets.png)", "", "## Not tested", ""]
     hard = {name: told for name, report in reports.items() if (told := too_hard(report)) is not None}
     lines += [f"- [{name}](#{name}): {told}." for name, told in hard.items()]
+    if any(report["settings"]["task"] == "reasoner" for report in reports.values()):
+        lines += [REASONER]
     lines += ["", PAPER] if hard else [PAPER]
     return "\n".join(lines)
 
@@ -147,8 +164,8 @@ def _section(name: str, report: Mapping[str, Any]) -> list[str]:
     return [
         f"### {name}",
         "",
-        f"{settings['model']}, {told}; {max(row['problems'] for row in rows)} problems; bytes by "
-        f"{report['bytes']}; {'; '.join(settings['machines'])}. All figures: "
+        f"{settings['model']}, {told}; {max(row['problems'] for row in rows)} problems; "
+        f"{'; '.join(settings['machines'])}. All figures: "
         f"[{name}.md](../eval/results/{name}.md).",
         "",
         *budget_table(rows),
