@@ -30,9 +30,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint con
 
 demo: $(VENV)/demo.stamp
 	@mkdir -p hardkv-demo
-	$(BIN)/python -m eval.reasoner.problems --count 8 --difficulty 40 >hardkv-demo/problems.jsonl
-	$(BIN)/python -m hardkv demo --model $(REASONER) --problems hardkv-demo/problems.jsonl --max-new-tokens 1000 \
-		--scorer rkv --budget 480,360 --policy topk,risk --interval 32 \
+	$(BIN)/python -m eval.reasoner.problems --count 16 --difficulty 24 >hardkv-demo/problems.jsonl
+	$(BIN)/python -m hardkv demo --model $(REASONER) --problems hardkv-demo/problems.jsonl --max-new-tokens 620 \
+		--scorer rkv --budget 200 --policy topk,risk --interval 32 \
 		--calibration $(REASONER)/calibration-rkv.safetensors
 	$(BIN)/python -m hardkv demo $(ARGS)
 
