@@ -1,9 +1,9 @@
 """Executes the notebooks beside this file, each in a kernel of its own.
 
-    python notebooks/execute.py                 execute all and write their outputs
-    python notebooks/execute.py 02-inside.ipynb only these
-    python notebooks/execute.py --check         what CI does: look at the committed outputs, then execute with small
-                                                settings (HARDKV_NOTEBOOK_QUICK=1) and write nothing
+    python notebooks/execute.py                execute all and write their outputs
+    python notebooks/execute.py PATH...        only these
+    python notebooks/execute.py --check        what CI does: look at the committed outputs, then execute with small
+                                               settings (HARDKV_NOTEBOOK_QUICK=1) and write nothing
 
 Needs the extra `notebooks`: pip install -e '.[notebooks]'.
 """
