@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 # The first that a kernel's name matches; names of hardkv's own begin with an underscore.
 KINDS = {
     "attention": r"^_attend|^_ragged_attention|flash|fmha|sdpa|attention",
-    "selection": r"^_(layout|assign|denominator|received|pool|gather|sums|spare|column)",
+    "selection": r"^_(layout|assign|denominator|received|pool|gather|compact|cut|sums|spare|column)",
     "matrix products": r"nvjet|gemm|gemv|cutlass|cublas|splitK|dot_kernel|_mm_|_addmm_",
 }
 OTHER = "other"

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from hardkv.cache.layer import HardKVLayer
-from hardkv.cache.tiers import storage_nbytes
+from hardkv.cache.tiers import sequences_of, storage_nbytes
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
 
@@ -48,7 +48,7 @@ class HybridLayer(HardKVLayer, LinearAttentionAndFullAttentionLayer):  # type: i
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given sequences of the batch, in that order (int64, or bool over the batch)."""
         HardKVLayer.batch_select_indices(self, indices)
-        LinearAttentionLayer.reorder_cache(self, self._sequences(indices))  # type: ignore[arg-type]
+        LinearAttentionLayer.reorder_cache(self, sequences_of(indices, self.device))  # type: ignore[arg-type]
 
     def states(self) -> list[Tensor]:
         """What the linear part holds."""

@@ -1,6 +1,7 @@
 """One layer of the cache: stores what attention brings, attends over the tiers, and compresses at events."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from hardkv.cache.event import Event, condense, observe
 from hardkv.cache.handles import KVHandle, LatentHandle, NewTokens, UnroutedKVError
+from hardkv.cache.merged import Selection
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.shards import local_heads
 from hardkv.cache.state import LayerState
@@ -274,6 +276,20 @@ class HardKVLayer(LayerState):
     def placed(self, tiers: Tiers) -> Tiers:
         """The tiers of an event where they shall lie."""
         return tiers if self.pool is None else self.pool.hold(tiers)
+
+    def selected(self, selection: Selection, place: int, index: tuple[Tensor, Tensor], sizes: Sequence[int]) -> Tiers:
+        """The tiers that an event leaves, where they shall lie.
+
+        Args:
+            selection: of some layers, in which this one has a `place`. index, sizes: see `Selection.finish`.
+        """
+        window, interval = self.settings.window, self.settings.interval
+        assert self.tiers is not None
+        if self.pool is not None:
+            tiers = self.pool.compacted(self.tiers, selection, index, sizes, selection.temperatures[place], window)
+            if tiers is not None:
+                return tiers
+        return self.placed(selection.finish(place, self.tiers, index, sizes, window, interval))
 
     def event(self, tiers: Tiers, scale: float, softcap: float | None) -> Event:
         """What an event of these tiers needs to know."""

@@ -81,7 +81,7 @@ class Pool:
         _move(condensed.cu_seqlens, self.cu_seqlens)
         return replace(
             tiers,
-            condensed=RaggedTier(held[0], held[1], held[2], held[3], self._rows(total, condensed.rows.longest, bound)),
+            condensed=self._condensed(held, condensed.rows.longest, bound),
             dense=replace(self.dense, bound=bound, even=dense.even),
         )
 
@@ -123,20 +123,21 @@ class Pool:
         self.dense.positions[:, :kept].copy_(self.dense.positions[:, newest])
         self.dense.fill.fill_(kept)
         return tiers.after_event(
-            RaggedTier(held[0], held[1], held[2], held[3], self._rows(rows.total, rows.longest, kept)),
+            self._condensed(held, rows.longest, kept),
             tiers.sparse,
             replace(self.dense, bound=kept),
             temperatures,
         )
 
-    def _rows(self, total: int, longest: int, bound: int) -> Rows:
-        """The condensed tier's rows as `cu_seqlens` has them, with the schedules of earlier ones cut anew."""
-        rows = Rows(self.cu_seqlens, total, longest, self.schedules, self.room)
+    def _condensed(self, held: Sequence[Tensor], longest: int, bound: int) -> RaggedTier:
+        """The tier of what lies in `held`, in rows as `cu_seqlens` has them; the schedules of earlier ones cut anew."""
+        keys, values, positions, misses = held
+        rows = Rows(self.cu_seqlens, keys.shape[0], longest, self.schedules, self.room)
         if self.schedules:
             from hardkv.kernels.triton.schedule import recut_schedules
 
             recut_schedules(rows, bound)
-        return rows
+        return RaggedTier(keys, values, positions, misses, rows)
 
     def hold_ring(self, ring: QueryRing) -> QueryRing:
         """The same queries at the pool's addresses."""

@@ -13,7 +13,7 @@ from hardkv.cache.handles import HeldStates, LogicalLen
 from hardkv.cache.offload import Offload
 from hardkv.cache.pool import Pool
 from hardkv.cache.queries import QueryRing
-from hardkv.cache.tiers import Tiers
+from hardkv.cache.tiers import Tiers, sequences_of
 from hardkv.cache.trace import Recorder
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
@@ -241,15 +241,10 @@ class LayerState(CacheLayerMixin):
         """Keep the given sequences of the batch, in that order (int64, or bool over the batch)."""
         if self.tiers is None or self.ring is None:
             return
-        indices = self._sequences(indices)
+        indices = sequences_of(indices, self.device)
         with self._on_device():
             tiers, ring = self.tiers.select_sequences(indices), self.ring.select_sequences(indices)
             self.tiers, self.ring, self.batch_size = tiers, ring, indices.shape[0]
-
-    def _sequences(self, indices: Tensor) -> Tensor:
-        """Which sequences of the batch, int64."""
-        indices = torch.as_tensor(indices, device=self.device)
-        return indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
 
     def offload(self) -> None:
         """Refused: transformers' offloading would take a layer away before its attention."""

@@ -15,6 +15,17 @@ from hardkv.kernels.rows import Rows, cumulative, padded_index
 TIERS = ("condensed", "sparse", "dense")
 
 
+def sequences_of(indices: Tensor, device: torch.device) -> Tensor:
+    """Which sequences of a batch, int64, that `indices` name: int, or bool over the batch."""
+    indices = torch.as_tensor(indices, device=device)
+    return indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
+
+
+def rows_of(sequences: Tensor, heads: int) -> Tensor:
+    """The rows b * H + h of all heads of the given sequences, int64 `[sequences * H]`, in their order."""
+    return (sequences[:, None] * heads + torch.arange(heads, device=sequences.device)).flatten()
+
+
 def storage_nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each once: a view counts as all that it keeps alive."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -306,7 +317,7 @@ class Tiers:
     def select_sequences(self, indices: Tensor) -> "Tiers":
         """The tiers of the given batch rows, in that order."""
         _, num_kv_heads = self.shape
-        rows = (indices[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=indices.device)).flatten()
+        rows = rows_of(indices, num_kv_heads)
         return replace(
             self,
             condensed=self.condensed.select_rows(rows),

@@ -32,6 +32,7 @@ class Together:
 
     def __init__(self, layers: "list[HardKVLayer]"):
         self.layers = layers
+        self.held = 0  # bytes of layers that wait, in the prompt that layers are told of
         self.under_way: Compression | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,11 +46,13 @@ class Together:
         """A layer has a prompt of `nbytes`, and waits for its event or has had it."""
         if layer is self.layers[-1]:
             return self.decoded(layer)
+        if layer is self.layers[0]:
+            self.held = 0
         if layer.ready:
-            waiting = [each for each in self.layers if each.ready]
-            held = sum(each.tiers.dense.nbytes for each in waiting if each.tiers is not None)
-            if held + nbytes > WAITING_BYTES:
-                self.under_way = Compression(waiting)
+            assert layer.tiers is not None
+            self.held += layer.tiers.dense.nbytes
+            if self.held + nbytes > WAITING_BYTES:
+                self.under_way, self.held = Compression([each for each in self.layers if each.ready]), 0
 
     def decoded(self, layer: "HardKVLayer") -> None:
         """A layer has attended."""
@@ -112,19 +115,12 @@ class Compression:
                     check(self.events[i], size)
             for (group, selection), each in zip(selected, sizes, strict=True):
                 for place, (i, index) in enumerate(zip(group, selection.index(each), strict=True)):
-                    layer, settings, begun = self.layers[i], self.layers[i].settings, self.tiers[i]
+                    layer, begun = self.layers[i], self.tiers[i]
                     self.tiers[i] = None  # so that each layer's old bytes go as soon as it has new ones
                     if begun is None or layer.tiers is not begun:
                         continue
                     del begun
-                    found, temperatures = (selection, index, each[place]), selection.temperatures[place]
-                    tiers = None
-                    if layer.pool is not None:
-                        tiers = layer.pool.compacted(layer.tiers, *found, temperatures, settings.window)
-                    if tiers is None:
-                        sizes_of = each[place], settings.window, settings.interval
-                        tiers = layer.placed(selection.finish(place, layer.tiers, index, *sizes_of))
-                    layer.tiers = tiers
+                    layer.tiers = layer.selected(selection, place, index, each[place])
                     layer.committed = layer.seen
                     if layer.recorder is not None:
                         layer.recorder.event(layer)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardkv.cache.tiers import TIERS, Tiers, storage_nbytes
+from hardkv.cache.tiers import TIERS, Tiers, rows_of, sequences_of, storage_nbytes
 
 if TYPE_CHECKING:
     from hardkv.cache.cache import HardKVCache
@@ -102,7 +102,7 @@ class HeldByLayer:
 
     def select(self, indices: Tensor) -> "HeldByLayer":
         """Of the given sequences, in that order."""
-        rows = (indices[:, None] * self.heads + torch.arange(self.heads, device="cpu")).flatten()
+        rows = rows_of(indices, self.heads)
         found = {name: each.select(indices if name == "dense" else rows) for name, each in self.tiers.items()}
         return HeldByLayer(self.heads, found)
 
@@ -385,8 +385,7 @@ class Recorder:
 
     def select(self, indices: Tensor) -> None:
         """The batch now consists of these sequences of the former one: so does every snapshot."""
-        indices = torch.as_tensor(indices).cpu()
-        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
+        indices = sequences_of(indices, torch.device("cpu"))
         self.trace._change(lambda layer: layer.select(indices % layer.batch))  # negative ones count from the end
 
     def repeat(self, repeats: int) -> None:

@@ -94,6 +94,8 @@ def test_where_the_time_goes():
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x", "attention"),
         ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
         ("_gather_tiers_kernel", "selection"),
+        ("_compact_kernel", "selection"),
+        ("_cut_kernel", "selection"),
         ("_append_step_kernel", "other"),
         ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", "other"),
         ("Memcpy DtoD (Device -> Device)", "other"),
