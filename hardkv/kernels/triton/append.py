@@ -47,7 +47,6 @@ def _append_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    START_ON_DEVICE: tl.constexpr,
 ):
     tile = tl.program_id(0)
     sequence = tl.program_id(2).to(tl.int64)
@@ -86,10 +85,9 @@ def _append_kernel(
     tl.store(value_target + value_column, value_tile, mask=value_mask)
 
     if tl.program_id(1) == 0:
-        position = (tl.load(start) if START_ON_DEVICE else start) + token
+        position = start + token
         tl.store(dense_positions + sequence * position_stride_b + slot, position.to(tl.int32), mask=stored)
         if tile == tl.num_programs(0) - 1:
-            tl.debug_barrier()  # `new_fill` may be `fill`, which other warps of this program have to have read
             tl.store(new_fill + sequence, first_slot + tl.sum(written.to(tl.int32), 0))
 
 
@@ -100,10 +98,8 @@ def append(
     fill: Tensor,
     keys: Tensor,
     values: Tensor,
-    start: int | Tensor,
+    start: int,
     valid: Tensor | None = None,
-    *,
-    out_fill: Tensor | None = None,
 ) -> Tensor:
     """Write the valid new tokens behind every sequence's fill, in their order; nothing else is touched.
 
@@ -113,9 +109,7 @@ def append(
     Args:
         dense_keys: `[B, H, C, D]`; dense_values: `[B, H, C, Dv]`; dense_positions: int32 `[B, C]`; written in place.
         fill: int64 `[B]`. keys: `[B, H, q, D]`. values: `[B, H, q, Dv]`.
-        start: position of column 0, or an int64 device tensor of one element, for captured graphs.
-        valid: bool `[B, q]`, all when None.
-        out_fill: where to write the new fill, made when None; it may be `fill`.
+        start: position of column 0. valid: bool `[B, q]`, all when None.
 
     Returns:
         The new fill, int64 `[B]`.
@@ -133,16 +127,14 @@ def append(
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name} has strides {tensor.stride()}: its last dimension must be contiguous")
     if not q_len or not batch:
-        return fill.clone() if out_fill is None else out_fill.copy_(fill)
+        return fill.clone()
 
     block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(max(value_dim, 1))
     row = max(block_d, block_dv) * keys.element_size()
     block_h = min(triton.next_power_of_2(heads), max(TILE_BYTES // row, 1))
     block_t = min(triton.next_power_of_2(q_len), max(TILE_BYTES // (row * block_h), 1))
     grid = (triton.cdiv(q_len, block_t), triton.cdiv(heads, block_h), batch)
-    # A program alone with its sequence may overwrite the fill it has read; beside others it would mislead them.
-    alone = grid[:2] == (1, 1)
-    new_fill = out_fill if out_fill is not None and alone else torch.empty_like(fill)
+    new_fill = torch.empty_like(fill)
     _append_kernel[grid](
         dense_keys,
         dense_values,
@@ -169,10 +161,9 @@ def append(
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         HAS_VALID=valid is not None,
-        START_ON_DEVICE=isinstance(start, Tensor),
         num_warps=4,
     )
-    return new_fill if out_fill is None or alone else out_fill.copy_(new_fill)
+    return new_fill
 
 
 @triton.jit

@@ -17,36 +17,6 @@ COUNTS = ["n", "n_first", "n_second"]
 
 
 @triton.jit
-def _copy_rows(
-    out,
-    token,
-    live,
-    address,
-    first,
-    second,
-    last,
-    heads,
-    capacity,
-    stride_b,
-    stride_h,
-    stride_c,
-    n_first,
-    n_second,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FLAT: tl.constexpr,
-):
-    """`out[token] = sources[address]` for a tile of tokens; `last` is `[B, H, C, D]`, the others `[n, D]`."""
-    column = tl.arange(0, BLOCK_D)
-    source = _rows_at(
-        address, first, second, last, heads, capacity, stride_b, stride_h, stride_c, n_first, n_second, D, FLAT
-    )
-    mask = live[:, None] & (column < D)[None, :]
-    data = tl.load(source[:, None] + column[None, :], mask=mask)
-    tl.store(out + token[:, None] * D + column[None, :], data, mask=mask)
-
-
-@triton.jit
 def _rows_at(
     address,
     first,
@@ -73,6 +43,15 @@ def _rows_at(
         offset += (slot - row * capacity).to(tl.int64) * stride_c
     source = tl.where(slot < 0, second + (address - n_first) * D, last + offset)
     return tl.where(address < n_first, first + address * D, source)  # one load instead of three masked ones
+
+
+@triton.jit
+def _copy_rows(out, token, live, source, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`out[token]`, `[n, D]`, from where the pointers of `source` say, for a tile of tokens."""
+    column = tl.arange(0, BLOCK_D)
+    mask = live[:, None] & (column < D)[None, :]
+    data = tl.load(source[:, None] + column[None, :], mask=mask)
+    tl.store(out + token[:, None] * D + column[None, :], data, mask=mask)
 
 
 @triton.jit(
@@ -121,44 +100,18 @@ def _gather_tiers_kernel(
     where = tl.load(address + merged, mask=live, other=0)
     tl.store(positions_out + token, tl.load(positions + merged, mask=live), mask=live)
     tl.store(misses_out + token, tl.load(misses + merged, mask=live), mask=live)
-    _copy_rows(
-        keys_out,
-        token,
-        live,
-        where,
-        first_keys,
-        second_keys,
-        last_keys,
-        key_heads,
-        key_capacity,
-        key_stride_b,
-        key_stride_h,
-        key_stride_c,
-        n_first,
-        n_second,
-        D,
-        BLOCK_D,
-        KEYS_FLAT,
-    )
-    _copy_rows(
-        values_out,
-        token,
-        live,
-        where,
-        first_values,
-        second_values,
-        last_values,
-        value_heads,
-        value_capacity,
-        value_stride_b,
-        value_stride_h,
-        value_stride_c,
-        n_first,
-        n_second,
-        DV,
-        BLOCK_DV,
-        VALUES_FLAT,
-    )
+    key_source = _rows_at(
+        where, first_keys, second_keys, last_keys,
+        key_heads, key_capacity, key_stride_b, key_stride_h, key_stride_c,
+        n_first, n_second, D, KEYS_FLAT,
+    )  # fmt: skip
+    _copy_rows(keys_out, token, live, key_source, D, BLOCK_D)
+    value_source = _rows_at(
+        where, first_values, second_values, last_values,
+        value_heads, value_capacity, value_stride_b, value_stride_h, value_stride_c,
+        n_first, n_second, DV, VALUES_FLAT,
+    )  # fmt: skip
+    _copy_rows(values_out, token, live, value_source, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "heads", "capacity"], do_not_specialize_on_alignment=["address"])
@@ -184,25 +137,10 @@ def _gather_keys_kernel(
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = token < n
     where = tl.load(address + token, mask=live, other=0)
-    _copy_rows(
-        out,
-        token,
-        live,
-        where,
-        first,
-        second,
-        last,
-        heads,
-        capacity,
-        stride_b,
-        stride_h,
-        stride_c,
-        n_first,
-        n_second,
-        D,
-        BLOCK_D,
-        FLAT,
+    source = _rows_at(
+        where, first, second, last, heads, capacity, stride_b, stride_h, stride_c, n_first, n_second, D, FLAT
     )
+    _copy_rows(out, token, live, source, D, BLOCK_D)
 
 
 @triton.jit(

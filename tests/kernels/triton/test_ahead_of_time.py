@@ -223,7 +223,7 @@ def add(dim, dtype, q_len, options):
         torch.zeros(B, dtype=torch.int64),
         new,
         new.clone(),
-        torch.tensor([3]) if "graph" in options else 3,
+        3,
         torch.ones(B, q_len, dtype=torch.bool) if "valid" in options else None,
     )
 
@@ -273,7 +273,7 @@ SCORING = [
 ]
 LAYOUTS = ("strided", "flat")
 # New tokens, options.
-APPENDS = [(1, "plain"), (8, "graph"), (512, "valid")]
+APPENDS = [(1, "plain"), (8, "plain"), (512, "valid")]
 
 
 @pytest.mark.parametrize(
