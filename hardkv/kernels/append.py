@@ -88,9 +88,11 @@ def append_step(
     tensors = dense_keys, dense_values, dense_positions, fill, ring, column, query, keys, values
     if kernels_for(keys.device, keys.dtype) == "triton":
         from hardkv.kernels.triton import append as kernel
+        from hardkv.kernels.triton import ops
 
+        run = ops.append_step if torch.compiler.is_compiling() else kernel.append_step
         with current(keys):
-            kernel.append_step(*tensors)
+            run(*tensors)
     else:
         append_step_reference(*tensors)
 

@@ -85,9 +85,13 @@ def compact(
     """
     if kernels_for(tokens[0].device, tokens[0].dtype) == "triton":
         from hardkv.kernels.triton import compaction as kernel
+        from hardkv.kernels.triton import ops
 
         with current(address):
-            kernel.compact(tokens, dense, cu_seqlens, address, index, positions, misses)
+            if torch.compiler.is_compiling():
+                ops.compact(*tokens, *dense, cu_seqlens, address, index, positions, misses)
+            else:
+                kernel.compact(tokens, dense, cu_seqlens, address, index, positions, misses)
         return
     sources = [(tokens[0], tokens[1]), dense]
     for held, new in zip(tokens, gather_tiers(sources, address, index, positions, misses), strict=True):

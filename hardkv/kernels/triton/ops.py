@@ -151,6 +151,30 @@ def _(
     )
 
 
+@torch.library.custom_op("hardkv::compact", mutates_args=("held_keys", "held_values", "held_positions", "held_misses"))
+def compact(
+    held_keys: Tensor,
+    held_values: Tensor,
+    held_positions: Tensor,
+    held_misses: Tensor,
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    cu_seqlens: Tensor,
+    address: Tensor,
+    index: Tensor,
+    positions: Tensor,
+    misses: Tensor,
+) -> None:
+    """`compaction.compact`."""
+    held, dense = (held_keys, held_values, held_positions, held_misses), (dense_keys, dense_values)
+    compaction.compact(held, dense, cu_seqlens, address, index, positions, misses)
+
+
+@compact.register_fake
+def _(*args: object) -> None:
+    return None
+
+
 @torch.library.custom_op("hardkv::append", mutates_args=("dense_keys", "dense_values", "dense_positions"))
 def append(
     dense_keys: Tensor,
@@ -169,3 +193,26 @@ def append(
 @append.register_fake
 def _(dense_keys: Tensor, dense_values: Tensor, dense_positions: Tensor, fill: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(fill)
+
+
+@torch.library.custom_op(
+    "hardkv::append_step", mutates_args=("dense_keys", "dense_values", "dense_positions", "fill", "ring")
+)
+def append_step(
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    dense_positions: Tensor,
+    fill: Tensor,
+    ring: Tensor,
+    column: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """`append.append_step`."""
+    append_kernel.append_step(dense_keys, dense_values, dense_positions, fill, ring, column, query, keys, values)
+
+
+@append_step.register_fake
+def _(*args: object) -> None:
+    return None

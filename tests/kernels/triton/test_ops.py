@@ -74,6 +74,15 @@ def calls(inputs):
         "mean_cosine": (keys, rows.cu_seqlens, rows.longest, 0.5, 1e-8),
         "gather_tokens": (sources, address),
         "gather_tiers": (sources, sources, address, address[:9], inputs["positions"], misses),
+        "compact": (
+            *(keys, values, inputs["positions"], misses, *inputs["dense"][:2], rows.cu_seqlens),
+            *(torch.arange(rows.total + 32, device=DEVICE), torch.arange(rows.total, device=DEVICE)),
+            *(inputs["positions"].clone(), misses.clone()),
+        ),
+        "append_step": (
+            *(*inputs["dense"], inputs["window"], torch.tensor([7], device=DEVICE)),
+            *(inputs["query"], *(tensor[:, :, :1] for tensor in new)),
+        ),
         "append": (*inputs["dense"], *new, 200, torch.tensor([[True, False, True]] * 2, device=DEVICE)),
     }
 
@@ -82,7 +91,7 @@ def calls(inputs):
     "name",
     [
         *("cut", "ragged_attention", "window_attention", "pool_rows", "mean_cosine"),
-        *("gather_tokens", "gather_tiers", "append"),
+        *("gather_tokens", "gather_tiers", "compact", "append", "append_step"),
     ],
 )
 def test_schema_and_fake_implementation(name, inputs):
@@ -106,7 +115,14 @@ def test_compiled_without_graph_breaks(inputs):
         )
         pooled = scoring.pool_rows(received, inputs["exclude"], rows, kernel_size=7, pooling="max")
         gathered = compaction.gather_tokens([keys, dense_keys], torch.arange(5, device=DEVICE))
-        return out, lse, pooled, similarity.mean_cosine(keys, rows), gathered, fill
+        same = torch.arange(rows.total, device=DEVICE)
+        held = keys.clone(), values.clone(), inputs["positions"].clone(), same.to(torch.uint8)
+        newest = rows.total + torch.arange(rows.total, device=DEVICE) % 32  # rows take dense tokens in their places
+        compaction.compact(held, (dense_keys, dense_values), rows.cu_seqlens, newest, same, held[2] + 1, held[3] + 1)
+        ring, step = inputs["window"].clone(), (query, dense_keys[:, :, :1] + 1, dense_values[:, :, :1] + 1)
+        append.append_step(dense_keys, dense_values, positions, fill, ring, fill[:1].clone(), *step)
+        changed = *held, ring, dense_keys, dense_values, positions
+        return out, lse, pooled, similarity.mean_cosine(keys, rows), gathered, fill, *changed
 
     def arguments():
         return inputs["query"], keys, inputs["values"], *(tensor.clone() for tensor in inputs["dense"])
