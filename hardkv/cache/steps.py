@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from hardkv.cache import siblings
 from hardkv.cache.handles import KVHandle, LatentHandle
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.static import StaticDecoding, StaticTokens
@@ -153,7 +154,7 @@ class DecodeSteps:
         """
         model = self._model()
         assert model is not None
-        self._weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+        self._settle_weights(model)
         self._take({name: value for name, value in inputs.items() if name not in REPLACED})
         for layer in cache._compressed:
             if layer.event_due:  # held until all layers had read the keys
@@ -168,6 +169,12 @@ class DecodeSteps:
         self.decoding.hold(seen, padding)
         if self.decoding.padded != padded:
             self._forget()
+
+    def _settle_weights(self, model: Any) -> None:
+        """Take note of where the weights lie, those that the compiled forward reads as one next to each other."""
+        if self.compiled:
+            siblings.join(model)
+        self._weights = tuple(parameter.data_ptr() for parameter in model.parameters())
 
     def _take(self, inputs: dict[str, Any]) -> None:
         """Give the inputs addresses that stay."""
@@ -216,6 +223,8 @@ class DecodeSteps:
             self._graph.replay()
             self.replays += 1
             logits = self._logits
+        if self.compiled and self._runs == 1:
+            self._settle_weights(self._model())
         self.running.steps += 1
         return logits
 
@@ -229,7 +238,8 @@ class DecodeSteps:
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         layers: list[Any] = [_seen_of(decoding, idx, length) for idx in range(count)]
         before = [] if self._runs else _held_by_modules(model)
-        with decoding.step():
+        watching = siblings.watch(model) if self.compiled and not self._runs else nullcontext()
+        with decoding.step(), watching:
             try:
                 with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
                     out = forward(**self._inputs, past_key_values=Cache(layers=layers), return_dict=True)
@@ -306,9 +316,19 @@ def _held_by_modules(model: Any) -> list[Tensor]:
     return [value for each in model.modules() for value in vars(each).values() if isinstance(value, Tensor)]
 
 
+class _Compiled:
+    """A model's compiled forward, kept with it; copies and pickles of the model begin without."""
+
+    def __init__(self, model: Any):
+        self.forward = torch.compile(
+            model.forward, fullgraph=True, dynamic=False, options={"pre_grad_custom_pass": siblings.JoinProducts()}
+        )
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 def _compile(model: Any) -> Callable[..., Any]:
-    """The compiled forward, kept with the model."""
-    compiled = getattr(model, "_hardkv_compiled", None)
-    if compiled is None:
-        compiled = model._hardkv_compiled = torch.compile(model.forward, fullgraph=True, dynamic=False)
-    return compiled
+    if getattr(model, "_hardkv_compiled", None) is None:
+        model._hardkv_compiled = _Compiled(model)
+    return model._hardkv_compiled.forward

@@ -11,7 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import hardkv
 import hardkv.cache.layer as layer_module
@@ -19,6 +26,7 @@ import hardkv.generation as module
 from hardkv import Calibration, HardKVCache
 from hardkv.cache.handles import KVHandle, UnroutedKVError
 from hardkv.cache.pool import GROWTH, Pool
+from hardkv.cache.siblings import adjacent
 from hardkv.cache.static import StaticTokens
 from hardkv.cache.windows import LAST
 from hardkv.calibration_file import geometry
@@ -499,7 +507,7 @@ def test_nothing_is_made_on_the_default_device(model, shares):
     assert torch.equal(tokens, generate_logits(model, plain, inputs, NEW)[0])
 
 
-def test_compiled():
+def test_compiled(tmp_path):
     model = make_model("qwen3", num_hidden_layers=2)
     inputs = make_prompts(2)
     caches = [HardKVCache(config=model.config, **EVICT) for _ in range(2)]
@@ -508,3 +516,10 @@ def test_compiled():
     assert torch.equal(ours, tokens)
     torch.testing.assert_close(our_logits, logits, atol=1e-5, rtol=1e-4)
     alike(*caches)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    assert adjacent([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    assert adjacent([mlp.gate_proj.weight, mlp.up_proj.weight])
+    model.save_pretrained(tmp_path)  # as if nothing were next to anything
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).to(model.device)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), again.parameters(), strict=True))
+    assert copy.deepcopy(model)._hardkv_compiled is None  # it is the original's forward

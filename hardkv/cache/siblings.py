@@ -1,0 +1,139 @@
+"""Linear layers that read one input, such as query, key and value, or gate and up: one matrix product for all.
+
+A decode step reads every weight for a handful of tokens, so a small product costs little more than its launch and the
+ramp of its memory traffic. The weights of siblings are moved next to each other, where one product can read them. They
+keep their values, names and shapes, and nothing is held twice.
+"""
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+
+# Where a model keeps its siblings once they have been seen.
+SIBLINGS = "_hardkv_siblings"
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[None]:
+    """Note which plain linear layers of a model read the very same tensor in the forward that runs inside."""
+    readers: dict[int, tuple[Any, list[nn.Linear]]] = {}  # by the input, which must live on for its id to stand for it
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs:
+            readers.setdefault(id(inputs[0]), (inputs[0], []))[1].append(cast(nn.Linear, module))
+
+    hooks = [each.register_forward_pre_hook(note) for each in model.modules() if type(each) is nn.Linear]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found, taken = [], set[Tensor]()
+    for _, modules in readers.values():
+        weights = [module.weight for module in modules]
+        if taken.isdisjoint(weights) and _can_join(modules, weights):
+            found.append(modules)
+            taken.update(weights)
+    setattr(model, SIBLINGS, found)
+
+
+def _can_join(modules: list[nn.Linear], weights: list[Tensor]) -> bool:
+    """Whether the parameters of linear layers can lie in one piece of memory."""
+    biases = [module.bias for module in modules if module.bias is not None]
+    kinds = {(each.dtype, each.device, each.shape[1:]) for each in weights}
+    return (
+        len(modules) > 1
+        and len(set(weights)) == len(modules)  # none is called twice
+        and len(kinds) == 1
+        and len(biases) in (0, len(modules))
+        and all(type(each.data) is Tensor for each in (*weights, *biases))  # neither quantised nor sharded
+        and (all(map(_alone, weights)) or adjacent(weights))
+    )
+
+
+def _alone(tensor: Tensor) -> bool:
+    """Whether a tensor is all that its memory holds."""
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def adjacent(tensors: list[Any]) -> bool:
+    """Whether tensors fill one piece of memory from its beginning, one after the other."""
+    end = 0
+    for tensor in tensors:
+        same = tensor.untyped_storage()._cdata == tensors[0].untyped_storage()._cdata
+        if not (same and tensor.is_contiguous() and tensor.storage_offset() == end):
+            return False
+        end += tensor.numel()
+    return True
+
+
+@torch.no_grad()
+def join(model: nn.Module) -> bool:
+    """Move the parameters of siblings that `watch` saw next to each other; tells whether any was moved.
+
+    The model must be at rest: a forward, or a graph, that runs meanwhile reads memory that is given back.
+    """
+    moved = None
+    for modules in getattr(model, SIBLINGS, ()):
+        for name in ("weight", "bias"):
+            held = [getattr(module, name) for module in modules]
+            if held[0] is None or adjacent(held):
+                continue
+            with torch.inference_mode(False):
+                home = torch.cat([each.data for each in held])
+            for each, part in zip(held, home.split([len(each) for each in held]), strict=True):
+                each.data = part
+            moved = home
+    if moved is not None and moved.device.type == "cuda":
+        torch.cuda.empty_cache()  # what they lay in before fits nothing as large
+    return moved is not None
+
+
+class JoinProducts(CustomGraphPass):
+    """Inductor's pass that makes one product of those of adjacent weights with one input."""
+
+    def __call__(self, graph: Graph) -> None:
+        readers = defaultdict(list)
+        for node in graph.find_nodes(op="call_function", target=nn.functional.linear):
+            readers[node.args[0]].append(node)
+        for nodes in readers.values():
+            weights = [_argument(node, 1, "weight") for node in nodes]
+            biases = [_argument(node, 2, "bias") for node in nodes]
+            bare = all(each is None for each in biases)
+            if len(nodes) > 1 and _lie_together(weights) and (bare or _lie_together(biases)):
+                _merge(graph, nodes, weights, None if bare else biases)
+
+    def uuid(self) -> bytes:
+        """What compiled code is kept by."""
+        return get_hash_for_files((__file__,))
+
+
+def _argument(node: Node, at: int, name: str) -> Any:
+    return node.args[at] if len(node.args) > at else node.kwargs.get(name)
+
+
+def _lie_together(nodes: list[Any]) -> bool:
+    """`adjacent` of a graph's inputs."""
+    inputs = all(isinstance(node, Node) and node.op == "placeholder" for node in nodes)
+    return inputs and adjacent([node.meta["example_value"] for node in nodes])
+
+
+def _merge(graph: Graph, nodes: list[Node], weights: list[Node], biases: list[Node] | None) -> None:
+    sizes = [len(weight.meta["example_value"]) for weight in weights]
+    total, width = sum(sizes), weights[0].meta["example_value"].shape[1]
+    with graph.inserting_before(nodes[0]):
+        weight = graph.call_function(torch.as_strided, (weights[0], (total, width), (width, 1)))
+        bias = biases and graph.call_function(torch.as_strided, (biases[0], (total,), (1,)))
+        product = graph.call_function(nn.functional.linear, (nodes[0].args[0], weight, bias))
+        parts = graph.call_function(torch.split, (product, sizes, -1))
+        for i, node in enumerate(nodes):
+            node.replace_all_uses_with(graph.call_function(operator.getitem, (parts, i)))
+    for node in nodes:
+        graph.erase_node(node)

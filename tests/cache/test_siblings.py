@@ -1,0 +1,159 @@
+"""Linear layers of one input, whose weights the compiled step reads as one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hardkv.cache import siblings
+
+
+class Attention(nn.Module):
+    """Projections of one input, of different widths, and one of what they make."""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, width, bias=bias) for width in (12, 4, 4))
+        self.o = nn.Linear(20, 8, bias=bias)
+
+    def forward(self, x):
+        return self.o(torch.cat([self.v(x), self.q(x), self.k(x)], -1))
+
+
+def run(model, x):
+    with siblings.watch(model), torch.no_grad():
+        return model(x)
+
+
+def joined(model, *names):
+    """Whether the weights, and biases, of layers lie in one piece in the order of their calls."""
+    modules = [model.get_submodule(name) for name in names]
+    biases = [module.bias for module in modules if module.bias is not None]
+    return siblings.adjacent([module.weight for module in modules]) and (not biases or siblings.adjacent(biases))
+
+
+def products(model, x):
+    """How many matrix products the graph of a compiled forward has after the pass, and what it computes."""
+    found = []
+
+    def backend(module, inputs):
+        siblings.JoinProducts()(module.graph)
+        module.graph.lint()
+        module.recompile()
+        found.append(len(module.graph.find_nodes(op="call_function", target=nn.functional.linear)))
+        return module.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        out = torch.compile(model, backend=backend, fullgraph=True)(x)
+    return found, out
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_product(bias):
+    torch.manual_seed(0)
+    model, x = Attention(bias), torch.randn(3, 1, 8)
+    held = dict(model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in held.items()}
+    expected = run(model, x)
+    assert products(model, x)[0] == [4]  # apart in memory, apart in the graph
+    assert siblings.join(model)
+    assert joined(model, "v", "q", "k")
+    found, out = products(model, x)
+    assert found == [2]
+    torch.testing.assert_close(out, expected)
+    after = dict(model.named_parameters())
+    assert all(after[name] is held[name] and torch.equal(after[name], before[name]) for name in held)
+    storages = {parameter.untyped_storage()._cdata: parameter.untyped_storage().nbytes() for parameter in held.values()}
+    assert sum(storages.values()) == sum(parameter.nbytes for parameter in held.values())
+    assert not siblings.join(model)  # nothing is moved twice
+
+
+def test_join_again_after_a_move():
+    model, x = Attention(), torch.randn(2, 1, 8)
+    run(model, x)
+    siblings.join(model)
+    model.double().float()
+    assert not joined(model, "v", "q", "k")
+    assert siblings.join(model)
+    assert joined(model, "v", "q", "k")
+    twin = copy.deepcopy(model)  # whose parameters lie apart again
+    assert siblings.join(twin)
+    assert joined(twin, "v", "q", "k")
+    assert joined(model, "v", "q", "k")
+
+
+def test_gradients_still_flow():
+    model, x = Attention(), torch.randn(2, 1, 8)
+    run(model, x)
+    with torch.inference_mode():
+        siblings.join(model)
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Two(nn.Module):
+    """Two layers, `a` and `b`, that read one input."""
+
+    def __init__(self, a, b, calls=("a", "b")):
+        super().__init__()
+        self.a, self.b, self.calls = a, b, calls
+
+    def forward(self, x):
+        return torch.cat([getattr(self, name)(x).float() for name in self.calls], -1)
+
+
+def tied():
+    a, b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    b.weight = a.weight
+    return Two(a, b)
+
+
+def part():
+    a, b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    b.weight.data = torch.randn(16, 8)[8:]  # of memory that others may read
+    return Two(a, b)
+
+
+class Scaled(nn.Linear):
+    """A linear layer of a kind of its own."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(tied, id="one parameter"),
+        pytest.param(part, id="a part of other memory"),
+        pytest.param(lambda: Two(nn.Linear(8, 4), nn.Linear(8, 4, bias=False)), id="one bias"),
+        pytest.param(lambda: Two(nn.Linear(8, 4), Scaled(8, 4)), id="a subclass"),
+        pytest.param(lambda: Two(nn.Linear(8, 4), nn.Linear(8, 4), ("a", "a")), id="called twice"),
+    ],
+)
+def test_left_apart(make):
+    model, x = make(), torch.randn(2, 1, 8)
+    expected = run(model, x)
+    assert not siblings.join(model)
+    torch.testing.assert_close(products(model, x)[1], expected)
+
+
+def test_shared_by_two_groups():
+    """A layer that reads one input with one sibling and another input with another: the first group has it."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            y = self.a(x) + self.b(x)
+            return self.b(y) + self.c(y)
+
+    model, x = Shared(), torch.randn(2, 1, 8)
+    expected = run(model, x)
+    assert siblings.join(model)
+    assert joined(model, "a", "b")
+    assert not siblings.join(model)
+    found, out = products(model, x)
+    assert found == [3]
+    torch.testing.assert_close(out, expected)
