@@ -77,9 +77,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "risk-compile": ("risk", {"custom_generate": graphed, "compile": True}),
     "kvpress": ("kvpress", {}),
 }
-# Steps that are timed, after steps that are not: two events fall among them.
-STEPS, WARM = 256, 12
-SLOW_STEPS = 40  # of methods without events
+# Steps that are timed, after steps that are not. With events one falls among the latter, whose kernels are built then,
+# and two among the former.
+STEPS, WARM = 256, 140
+SLOW_STEPS, SLOW_WARM = 40, 12  # of methods without events
 PROFILED = 8  # steps, between two events
 # Of the memory that is free beside the weights, what the largest batch's cache may take.
 SHARE = 0.7
@@ -214,34 +215,44 @@ class Bench:
         if kind in ("dynamic", "static"):
             return int(free // (length * self.config.num_hidden_layers * self.setting.heads * self.setting.token_bytes))
         cache = self.hardkv_cache(kind, case.kept)
-        options = {"window": self.setting.window, "interval": self.setting.interval}
-        if kind == "risk":
-            options["calibration"] = cache.settings.calibration
+        budget, options = self._settings(cache)
         return hardkv.max_batch_size(
-            self.config, cache.settings.budget, case.context, length, self.setting.dtype, memory=int(free), **options
+            self.config, budget, case.context, length, self.setting.dtype, memory=int(free), **options
         )
+
+    def _settings(self, cache: HardKVCache) -> tuple[Any, dict[str, Any]]:
+        """What a cache was made with, as `hardkv.plan` takes it."""
+        names = ("scorer", "window", "interval", "calibration")
+        return cache.settings.budget, {name: getattr(cache.settings, name) for name in names}
+
+    def _plan(self, cache: HardKVCache, case: Case, room: int) -> int:
+        """Bytes that `hardkv.plan` told of."""
+        budget, options = self._settings(cache)
+        lengths = case.context, case.context + room
+        return hardkv.plan(self.config, budget, case.batch, *lengths, self.setting.dtype, **options).nbytes
 
     # ------------------------------------------------------------------ measurements
 
     def decode(self, method: str, case: Case, steps: int | None = None) -> dict[str, Any]:
         """Decode after a synthetic fill."""
         kind, options = METHODS[method]
-        steps = steps or (SLOW_STEPS if kind in ("dynamic", "static") else STEPS)
+        has_events = kind not in ("dynamic", "static")
+        steps, warm = steps or (STEPS if has_events else SLOW_STEPS), WARM if has_events else SLOW_WARM
         if kind == "kvpress":
             return self.kvpress(case, steps)
+        self._begin()
         largest = not case.batch
-        batch = case.batch or self.largest(kind, case, WARM + steps)
+        batch = case.batch or self.largest(kind, case, warm + steps)
         case = replace(case, batch=batch)
         record: dict[str, Any] = {"measure": "decode", "method": method, "model": self.name, **asdict(case)}
         if largest:
             record["largest"] = True
-        self._begin()
-        cache = self.filled(kind, case, WARM + steps + 2)
-        clock = Clock(WARM + steps)
+        cache = self.filled(kind, case, warm + steps + 2)
+        clock = Clock(warm + steps)
         begun = time.perf_counter()
         self._generate(cache, case, clock, options)
         self._forget(kind)
-        times = clock.times[WARM:]
+        times = clock.times[warm:]
         each = [b - a for a, b in pairwise(times)]
         mean = (times[-1] - times[0]) / len(each)
         held = cache.nbytes() if isinstance(cache, HardKVCache) else _nbytes(cache)
@@ -252,11 +263,12 @@ class Bench:
             "tokens_per_s": batch / mean,
             "kv_bytes": held,
             "read_bytes": self.read + held,
-            "start_s": clock.times[WARM] - begun,
+            "start_s": clock.times[SLOW_WARM] - begun,
         }
         if isinstance(cache, HardKVCache):
             stats = cache.stats()
             record |= {"events": stats.events - 1, "captures": stats.captures, "replays": stats.replays}
+            record["plan_bytes"] = self._plan(cache, case, warm + steps)
         return record | self._peak()
 
     def first_token(self, method: str, scorer: str, length: int, batch: int, repeats: int = 3) -> dict[str, Any]:
@@ -298,7 +310,7 @@ class Bench:
         """Let go of a cache that compiled graphs keep."""
         if kind == "static":
             torch.compiler.reset()
-            self.model._compiled_call = None
+            vars(self.model).pop("_compiled_call", None)
 
     def _begin(self) -> None:
         gc.collect()
@@ -317,7 +329,7 @@ class Bench:
         """Where the device's time goes in a step without an event."""
         kind, options = METHODS[method]
         self._begin()
-        cache, clock = self.filled(kind, case, WARM + PROFILED + 2), ProfilingClock(WARM)
+        cache, clock = self.filled(kind, case, SLOW_WARM + PROFILED + 2), ProfilingClock(SLOW_WARM)
         self._generate(cache, case, clock, options)
         self._forget(kind)
         return {"measure": "profile", "of": "step", "method": method, "model": self.name, **asdict(case)} | clock.found

@@ -19,7 +19,7 @@ LIMITS = {32: 1.30, 1: 1.60}
 SPEEDUPS = {"dynamic": 10.0, "static-compile": 4.0}
 # At a context of 32,768, each at the largest batch for its memory: times the best dense method.
 LONG, LONG_SPEEDUP = 32768, 8.0
-FIRST_TOKEN, EVENTS = 1.05, 0.05
+FIRST_TOKEN, EVENTS, PLANNED = 1.05, 0.05, 1.03
 NAMES = {
     "dynamic": "DynamicCache",
     "static-compile": "StaticCache, compiled",
@@ -61,6 +61,8 @@ def targets(records: list[Record]) -> list[tuple[str, str, float, bool]]:
             )
             if batch == 32:
                 at_most("events in the decode time, snapkv, batch 32", EVENTS, event_share(ours))
+                if "plan_bytes" in ours:
+                    at_most("bytes of the cache over plan(), batch 32", PLANNED, ours["kv_bytes"] / ours["plan_bytes"])
                 for peer, times in SPEEDUPS.items():
                     other = find(records, **decode, method=peer, batch=batch, context=2048)
                     if other:
