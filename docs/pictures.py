@@ -70,7 +70,7 @@ def tiers(model: Any, ids: Tensor) -> None:
     with torch.no_grad():
         for row, tokens in zip(held, ids[:, :columns].split(step, 1), strict=True):
             model(tokens, past_key_values=cache)
-            (now,) = Trace.of(cache).tiers(layer_idx, head=0)
+            now = Trace.of(cache).tiers(layer_idx)[0, 0]
             row[: now.shape[0]] = now
     names = {"condensed": BLUE, "sparse (on probation)": ORANGE, "dense": GREEN}
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")

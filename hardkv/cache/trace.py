@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardkv.cache.tiers import TIERS, Tiers, rows_of, sequences_of, storage_nbytes
+from hardkv.cache.snapshot import HeldByLayer, Positions, Snapshot
+from hardkv.cache.tiers import TIERS, sequences_of
 
 if TYPE_CHECKING:
     from hardkv.cache.cache import HardKVCache
@@ -22,111 +22,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 # What a snapshot knows beside positions.
 NUMBERS = ("seen", "events", "nbytes", "dense_nbytes")
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Positions of one tier, row after row; on the CPU."""
-
-    flat: Tensor  # int32 [N]
-    lengths: Tensor  # int64 [rows]
-
-    @property
-    def rows(self) -> list[Tensor]:
-        """Of every row, ascending int64."""
-        return list(self.flat.long().split(self.lengths.tolist()))
-
-    def select(self, rows: Tensor) -> "Positions":
-        """Those of the given rows, in that order."""
-        parts = self.flat.split(self.lengths.tolist())
-        flat = [parts[row] for row in rows.tolist()]
-        return Positions(torch.cat(flat) if flat else self.flat[:0], self.lengths[rows])
-
-    def below(self, length: int) -> "Positions":
-        """Without position `length` and later."""
-        row = torch.arange(self.lengths.shape[0], device="cpu").repeat_interleave(self.lengths)
-        left = self.flat < length
-        return Positions(self.flat[left], torch.bincount(row[left], minlength=self.lengths.shape[0]))
-
-
-@dataclass(frozen=True)
-class HeldByLayer:
-    """Positions that one layer holds: rows are (sequence, KV head); of the dense tier sequences, as heads share it."""
-
-    heads: int
-    tiers: dict[str, Positions]
-
-    @classmethod
-    def of(cls, tiers: Tiers) -> "HeldByLayer":
-        """A copy of what `tiers` hold now, on the CPU."""
-
-        def host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-            # memory of its own: a graph's pools are written again, and views would keep what an event gives back
-            return tensor.detach().to("cpu", dtype, copy=True)
-
-        def positions(flat: Tensor, lengths: Tensor) -> Positions:
-            return Positions(host(flat, torch.int32), host(lengths, torch.int64))
-
-        dense = tiers.dense
-        held = torch.arange(dense.capacity, device=dense.fill.device) < dense.fill[:, None]
-        found = {
-            "condensed": positions(tiers.condensed.positions, tiers.condensed.lengths),
-            "sparse": positions(tiers.sparse.positions, tiers.sparse.lengths),
-            "dense": positions(dense.positions[held], dense.fill),
-        }
-        return cls(tiers.shape[1], found)
-
-    @property
-    def batch(self) -> int:
-        """Sequences."""
-        return self.tiers["dense"].lengths.shape[0]
-
-    def lengths(self, tier: str | None) -> Tensor:
-        """Tokens per row, int64 `[B, H]`: of a tier, or None for what attention reads."""
-        dense = self.tiers["dense"].lengths[:, None].expand(-1, self.heads)
-        if tier == "dense":
-            return dense
-        ragged = self.tiers[tier or "condensed"].lengths.view(-1, self.heads)
-        return ragged + dense if tier is None else ragged
-
-    def kept(self, tier: str | None) -> list[list[Tensor]]:
-        """Positions, ascending int64, `[batch][kv_head]`: of a tier, or None for what attention reads."""
-        newest = self.tiers["dense"].rows
-        if tier == "dense":
-            return [[each] * self.heads for each in newest]
-        ragged = self.tiers[tier or "condensed"].rows
-        grouped = [ragged[b * self.heads : (b + 1) * self.heads] for b in range(len(newest))]
-        if tier is not None:
-            return grouped
-        return [[torch.cat([row, each]) for row in rows] for rows, each in zip(grouped, newest, strict=True)]
-
-    def select(self, indices: Tensor) -> "HeldByLayer":
-        """Of the given sequences, in that order."""
-        rows = rows_of(indices, self.heads)
-        found = {name: each.select(indices if name == "dense" else rows) for name, each in self.tiers.items()}
-        return HeldByLayer(self.heads, found)
-
-    def below(self, length: int) -> "HeldByLayer":
-        """Without column `length` and later."""
-        return HeldByLayer(self.heads, {name: each.below(length) for name, each in self.tiers.items()})
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What all compressed layers held at one moment.
-
-    Args:
-        seen: columns so far, pads and evicted tokens counted. events: selection events so far.
-        nbytes: bytes that the compressed layers held, as `HardKVCache.nbytes` counts. dense_nbytes: bytes that
-            DynamicCache would hold for these layers.
-        layers: of each compressed layer.
-    """
-
-    seen: int
-    events: int
-    nbytes: int
-    dense_nbytes: int
-    layers: list[HeldByLayer]
 
 
 class Trace:
@@ -164,7 +59,7 @@ class Trace:
             {"scorer": str(given.scorer), "budget": str(given.budget)} | numbers,
         )
         if len({layer.seen for layer in used}) == 1:
-            trace.snapshots.append(_snapshot(used, {}))
+            trace.snapshots.append(Snapshot.of(used, {}))
         return trace
 
     def __len__(self) -> int:
@@ -237,24 +132,25 @@ class Trace:
         _check_tier(tier)
         return self._snapshot(snapshot).layers[self._rank(layer_idx)].kept(tier)
 
-    def tiers(self, layer_idx: int, head: int, sequence: int = 0) -> Tensor:
-        """Where one head held every position at every snapshot.
+    def tiers(self, layer_idx: int, sequence: int = 0) -> Tensor:
+        """Where each head of a layer held every position at every snapshot.
 
         Args:
-            layer_idx: in the model. head, sequence: which KV head, of which sequence.
+            layer_idx: in the model. sequence: of the batch.
 
         Returns:
-            uint8 `[S, P]`: 0 not held, 1 condensed, 2 sparse, 3 dense.
+            uint8 `[S, H, P]`, H of this layer: 0 not held, 1 condensed, 2 sparse, 3 dense.
 
         Raises:
-            ValueError: the layer is not one that the cache compressed. IndexError: no such sequence or head.
+            ValueError: the layer is not one that the cache compressed. IndexError: no such sequence, or nothing is
+                recorded.
         """
-        rank = self._rank(layer_idx)
-        found = torch.zeros(len(self.snapshots), self.columns, dtype=torch.uint8, device="cpu")
-        for row, each in zip(found, self.snapshots, strict=True):
-            layer = each.layers[rank]
+        rank, heads = self._rank(layer_idx), self.heads(layer_idx)
+        found = torch.zeros(len(self.snapshots), heads, self.columns, dtype=torch.uint8, device="cpu")
+        for states, each in zip(found, self.snapshots, strict=True):
             for code, tier in enumerate(TIERS, 1):
-                row[layer.kept(tier)[sequence][head]] = code
+                for row, positions in zip(states, each.layers[rank].kept(tier)[sequence], strict=True):
+                    row[positions] = code
         return found
 
     def holders(self, sequence: int = 0, snapshot: int = -1) -> Tensor:
@@ -381,7 +277,7 @@ class Recorder:
         used = _used(self._layers)
         if self._layers[-1].layer_idx in done and len(done) == len(used):
             self.trace.layers = [each.layer_idx for each in used]
-            self.trace.snapshots.append(_snapshot(used, self._pending.pop(layer.events)))
+            self.trace.snapshots.append(Snapshot.of(used, self._pending.pop(layer.events)))
 
     def select(self, indices: Tensor) -> None:
         """The batch now consists of these sequences of the former one: so does every snapshot."""
@@ -415,17 +311,6 @@ class Recorder:
 def _used(layers: "Sequence[HardKVLayer]") -> "list[HardKVLayer]":
     """Those that hold tokens: a model need not use all."""
     return [layer for layer in layers if layer.seen]
-
-
-def _snapshot(layers: "Sequence[HardKVLayer]", held: dict[int, HeldByLayer]) -> Snapshot:
-    """Of layers as they are now; where `held` knows a layer, as that."""
-    return Snapshot(
-        seen=max(layer.seen for layer in layers),
-        events=max(layer.events for layer in layers),
-        nbytes=storage_nbytes(tensor for layer in layers for tensor in layer.tensors()),
-        dense_nbytes=sum(layer.dense_nbytes() for layer in layers),
-        layers=[held.get(layer.layer_idx) or HeldByLayer.of(layer.tiers) for layer in layers],  # type: ignore[arg-type]
-    )
 
 
 def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Any:

@@ -62,15 +62,16 @@ def plot_kept(
     figure, grid = plt.subplots(
         rows, columns, figsize=(WIDTH, 0.9 + 2.9 * rows), squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
-    unseen = torch.arange(trace.columns, device="cpu") >= trace.seen[:, None]
+    unseen = torch.arange(trace.columns, device="cpu") >= trace.seen[:, None, None]
+    states = trace.tiers(layer_idx, sequence).masked_fill(unseen, NOT_YET)  # [snapshots, heads, positions]
     shown: set[int] = set()
     for head, axis in zip_longest(heads, grid.flat):
         if head is None:
             axis.set_visible(False)
             continue
-        states = trace.tiers(layer_idx, head, sequence).masked_fill(unseen, NOT_YET)
-        shown |= set(states.unique().tolist())
-        draw_states(axis, states.T)
+        held = states[:, head]
+        shown |= set(held.unique().tolist())
+        draw_states(axis, held.T)
         label_snapshots(axis, trace, most=9 // columns + 1, name=False)
         axis.set_title(f"KV head {head}", fontsize=9)
     figure.supylabel("position of the token", fontsize=9)
@@ -110,13 +111,7 @@ def plot_token(
     if not 0 <= position < trace.columns:
         raise IndexError(f"position={position}: this trace has seen columns 0 to {trace.columns - 1}")
     counts = [trace.heads(layer_idx) for layer_idx in trace.layers]
-    states = torch.stack(
-        [
-            trace.tiers(layer_idx, head, sequence)[:, position]
-            for layer_idx, count in zip(trace.layers, counts, strict=True)
-            for head in range(count)
-        ]
-    )
+    states = torch.cat([trace.tiers(layer_idx, sequence)[:, :, position] for layer_idx in trace.layers], 1).T
     states = states.masked_fill(trace.seen <= position, NOT_YET)
     figure, axis = plt.subplots(figsize=(WIDTH, min(1.6 + 0.09 * len(states), 7.0)), layout="constrained")
     draw_states(axis, states)

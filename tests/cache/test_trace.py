@@ -112,9 +112,9 @@ def test_tiers_and_holders_say_the_same_position_by_position(model):
     assert trace.num_heads == 6
     count = torch.zeros(len(trace), trace.columns, dtype=torch.long, device="cpu")
     for layer_idx in trace.layers:
-        for head in range(2):
-            where = trace.tiers(layer_idx, head, sequence=2)
-            assert where.shape == (len(trace), 33)
+        states = trace.tiers(layer_idx, sequence=2)
+        assert states.shape == (len(trace), 2, 33)
+        for head, where in enumerate(states.unbind(1)):
             for place, row in enumerate(where):
                 for code, tier in enumerate(("condensed", "sparse", "dense"), 1):
                     positions = (row == code).nonzero()[:, 0]

@@ -1,0 +1,129 @@
+"""What layers held at one moment: positions, by tier, on the CPU; a `Trace` is a list of these."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hardkv.cache.tiers import Tiers, rows_of, storage_nbytes
+
+if TYPE_CHECKING:
+    from hardkv.cache.layer import HardKVLayer
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions of one tier, row after row; on the CPU."""
+
+    flat: Tensor  # int32 [N]
+    lengths: Tensor  # int64 [rows]
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """Of every row, ascending int64."""
+        return list(self.flat.long().split(self.lengths.tolist()))
+
+    def select(self, rows: Tensor) -> "Positions":
+        """Those of the given rows, in that order."""
+        parts = self.flat.split(self.lengths.tolist())
+        flat = [parts[row] for row in rows.tolist()]
+        return Positions(torch.cat(flat) if flat else self.flat[:0], self.lengths[rows])
+
+    def below(self, length: int) -> "Positions":
+        """Without position `length` and later."""
+        row = torch.arange(self.lengths.shape[0], device="cpu").repeat_interleave(self.lengths)
+        left = self.flat < length
+        return Positions(self.flat[left], torch.bincount(row[left], minlength=self.lengths.shape[0]))
+
+
+@dataclass(frozen=True)
+class HeldByLayer:
+    """Positions that one layer holds: rows are (sequence, KV head); of the dense tier sequences, as heads share it."""
+
+    heads: int
+    tiers: dict[str, Positions]
+
+    @classmethod
+    def of(cls, tiers: Tiers) -> "HeldByLayer":
+        """A copy of what `tiers` hold now, on the CPU."""
+
+        def host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+            # memory of its own: a graph's pools are written again, and views would keep what an event gives back
+            return tensor.detach().to("cpu", dtype, copy=True)
+
+        def positions(flat: Tensor, lengths: Tensor) -> Positions:
+            return Positions(host(flat, torch.int32), host(lengths, torch.int64))
+
+        dense = tiers.dense
+        held = torch.arange(dense.capacity, device=dense.fill.device) < dense.fill[:, None]
+        found = {
+            "condensed": positions(tiers.condensed.positions, tiers.condensed.lengths),
+            "sparse": positions(tiers.sparse.positions, tiers.sparse.lengths),
+            "dense": positions(dense.positions[held], dense.fill),
+        }
+        return cls(tiers.shape[1], found)
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.tiers["dense"].lengths.shape[0]
+
+    def lengths(self, tier: str | None) -> Tensor:
+        """Tokens per row, int64 `[B, H]`: of a tier, or None for what attention reads."""
+        dense = self.tiers["dense"].lengths[:, None].expand(-1, self.heads)
+        if tier == "dense":
+            return dense
+        ragged = self.tiers[tier or "condensed"].lengths.view(-1, self.heads)
+        return ragged + dense if tier is None else ragged
+
+    def kept(self, tier: str | None) -> list[list[Tensor]]:
+        """Positions, ascending int64, `[batch][kv_head]`: of a tier, or None for what attention reads."""
+        newest = self.tiers["dense"].rows
+        if tier == "dense":
+            return [[each] * self.heads for each in newest]
+        ragged = self.tiers[tier or "condensed"].rows
+        grouped = [ragged[b * self.heads : (b + 1) * self.heads] for b in range(len(newest))]
+        if tier is not None:
+            return grouped
+        return [[torch.cat([row, each]) for row in rows] for rows, each in zip(grouped, newest, strict=True)]
+
+    def select(self, indices: Tensor) -> "HeldByLayer":
+        """Of the given sequences, in that order."""
+        rows = rows_of(indices, self.heads)
+        found = {name: each.select(indices if name == "dense" else rows) for name, each in self.tiers.items()}
+        return HeldByLayer(self.heads, found)
+
+    def below(self, length: int) -> "HeldByLayer":
+        """Without column `length` and later."""
+        return HeldByLayer(self.heads, {name: each.below(length) for name, each in self.tiers.items()})
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What all compressed layers held at one moment.
+
+    Args:
+        seen: columns so far, pads and evicted tokens counted. events: selection events so far.
+        nbytes: bytes that the compressed layers held, as `HardKVCache.nbytes` counts. dense_nbytes: bytes that
+            DynamicCache would hold for these layers.
+        layers: of each compressed layer.
+    """
+
+    seen: int
+    events: int
+    nbytes: int
+    dense_nbytes: int
+    layers: list[HeldByLayer]
+
+    @classmethod
+    def of(cls, layers: "Sequence[HardKVLayer]", known: Mapping[int, HeldByLayer]) -> "Snapshot":
+        """Of layers as they are now; what `known` says of a layer, by its index, goes before what it holds."""
+        return cls(
+            seen=max(layer.seen for layer in layers),
+            events=max(layer.events for layer in layers),
+            nbytes=storage_nbytes(tensor for layer in layers for tensor in layer.tensors()),
+            dense_nbytes=sum(layer.dense_nbytes() for layer in layers),
+            layers=[known.get(layer.layer_idx) or HeldByLayer.of(layer.tiers) for layer in layers],  # type: ignore[arg-type]
+        )
