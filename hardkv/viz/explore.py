@@ -14,6 +14,8 @@ from hardkv.viz.html import Html
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+MAX_TICKS = 8  # of the axes of heads and layers
+
 
 def explore(
     source: "Trace | HardKVCache",
@@ -36,8 +38,7 @@ def explore(
         `Html`: shown by notebooks, `save(path)` writes a page.
 
     Raises:
-        MissingPackageError: plotly is not installed. TypeError, ValueError: nothing recorded. IndexError: no such
-            sequence or snapshot.
+        MissingPackageError: plotly is not installed. TypeError, ValueError: nothing recorded. IndexError
     """
     require("viz", "plotly")
     figure = draw(trace_of(source), sequence, snapshots, max_points)
@@ -73,13 +74,14 @@ def draw(trace: Trace, sequence: int, snapshots: "int | Sequence[int]", max_poin
                 hovertemplate="layer %{z}, head %{y}, position %{x}",
                 visible=place == places[-1],
             )
+    heads = max(trace.heads(layer_idx) for layer_idx in trace.layers)
     axes: dict[str, Any] = {
         "xaxis": {"title": "position", "range": [0, trace.columns]},
-        "yaxis": {"title": "KV head", "dtick": 1},
-        "zaxis": {"title": "layer"},
+        "yaxis": {"title": "KV head", "dtick": -(-heads // MAX_TICKS)},  # whole numbers only
+        "zaxis": {"title": "layer", "dtick": -(-(trace.layers[-1] + 1) // MAX_TICKS)},
         "aspectmode": "manual",
         "aspectratio": {"x": 1.8, "y": 0.7, "z": 1.0},
-        "camera": {"eye": {"x": 0.5, "y": -1.7, "z": 0.8}, "center": {"x": 0, "y": 0, "z": -0.1}},
+        "camera": {"eye": {"x": 0.5, "y": -1.9, "z": 0.8}, "center": {"x": 0.05, "y": 0, "z": -0.1}},
     }
     figure.update_layout(
         title={"text": titles[-1], "font": {"size": 14}},

@@ -15,6 +15,9 @@ from hardkv.viz.figures import WIDTH, finish, number_size
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# A sequence's heat map in inches at most, the heads named on its axis at most, and how many may have numbers in it.
+HIGHEST, MAX_TICKS, MAX_NUMBERED = 4.0, 16, 32
+
 
 def plot_lengths(
     lengths: "Tensor | Sequence[Sequence[Sequence[int]]] | HardKVCache | Stats | Trace",
@@ -47,17 +50,18 @@ def plot_lengths(
     if counts.dim() != 3 or counts.numel() == 0:
         raise ValueError(f"lengths has shape {tuple(counts.shape)}; expected [layers, batch, kv_heads], none of them 0")
     layers, batch, heads = counts.shape
+    high = min(0.3 * heads, HIGHEST)
     figure, grid = plt.subplots(
-        batch, 1, figsize=(WIDTH, 1.3 + batch * (0.4 + 0.3 * heads)), squeeze=False, sharex=True, layout="constrained"
+        batch, 1, figsize=(WIDTH, 1.3 + batch * (0.4 + high)), squeeze=False, sharex=True, layout="constrained"
     )
     axes = grid[:, 0]
     # From 0 on, so that equal colours mean equal counts in any two pictures with the same largest count.
     largest = max(int(counts.max()), 1)
-    size = number_size(layers, len(str(largest)))
+    size = number_size(layers, len(str(largest))) if heads <= MAX_NUMBERED else None
     for sequence, axis in enumerate(axes):
         panel = counts[:, sequence].T.numpy()  # [heads, layers]
         image = axis.imshow(panel, aspect="auto", cmap="viridis", vmin=0, vmax=largest, interpolation="nearest")
-        axis.set_yticks(range(heads))
+        axis.set_yticks(range(0, heads, -(-heads // MAX_TICKS)))
         axis.set_ylabel("KV head" if batch == 1 else f"KV head\n(sequence {sequence})")
         if size is not None:
             for head, layer in product(range(heads), range(layers)):

@@ -75,9 +75,10 @@ def plot_kept(
         label_snapshots(axis, trace, most=9 // columns + 1, name=False)
         axis.set_title(f"KV head {head}", fontsize=9)
     figure.supylabel("position of the token", fontsize=9)
-    figure.suptitle(
-        f"Layer {layer_idx}: tokens held, against tokens seen after every event and at the end", fontsize=10
-    )
+    for axis in grid.flat[len(heads) - columns : len(heads)]:  # the lowest of every column
+        axis.tick_params(labelbottom=True)
+        axis.set_xlabel("tokens seen", fontsize=9)
+    figure.suptitle(f"Layer {layer_idx}: tokens held after every event and at the end", fontsize=10)
     states_legend(figure, shown - {NOT_YET})
     return finish(figure, path)
 
