@@ -34,7 +34,8 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m hardkv demo --model $(REASONER) --problems hardkv-demo/problems.jsonl --max-new-tokens 620 \
 		--scorer rkv --budget 200 --policy topk,risk --interval 32 \
 		--calibration $(REASONER)/calibration-rkv.safetensors
-	$(BIN)/python -m hardkv demo $(ARGS)
+	@# The scorer that docs/methods.md advises for a question about a long text.
+	$(BIN)/python -m hardkv demo --scorer snapkv $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(or $(ARGS),-m "not slow")

@@ -77,7 +77,7 @@ def add_demo(subparsers: Any) -> None:
         "--policy",
         type=_policies,
         metavar="NAME,NAME,...",
-        help=f"how heads share the budget: {', '.join(BY_MEAN)} (default: adakv; with --calibration risk, or adaptive "
+        help=f"how heads share the budget: {', '.join(BY_MEAN)} (default: topk; with --calibration risk, or adaptive "
         "when it holds temperatures only). Of several, those that cannot use a calibration do without",
     )
     add("--calibration", metavar="FILE", help="what `hardkv calibrate` wrote, or 'auto' or 'online' (default: none)")
@@ -108,7 +108,7 @@ def add_demo(subparsers: Any) -> None:
 def _demo(args: argparse.Namespace) -> None:
     names = ("scorer", "window", "sinks", "interval", "patience")
     common = {name: getattr(args, name) for name in names}
-    policies = args.policy or ["adakv" if args.calibration is None else None]  # None: what an integer means
+    policies = args.policy or [None]  # what an integer means
     configs = {}
     try:  # before a model is loaded
         for n in args.budget:

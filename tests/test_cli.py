@@ -74,7 +74,7 @@ def test_demo_answers_with_every_cache_and_writes_what_it_printed(model_folder, 
     assert dense["nbytes"] == dense["dense_nbytes"]
     assert dense["settings"] is None
     for n, run in zip((96, 48), compressed, strict=True):
-        assert run["settings"]["budget"]["name"] == "adakv"
+        assert run["settings"]["budget"]["name"] == "topk"
         assert run["settings"]["budget"]["n"] == n
         assert run["settings"]["window"] == 8
         lengths = torch.tensor(run["lengths"])
