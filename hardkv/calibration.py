@@ -57,18 +57,18 @@ def calibrate(
     Temperatures are fitted to at most 16 of the events by `hardkv.selectors.fit_temperatures`.
 
     Args:
-        model (`PreTrainedModel`): a causal language model, on any device. Left as it is.
-        texts (`list[str]` or `list[Tensor]`, *optional*): texts, or token ids, int64 `[n]` or `[B, n]` without padding.
+        model: a causal language model, on any device. Left as it is.
+        texts: texts, or token ids, int64 `[n]` or `[B, n]` without padding.
             By default six texts that come with hardkv: prose, code and mathematics.
-        tokenizer (*optional*): for texts; by default that of the model's checkpoint.
+        tokenizer: for texts; by default that of the model's checkpoint.
         scorer, window, sinks, interval: as in `HardKVConfig`; a calibration serves caches with the same scorer and
             window.
-        p (`float`): the attention mass that temperatures are fitted for.
-        length (`int`, *optional*): tokens used of each text, by default 2,048 or as many as the model has positions.
+        p: the attention mass that temperatures are fitted for.
+        length: tokens used of each text, by default 2,048 or as many as the model has positions.
             Token ids are used whole.
-        solver (`str`): of `fit_temperatures`.
-        measure (*optional*): another measure of loss: a function of a `Step`; `squared_attention` by default.
-        progress (`bool`): show a bar.
+        solver: of `fit_temperatures`.
+        measure: another measure of loss: a function of a `Step`; `squared_attention` by default.
+        progress: show a bar.
 
     Raises:
         ValueError: a text too short for two events, or longer than the model allows; no layer with full attention; no

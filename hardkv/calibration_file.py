@@ -116,7 +116,8 @@ class Calibration:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file. ValueError: it holds something else.
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else.
         """
         path = Path(path)
         if not path.is_file():
@@ -174,7 +175,8 @@ class Calibration:
         """Raise ValueError unless it was made for a model like this one; a warning when only its name differs.
 
         Args:
-            config: the model's. layers: indices of the layers that the cache compresses.
+            config: the model's.
+            layers: indices of the layers that the cache compresses.
         """
         ours = {**self.provenance.get("geometry", {}), "layers": self.provenance.get("layers")}
         self._compare("model", ours, {**geometry(config), "layers": layers})

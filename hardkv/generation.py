@@ -79,6 +79,14 @@ def graphed(
     with such layers the host waits for every token before the next step, and a step that dies leaves the cache unusable
     until `reset()`.
 
+    Args:
+        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs: what
+            `model.generate` hands over; `input_ids` int64 `[B, n]`.
+        compile: whether the captured forward is the `torch.compile`d one.
+
+    Returns:
+        What `model.generate` returns: token ids `[B, n + new]`, or its output object with `return_dict_in_generate`.
+
     Raises:
         TypeError: `past_key_values` is no HardKVCache.
         NotImplementedError: beams and the like, a model or a cache whose steps cannot be captured, or a forward that

@@ -50,7 +50,7 @@ class HardKVCache(WholeCache):
     carries a graph, and `backward()` through a later forward raises RuntimeError.
 
     Args:
-        config (`PreTrainedConfig`, *optional*): `model.config` itself, not a copy. Without it only models whose layers
+        config: `model.config` itself, not a copy. Without it only models whose layers
             all use full attention, and whose attention is not "eager", work.
         scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload: see
             `HardKVConfig`.
@@ -414,6 +414,9 @@ class HardKVCache(WholeCache):
 
         Args:
             tier: None for what attention reads (condensed and dense), or "condensed", "sparse", "dense".
+
+        Raises:
+            ValueError: another tier.
         """
         if tier is not None and tier not in TIERS:
             raise ValueError(f"tier={tier!r} must be None or one of {TIERS}")

@@ -31,7 +31,8 @@ class Trace:
     P columns (pads counted). Layers of fewer heads than others are padded with heads that hold nothing.
 
     Args:
-        layers: indices of the compressed layers in the model. settings: plain values; scorer and budget as text.
+        layers: indices of the compressed layers in the model.
+        settings: plain values; scorer and budget as text.
         snapshots: in the order of time.
 
     Example:
@@ -109,6 +110,9 @@ class Trace:
 
         Args:
             tier: None for what attention reads (condensed and dense), or "condensed", "sparse", "dense".
+
+        Raises:
+            ValueError: another tier.
         """
         _check_tier(tier)
         if not self.snapshots:
@@ -124,10 +128,13 @@ class Trace:
         """Positions (columns, pads counted) that a layer held: `[batch][kv_head]`, ascending int64.
 
         Args:
-            layer_idx: in the model. snapshot: which one, the newest by default. tier: as for `lengths`.
+            layer_idx: in the model.
+            snapshot: which one, the newest by default.
+            tier: as for `lengths`.
 
         Raises:
-            ValueError: the layer is not one that the cache compressed. IndexError: no such snapshot.
+            ValueError: the layer is not one that the cache compressed.
+            IndexError: no such snapshot.
         """
         _check_tier(tier)
         return self._snapshot(snapshot).layers[self._rank(layer_idx)].kept(tier)
@@ -136,14 +143,15 @@ class Trace:
         """Where each head of a layer held every position at every snapshot.
 
         Args:
-            layer_idx: in the model. sequence: of the batch.
+            layer_idx: in the model.
+            sequence: of the batch.
 
         Returns:
             uint8 `[S, H, P]`, H of this layer: 0 not held, 1 condensed, 2 sparse, 3 dense.
 
         Raises:
-            ValueError: the layer is not one that the cache compressed. IndexError: no such sequence, or nothing is
-                recorded.
+            ValueError: the layer is not one that the cache compressed.
+            IndexError: no such sequence, or nothing is recorded.
         """
         rank, heads = self._rank(layer_idx), self.heads(layer_idx)
         found = torch.zeros(len(self.snapshots), heads, self.columns, dtype=torch.uint8, device="cpu")
@@ -167,7 +175,8 @@ class Trace:
         """KV heads of a layer.
 
         Raises:
-            ValueError: the layer is not one that the cache compressed. IndexError: nothing is recorded.
+            ValueError: the layer is not one that the cache compressed.
+            IndexError: nothing is recorded.
         """
         return self._snapshot(0).layers[self._rank(layer_idx)].heads
 
@@ -228,7 +237,8 @@ class Trace:
         """What `save` wrote.
 
         Raises:
-            ValueError: not a trace, or one of a newer hardkv. FileNotFoundError: no such file.
+            ValueError: not a trace, or one of a newer hardkv.
+            FileNotFoundError: no such file.
         """
         with open(path, "rb") as file:
             if not is_zipfile(file):

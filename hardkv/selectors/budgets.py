@@ -144,6 +144,9 @@ class TopK(FixedTotal):
 
     Args:
         n: tokens kept per head, protected ones included.
+
+    Raises:
+        ValueError, TypeError: a hyperparameter out of range or of the wrong type.
     """
 
     def counts(self, ranking: Ranking) -> Tensor:
@@ -162,6 +165,9 @@ class AdaKV(FixedTotal):
     Args:
         n: mean tokens kept per head, protected ones included.
         alpha: the share that is split evenly, in [0, 1].
+
+    Raises:
+        ValueError, TypeError: a hyperparameter out of range or of the wrong type.
     """
 
     alpha: float = 0.2
@@ -206,6 +212,9 @@ class Pyramid(Budget):
         n: mean tokens kept per head over all layers, protected ones included; or a budget (TopK, AdaKV, Adaptive)
             whose n is spread over the layers.
         beta: steepness, >= 1; 1 is flat.
+
+    Raises:
+        ValueError, TypeError: a hyperparameter out of range or of the wrong type.
     """
 
     n: "int | FixedTotal"
@@ -225,6 +234,7 @@ class Pyramid(Budget):
 
     @property
     def uses_temperature(self) -> bool:  # type: ignore[override]
+        """As the budget within a layer does."""
         return self.inner.uses_temperature
 
     @property
@@ -281,6 +291,9 @@ class TopP(Budget):
         p: mass to keep, in (0, 1]; p = 1 keeps everything, whatever floor and cap say.
         floor: fewest tokens of a head, protected ones included (a head short of it keeps what it has).
         cap: most tokens of a head, protected ones included: bounds the memory. None: no bound.
+
+    Raises:
+        ValueError, TypeError: a hyperparameter out of range or of the wrong type.
     """
 
     p: float
@@ -294,6 +307,7 @@ class TopP(Budget):
 
     @property
     def calibration_p(self) -> float:  # type: ignore[override]
+        """The mass that temperatures are fitted for: its own."""
         return self.p
 
     def together(self, budgets: Sequence[Budget]) -> Budget | None:
@@ -326,6 +340,9 @@ class Adaptive(FixedTotal):
         n: mean tokens kept per head, protected ones included.
         floor: fewest tokens of a head, protected ones included, at most n.
         cap: most tokens of a head, protected ones included. None: no bound.
+
+    Raises:
+        ValueError, TypeError: a hyperparameter out of range or of the wrong type.
     """
 
     floor: int = 0
@@ -355,10 +372,15 @@ class Adaptive(FixedTotal):
 
 
 def get_budget(spec: "int | dict[str, Any] | Budget", of_int: Callable[[int], Budget] = TopK) -> Budget:
-    """A budget from a mean number of tokens (by `of_int`), from `budget_to_dict`'s, or as given.
+    """A budget from a mean number of tokens, from its JSON form, or as given.
+
+    Args:
+        spec: an integer n, what `budget_to_dict` made, or a budget.
+        of_int: what an integer becomes.
 
     Raises:
-        ValueError: unknown name or bad value. TypeError: anything else.
+        ValueError: unknown name or bad value.
+        TypeError: anything else.
     """
     if isinstance(spec, Budget):
         return spec

@@ -26,14 +26,14 @@ class TemperatureFit:
     """What `fit_temperatures` found; unpacks as `temperatures, residuals = fit`.
 
     Args:
-        temperatures (`Tensor`): `[R]`, float32 (float64 for float64 input).
-        residuals (`Tensor`): `[R]`, root mean square, over the samples used, of (mass of the m best-scored candidates
+        temperatures: `[R]`, float32 (float64 for float64 input).
+        residuals: `[R]`, root mean square, over the samples used, of (mass of the m best-scored candidates
             at T) - (reference mass of the m best candidates). 0 where no sample was used.
-        counts (`Tensor`): `[R, S]` int64, the m of every sample: what `TopP(p)` keeps on the reference.
-        samples (`Tensor`): `[R]` int64, how many of the S samples were used.
-        unfitted (`Tensor`): `[R]` bool, T is 1 because nothing determines it: no sample was used, or the masses are the
+        counts: `[R, S]` int64, the m of every sample: what `TopP(p)` keeps on the reference.
+        samples: `[R]` int64, how many of the S samples were used.
+        unfitted: `[R]` bool, T is 1 because nothing determines it: no sample was used, or the masses are the
             same at every T (all scores of the row equal, for instance; its residual still tells how far off they are).
-        clamped (`Tensor`): `[R]` bool, T stopped at `MIN_TEMPERATURE` or `MAX_TEMPERATURE`; the best one lies beyond.
+        clamped: `[R]` bool, T stopped at `MIN_TEMPERATURE` or `MAX_TEMPERATURE`; the best one lies beyond.
     """
 
     temperatures: Tensor
@@ -78,33 +78,35 @@ def fit_temperatures(
     and the largest of these, and the best point of a scan there is the start. Rows never influence one another.
 
     Args:
-        scores (`Tensor`): log-scores z `[R, S, N]`, floating point, R rows (layer, KV head), S samples sharing a
+        scores: log-scores z `[R, S, N]`, floating point, R rows (layer, KV head), S samples sharing a
             temperature. -inf is a candidate without mass. Entries outside `mask` are ignored.
-        reference (`Tensor`): attention probabilities `[R, S, N]` over all tokens of the row, protected ones included.
+        reference: attention probabilities `[R, S, N]` over all tokens of the row, protected ones included.
             Padding is 0 here and False in `mask`.
-        p (`float`): the mass to keep, in (0, 1].
-        mask (`Tensor`, *optional*): bool `[R, S, N]`, True for candidates. All tokens are by default.
-        solver (`str`): `"adam"`, the paper's optimiser: `torch.optim.Adam` on log T of all rows at once, its learning
+        p: the mass to keep, in (0, 1].
+        mask: bool `[R, S, N]`, True for candidates. All tokens are by default.
+        solver: `"adam"`, the paper's optimiser: `torch.optim.Adam` on log T of all rows at once, its learning
             rate decaying, a row done when its steps stay below `tolerance`. `"bisect"`: bisection to the floating
             point's precision, exact for one sample; several samples: golden-section search around the scan's best
             point. It needs fewer passes over the data.
-        max_steps (`int`): most Adam steps.
-        tolerance (`float`): Adam's smallest step in log T.
+        max_steps: most Adam steps.
+        tolerance: Adam's smallest step in log T.
 
     Returns:
-        [`TemperatureFit`], which unpacks as `(temperatures, residuals)`, both `[R]`. T stays within
+        `TemperatureFit`, which unpacks as `(temperatures, residuals)`, both `[R]`. T stays within
         [`MIN_TEMPERATURE`, `MAX_TEMPERATURE`]; rows stopped there are flagged and a `UserWarning` counts them.
 
     Raises:
-        `TypeError`, `ValueError`: wrong dtypes, shapes that differ, devices that differ, p outside (0, 1], NaN or +inf
+        TypeError, ValueError: wrong dtypes, shapes that differ, devices that differ, p outside (0, 1], NaN or +inf
         among the candidates' scores, a reference that is negative, not finite or sums to more than one.
 
     Example:
 
     ```python
-    >>> attention = torch.randn(8, 4, 512).mul(3).softmax(-1)
+    >>> attention = torch.randn(3, 4, 512).mul(3).softmax(-1)  # 3 rows, 4 samples of each
     >>> temperatures, residuals = fit_temperatures(0.25 * attention.log(), attention, p=0.9)
-    >>> temperatures  # 0.25 eight times
+    >>> [round(temperature, 3) for temperature in temperatures.tolist()]
+    [0.25, 0.25, 0.25]
+
     ```
     """
     check_name("solver", solver, SOLVERS)
@@ -157,11 +159,11 @@ def kept_counts(
     compared with the `counts` of the fit, which are `kept_counts(reference.log(), None, ...)`.
 
     Args:
-        scores (`Tensor`): log-scores z `[R, S, N]`, as for `fit_temperatures`.
-        temperatures (`Tensor`, *optional*): `[R]`, positive; `None` means 1.
-        reference (`Tensor`): attention probabilities `[R, S, N]`; only the mass of the protected tokens is read.
-        p (`float`): the mass to keep, in (0, 1].
-        mask (`Tensor`, *optional*): bool `[R, S, N]`, True for candidates.
+        scores: log-scores z `[R, S, N]`, as for `fit_temperatures`.
+        temperatures: `[R]`, positive; `None` means 1.
+        reference: attention probabilities `[R, S, N]`; only the mass of the protected tokens is read.
+        p: the mass to keep, in (0, 1].
+        mask: bool `[R, S, N]`, True for candidates.
 
     Returns:
         `Tensor`: `[R, S]` int64.

@@ -17,23 +17,39 @@ class Observation:
 
     Tokens are flat and ragged: row `b * H + h` holds KV head h of sequence b, contiguous and ascending in position,
     from `cu_seqlens[row]` to `cu_seqlens[row + 1]`. Symbols: B sequences, H KV heads, R = B * H rows, G query heads a
-    KV head, Hq = H * G, W queries, N tokens of all rows together.
+    KV head, Hq = H * G, W queries, N tokens of all rows together, D and Dv channels of a key and a value.
+
+    Args:
+        keys: `[N, D]`, after rotation (RoPE).
+        load_values: called when `values [N, Dv]` is first read: scorers that do not need them save the gathering.
+        positions: int32 `[N]`, columns of the sequence, pads counted.
+        cu_seqlens: int32 `[R + 1]`, where rows begin, and the end.
+        queries: `[B, Hq, W, D]`, the newest, after rotation, oldest first.
+        query_positions: int64 `[W]`, their columns.
+        query_valid: bool `[B, W]`, False at padding.
+        protected: bool `[N]`, tokens that are kept whatever their score: sinks, window, a pinned prompt.
+        scale: what attention multiplies q . k by.
+        window: the newest tokens of a row that count as its window.
+        softcap: of the model's attention; None without one.
+        seen: int64 `[B]`, tokens of each sequence so far, evicted ones too; None: its longest row's.
+        longest: the longest row, or more, where the host knows; None: read from the device.
+        newest: bool `[N]`, what `window_mask` is, where known.
     """
 
-    keys: Tensor  # [N, D], after RoPE
-    load_values: Callable[[], Tensor]  # what `values` is, called when it is first read
-    positions: Tensor  # int32 [N], columns of the sequence, pads counted
-    cu_seqlens: Tensor  # int32 [R + 1]
-    queries: Tensor  # [B, Hq, W, D], after RoPE, oldest first
-    query_positions: Tensor  # int64 [W]
-    query_valid: Tensor  # bool [B, W], False at padding
-    protected: Tensor  # bool [N], tokens that are kept whatever their score
+    keys: Tensor
+    load_values: Callable[[], Tensor]
+    positions: Tensor
+    cu_seqlens: Tensor
+    queries: Tensor
+    query_positions: Tensor
+    query_valid: Tensor
+    protected: Tensor
     scale: float
-    window: int  # the newest tokens of a row that count as its window
+    window: int
     softcap: float | None = None
-    seen: Tensor | None = None  # int64 [B], tokens of each sequence so far, evicted ones too; None: its longest row's
-    longest: int | None = None  # the longest row, or more, where the host knows; None: read from the device
-    newest: Tensor | None = None  # bool [N], what `window_mask` is, where known
+    seen: Tensor | None = None
+    longest: int | None = None
+    newest: Tensor | None = None
 
     @cached_property
     def values(self) -> Tensor:

@@ -56,10 +56,14 @@ def scorer_name(scorer: Scorer) -> str | None:
 
 
 def get_scorer(spec: "str | dict[str, Any] | Scorer") -> Scorer:
-    """A scorer from its name, from what `scorer_to_dict` made, or as given.
+    """A scorer from its name, from its JSON form, or as given.
+
+    Args:
+        spec: a name, what `scorer_to_dict` made, or an object with `score(observation)`.
 
     Raises:
-        ValueError: unknown name or hyperparameter. TypeError: an object without a `score` method.
+        ValueError: unknown name or hyperparameter.
+        TypeError: an object without a `score` method.
     """
     if isinstance(spec, str):
         spec = {"name": spec}
@@ -97,6 +101,9 @@ def scorer_to_dict(scorer: Scorer) -> dict[str, Any]:
 def log_score(score: Tensor) -> Tensor:
     """z = log(s + tiny) for scores s >= 0.
 
+    Args:
+        score: any shape, >= 0.
+
     Example:
 
     ```python
@@ -113,6 +120,13 @@ def log_affine(score: Tensor, observation: Observation) -> Tensor:
 
     One map for all heads of a sequence, so that the order between heads survives. Protected tokens may lie outside the
     candidates' range and are clamped to it.
+
+    Args:
+        score: `[N]`, any real numbers, higher = keep.
+        observation: the tokens they belong to.
+
+    Returns:
+        `[N]`.
     """
     if not score.numel():
         return score

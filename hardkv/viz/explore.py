@@ -27,7 +27,8 @@ def explore(
     """An interactive view of what every KV head holds: a point a token, coloured by its tier.
 
     Args:
-        source: a cache, or a trace of `cache.record()`. sequence: of the batch.
+        source: a cache, or a trace of `cache.record()`.
+        sequence: of the batch.
         snapshots: which of the trace, the newest by default; several come with a slider.
         max_points: of one snapshot; if there are more, every k-th token of each head and tier is drawn, and the title
             says so.
@@ -38,7 +39,8 @@ def explore(
         `Html`: shown by notebooks, `save(path)` writes a page.
 
     Raises:
-        MissingPackageError: plotly is not installed. TypeError, ValueError: nothing recorded. IndexError
+        MissingPackageError: plotly is not installed.
+        TypeError, ValueError: nothing recorded, no snapshot asked for, or no points. IndexError
     """
     require("viz", "plotly")
     figure = draw(trace_of(source), sequence, snapshots, max_points)

@@ -11,7 +11,8 @@ class Html:
     """HTML that a notebook shows as a cell's last value.
 
     Args:
-        body: what stands in a page's body; nothing in it is escaped any more. title: of a page that `save` writes.
+        body: what stands in a page's body; nothing in it is escaped any more.
+        title: of a page that `save` writes.
     """
 
     body: str

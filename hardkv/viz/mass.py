@@ -33,7 +33,10 @@ def plot_mass(
     has dropped are not in it; an event of `TopP` would decide by the same numbers now.
 
     Args:
-        cache: with its scorer. layer_idx: in the model. head, sequence: which KV head, of which sequence. p: of Top-p.
+        cache: with its scorer.
+        layer_idx: in the model.
+        head, sequence: which KV head, of which sequence.
+        p: of Top-p.
         temperature: what calibrated scores are divided by; by default the cache's calibration, and without one the
             temperature that fits these scores to this attention.
         path: where to save the picture, by its suffix.
@@ -42,8 +45,9 @@ def plot_mass(
         The figure, closed: a notebook shows it once, as a cell's last value.
 
     Raises:
-        MissingPackageError: matplotlib is not installed. ValueError: a layer that is not compressed, or only protected
-            tokens. IndexError: no such head or sequence.
+        MissingPackageError: matplotlib is not installed.
+        ValueError: a layer that is not compressed, or only protected tokens.
+        IndexError: no such head or sequence.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt

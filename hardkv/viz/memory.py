@@ -28,7 +28,9 @@ def plot_bytes(traces: "Trace | Mapping[str, Trace]", path: "str | PathLike[str]
         The figure, closed: a notebook shows it once, as a cell's last value.
 
     Raises:
-        MissingPackageError: matplotlib is not installed. TypeError: not traces. ValueError: nothing recorded.
+        MissingPackageError: matplotlib is not installed.
+        TypeError: not traces.
+        ValueError: nothing recorded.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt

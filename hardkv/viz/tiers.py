@@ -40,15 +40,19 @@ def plot_kept(
     their colours mix. Pads, which are never held, look like tokens that were given back.
 
     Args:
-        trace: from `cache.record()`; a cache shows only its present. layer_idx: in the model.
-        heads: KV heads, all by default. sequence: of the batch. path: where to save the picture, by its suffix.
+        trace: from `cache.record()`; a cache shows only its present.
+        layer_idx: in the model.
+        heads: KV heads, all by default.
+        sequence: of the batch.
+        path: where to save the picture, by its suffix.
 
     Returns:
         The figure, closed: a notebook shows it once, as a cell's last value.
 
     Raises:
-        MissingPackageError: matplotlib is not installed. TypeError, ValueError: nothing recorded, or a layer that is
-            not compressed. IndexError: no such head or sequence.
+        MissingPackageError: matplotlib is not installed.
+        TypeError, ValueError: nothing recorded, or a layer that is not compressed.
+        IndexError: no such head or sequence.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
@@ -95,15 +99,19 @@ def plot_token(
     A row a KV head, all heads of a layer together, the first layer at the bottom.
 
     Args:
-        trace: from `cache.record()`; a cache shows only its present. position: column of the token, pads counted.
-        sequence: of the batch. path: where to save the picture, by its suffix. text: what the token says.
+        trace: from `cache.record()`; a cache shows only its present.
+        position: column of the token, pads counted.
+        sequence: of the batch.
+        path: where to save the picture, by its suffix.
+        text: what the token says.
 
     Returns:
         The figure, closed: a notebook shows it once, as a cell's last value.
 
     Raises:
-        MissingPackageError: matplotlib is not installed. TypeError, ValueError: nothing recorded. IndexError: no such
-            position or sequence.
+        MissingPackageError: matplotlib is not installed.
+        TypeError, ValueError: nothing recorded.
+        IndexError: no such position or sequence.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
@@ -133,15 +141,17 @@ def plot_tiers(trace: "Trace | HardKVCache", sequence: int = 0, path: "str | Pat
     """Draw how many tokens a KV head holds in each tier after every event, the mean over all heads of all layers.
 
     Args:
-        trace: from `cache.record()`; a cache shows only its present. sequence: of the batch.
+        trace: from `cache.record()`; a cache shows only its present.
+        sequence: of the batch.
         path: where to save the picture, by its suffix.
 
     Returns:
         The figure, closed: a notebook shows it once, as a cell's last value.
 
     Raises:
-        MissingPackageError: matplotlib is not installed. TypeError, ValueError: nothing recorded. IndexError: no such
-            sequence.
+        MissingPackageError: matplotlib is not installed.
+        TypeError, ValueError: nothing recorded.
+        IndexError: no such sequence.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt

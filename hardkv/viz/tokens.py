@@ -36,7 +36,8 @@ def show_tokens(
         source: a cache, or a trace of `cache.record()`.
         tokens: of the sequence, pads included: strings, or ids `[columns]` with their `tokenizer`. What
             `generate()` returned for the sequence does: `out[sequence]`.
-        sequence: of the batch. snapshot: which of the trace, the newest by default.
+        sequence: of the batch.
+        snapshot: which of the trace, the newest by default.
 
     Returns:
         `Html`: shown by notebooks, `save(path)` writes a page.
