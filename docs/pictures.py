@@ -106,7 +106,7 @@ def scorers(model: Any, ids: Tensor) -> None:
         axis.vlines(at[chosen], np.nanmin(z), z[chosen], color=BLUE, linewidth=1.2, label="kept by TopK(96)")
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_ylabel("log-score z")
-    axes[0].legend(fontsize=8, loc="lower left")
+    axes[1].legend(fontsize=8, loc="upper left")  # where no score reaches
     axes[-1].set_xlabel(f"position of the token (the first {SINKS} and newest {WINDOW} are kept anyway)")
     save(figure, "scorers")
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hardkv.extras import require
+from hardkv.viz.figures import MARKERS
 
 # Drawn in this order; the others stand in the tables only.
 DRAWN = ("TopK", "AdaKV", "Pyramid", "Adaptive", "TopP, calibrated", "DuoAttention style", "HeadKV style", "Risk")
@@ -124,8 +125,8 @@ def draw(study: Study, path: Path) -> None:
                 errors,
                 label=name,
                 color=colours(place),
-                marker="o",
-                markersize=4,
+                marker=MARKERS[place],
+                markersize=5,
                 linewidth=2.4 if name == "Risk" else 1.2,
                 capsize=2,
             )
@@ -137,7 +138,10 @@ def draw(study: Study, path: Path) -> None:
         axis.set_title(f"scorer {group[3]}, {group[2]:,} tokens", fontsize=11)
         axis.set_xlabel("mean tokens kept per KV head")
     axes[0, 0].set_ylabel("NLL above the dense cache (nats a token)")
-    axes[0, -1].legend(fontsize=8)
+    # not every panel has every method
+    found = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    shown = [name for name in DRAWN if name in found]
+    figure.legend([found[name] for name in shown], shown, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -14,6 +14,7 @@ from eval.methods import METHODS, Configuration
 from eval.store import Store
 from hardkv.cache.stats import format_bytes
 from hardkv.extras import require
+from hardkv.viz.figures import MARKERS
 
 # Within so much of TopK's bytes a method used as many; up to so much beyond its budgets it is still compared.
 SAME_BYTES = 0.01
@@ -311,8 +312,8 @@ def _panel(axis: Any, full: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
             color=colours[METHODS.index(method)],
             linestyle="--" if method.endswith("-calibrated") else "-",
             linewidth=2.2 if method == "risk" else 1.2,
-            marker="o",
-            markersize=4,
+            marker=MARKERS[METHODS.index(method)],
+            markersize=5,
             capsize=2,
         )
     axis.set_xscale("log", base=2)

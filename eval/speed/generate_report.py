@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hardkv.extras import require
+from hardkv.viz.figures import COLOURS, MARKERS
 
 Record = dict[str, Any]
 
@@ -177,13 +178,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
     methods = [name for name in NAMES if any(r["method"] == name for r in cases)]
     figure, (axes, memory) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", width_ratios=(2, 1))
     width = 0.8 / len(methods)
-    for i, method in enumerate(methods):
+    for i, (method, colour, marker) in enumerate(zip(methods, COLOURS, MARKERS, strict=False)):
         rows = [r for r in cases if r["method"] == method]
         at = [names.index(_place(r)) + i * width for r in rows]
-        bars = axes.bar(at, [r["tokens_per_s"] for r in rows], width, label=NAMES[method], color=f"C{i}")
+        bars = axes.bar(at, [r["tokens_per_s"] for r in rows], width, label=NAMES[method], color=colour)
         axes.bar_label(bars, [f"{r['tokens_per_s']:,.0f}" for r in rows], fontsize=7, rotation=90, padding=2)
         points = sorted({r["context"]: r["kv_bytes"] / r["batch"] / 1e9 for r in rows}.items())
-        memory.plot(*zip(*points, strict=True), "o-", color=f"C{i}", markersize=4, alpha=0.8)
+        memory.plot(*zip(*points, strict=True), linestyle="-", marker=marker, color=colour, markersize=5)
     labels = [f"{context:,} tokens\n{f'batch {batch}' if batch else 'largest batch'}" for context, batch in names]
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(names))], labels)
     axes.set_xlim(-width, len(names) - 1 + len(methods) * width)

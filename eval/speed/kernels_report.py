@@ -7,10 +7,12 @@ import argparse
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from hardkv.extras import require
+from hardkv.viz.figures import MARKERS
 
 Record = dict[str, Any]
 
@@ -262,14 +264,15 @@ def draw(records: list[Record], path: Path) -> None:
         elif record["backend"] in ("triton", "primitives"):
             groups[1][record["operation"]].append(record)
     for axis, group, title in zip(axes, groups, ("decode attention", "other operations of hardkv"), strict=True):
-        for name, found in sorted(group.items(), key=lambda item: item[0] != "triton"):
+        ordered = sorted(group.items(), key=lambda item: item[0] != "triton")
+        for (name, found), marker in zip(ordered, cycle(MARKERS), strict=False):
             found = sorted(found, key=lambda record: record["bytes"])
             axis.plot(
                 [record["bytes"] / 1e6 for record in found],
                 [record["fraction"] for record in found],
                 label=name,
-                marker="o",
-                markersize=4,
+                marker=marker,
+                markersize=5,
                 linewidth=2.4 if name == "triton" else 1.2,
                 linestyle="--" if name.endswith("one tier") else "-",
             )

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 WIDTH = 7.0
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+# Beside colours, where lines are more than these: told apart without them.
+MARKERS = "o^vDPX*<>p"
 TIER_COLOURS = {"condensed": BLUE, "sparse": ORANGE, "dense": GREEN}
 DROPPED, UNSEEN = "#E4E4E4", "#FFFFFF"
 STATES = {  # what `Trace.tiers` says, and 4 for what is still to come

@@ -9,19 +9,17 @@ import torch
 from hardkv.cache import Trace
 from hardkv.cache.stats import format_bytes
 from hardkv.extras import require
-from hardkv.viz.figures import BLUE, GREEN, ORANGE, VERMILION, WIDTH, finish, trace_of
+from hardkv.viz.figures import COLOURS, WIDTH, finish, trace_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-COLOURS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9")
 
 
 def plot_bytes(traces: "Trace | Mapping[str, Trace]", path: "str | PathLike[str] | None" = None) -> "Figure":
     """Draw the bytes that caches held after every event, and what DynamicCache would hold for the same layers.
 
     Args:
-        traces: of `cache.record()`: one, or several by the name that the legend gives them, at most six.
+        traces: of `cache.record()`: one, or several by the name that the legend gives them, at most eight.
         path: where to save the picture, by its suffix.
 
     Returns:

@@ -29,7 +29,7 @@ def test_several_traces_have_names_and_colours(run):
     assert [line.get_label() for line in axis.lines] == ["DynamicCache", "half", "whole"]
     assert len({line.get_color() for line in axis.lines}) == 3
     assert axis.lines[0].get_xdata()[-1] == run[1].seen[-1]  # of the longest
-    with pytest.raises(ValueError, match="got 7 traces"):
-        plot_bytes({str(name): half for name in range(7)})
+    with pytest.raises(ValueError, match="got 9 traces"):
+        plot_bytes({str(name): half for name in range(9)})
     with pytest.raises(TypeError, match="traces=str"):
         plot_bytes({"one": "two"})
