@@ -6,6 +6,7 @@ python -m eval.speed.generate_report eval/results/generate.json
 import argparse
 import json
 import math
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     methods = [name for name in NAMES if any(r["method"] == name for r in cases)]
     figure, (axes, memory) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", width_ratios=(2, 1))
     width = 0.8 / len(methods)
-    for i, (method, colour, marker) in enumerate(zip(methods, COLOURS, MARKERS, strict=False)):
+    for i, (method, colour, marker) in enumerate(zip(methods, cycle(COLOURS), cycle(MARKERS), strict=False)):
         rows = [r for r in cases if r["method"] == method]
         at = [names.index(_place(r)) + i * width for r in rows]
         bars = axes.bar(at, [r["tokens_per_s"] for r in rows], width, label=NAMES[method], color=colour)

@@ -143,3 +143,10 @@ def test_missing_matplotlib_is_said_with_its_extra(run, monkeypatch):
     for draw in (lambda: plot_kept(run[1], 1), lambda: plot_token(run[1], 0), lambda: plot_tiers(run[1])):
         with pytest.raises(MissingPackageError, match=r"pip install 'hardkv\[viz\]'"):
             draw()
+
+
+def test_the_lowest_panel_of_every_column_is_labelled(run):
+    panels = [axis for axis in plot_kept(run[1], 3, heads=[0, 1] * 3).axes if axis.get_visible()]
+    assert [axis.get_xlabel() for axis in panels] == ["", "", *["tokens seen"] * 4]
+    named = [axis.xaxis.get_tick_params()["labelbottom"] for axis in panels]
+    assert named == [bool(axis.get_xlabel()) for axis in panels]
