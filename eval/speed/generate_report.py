@@ -106,8 +106,9 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"By `python -m eval.speed.generate` on one {machine['gpu']} ({where}); copies within the device move "
         f"{found['copy_bytes_per_s'] / 1e12:.2f} TB/s. Models have random weights; contexts are filled in with random "
-        "keys and values, and only decoding is timed. Limit: the time in which a copy moves what a step reads. What is "
-        "not listed was not measured.",
+        "keys and values, and only decoding is timed. Limit: the time in which a copy moves what a step reads. Pools "
+        "that were outgrown are captured anew, which the mean holds and the median does not. What is not listed was "
+        "not measured.",
         *_about_kvpress(records),
         "",
         "| target | wanted | found | |",
@@ -192,7 +193,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes.set_yscale("log")
     axes.margins(y=0.2)
     axes.set_ylabel("tokens/s")
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
     memory.set_xscale("log", base=2)
     memory.set_ylim(bottom=0)
     contexts = sorted({r["context"] for r in cases})

@@ -16,8 +16,9 @@ from hardkv.selectors.ranking import Ranking
 FAR = 1 << 24
 # Losses are averaged over the contexts from this share of a length to all of it.
 CONTEXT_FROM = 1 / 4
-# Between lengths that are this factor apart, a layer's share is taken to move by no more than this.
-ROOM_STEP, ROOM_SPARE = 2 ** (1 / 4), 1.01
+# A layer's share of the total is looked at for lengths that are this factor apart, and closer just above n, where it
+# moves fastest; in between it is taken to be larger by no more than the second.
+ROOM_STEP, ROOM_SPARE = 1.02, 1.02
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class _Plan:
     gains: Tensor  # float64 [S], as measured, for contexts up to `length`
     tail: Tensor  # float64 [S], of longer ones, before `reach`
     copies: "dict[torch.device, _Plan]" = field(default_factory=dict, repr=False, compare=False)
+    rooms: "dict[tuple[Risk, int, int], Tensor]" = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, curves: RiskCurves, continued: tuple[Tensor, Tensor], layers: slice) -> "_Plan":
@@ -147,6 +149,31 @@ class _Plan:
 
     def tensors(self) -> list[Tensor]:
         return [self.start, self.stop, self.middle, self.gains, self.tail]
+
+    def totals(self, risk: "Risk", tokens: Tensor, protected: Tensor) -> Tensor:
+        """Counts of all rows, int64 `[B, rows]`, for sequences of `tokens [B]` with `protected [B]` a row."""
+        n, floor, cap = risk.n, risk.floor, risk.cap
+        if isinstance(floor, float):
+            low = protected + (floor * (n - protected).clamp_min(0)).long()
+        else:
+            low = protected.clamp_min(floor)
+        high = tokens if cap is None else tokens.minimum(protected.clamp_min(cap))
+        return self.counts(n * self.rows, tokens, low, high)
+
+    def at_lengths(self, risk: "Risk", length: int, protected: int) -> Tensor:
+        """`totals` at lengths up to `length`, `[lengths, rows]`; kept, as every layer asks for the same."""
+        asked = risk, length, protected
+        found = self.rooms.get(asked)
+        if found is None:
+            lengths, step = [length, min(risk.n, length)], 1.0  # up to n tokens all are kept
+            while risk.n + step < length:
+                lengths.append(round(risk.n + step))
+                step += min(step / 2, (risk.n + step) * (ROOM_STEP - 1))
+            tokens = self.start.new_tensor(sorted(set(lengths)))
+            found = torch.cat([self.totals(risk, each, each.clamp_max(protected)) for each in tokens.split(32)])
+            self.rooms.clear()
+            self.rooms[asked] = found
+        return found
 
     def counts(self, total: int, context: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Water-filling: tokens of every row, int64 `[B, rows]`, at least `low [B]`, at most `high [B]`.
@@ -251,27 +278,17 @@ class LayerRisk(Budget):
         return replace(self, firsts=tuple(row for each in same for row in each.firsts))
 
     def fixed_total(self, heads: int, length: int, protected: int) -> int:
-        """As `Budget.fixed_total`, found at lengths a quarter of a doubling apart: a layer's share moves with them."""
-        lengths, shorter = [length], length / ROOM_STEP
-        while shorter > min(protected, length):
-            lengths.append(round(shorter))
-            shorter /= ROOM_STEP
-        tokens = self.plan.start.new_tensor(lengths)
-        totals = self.totals(tokens, tokens.clamp_max(protected)).sum(1)
-        return math.ceil(int(totals.max()) * ROOM_SPARE)
+        """As `Budget.fixed_total`: the most at any length up to this one, since a layer's share moves with it."""
+        counts = self.plan.at_lengths(self.risk, length, protected)
+        each = torch.stack([counts[:, first : first + self.heads] for first in self.firsts])
+        return math.ceil(int(each.sum(-1).max()) * ROOM_SPARE)
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         return self.plan.on(device).tensors()
 
     def totals(self, tokens: Tensor, protected: Tensor) -> Tensor:
         """Counts of heads, int64 `[L * B, H]`, for sequences of `tokens [B]` with `protected [B]` a head."""
-        n, floor, cap = self.risk.n, self.risk.floor, self.risk.cap
-        if isinstance(floor, float):
-            low = protected + (floor * (n - protected).clamp_min(0)).long()
-        else:
-            low = protected.clamp_min(floor)
-        high = tokens if cap is None else tokens.minimum(protected.clamp_min(cap))
-        counts = self.plan.on(tokens.device).counts(n * self.plan.rows, tokens, low, high)
+        counts = self.plan.on(tokens.device).totals(self.risk, tokens, protected)
         each = [counts[:, first : first + self.heads] for first in self.firsts]
         return each[0] if len(each) == 1 else torch.cat(each)
 

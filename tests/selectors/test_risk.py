@@ -261,6 +261,28 @@ def random_curves(seed, counts, layers=2, heads=3, lost=0.5):
     return [[[*row[::-1].cumsum()[::-1].tolist(), 0.0] for row in layer] for layer in falls]
 
 
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(10, 400),
+    longer=st.floats(1.0, 6.0),
+    protected=st.integers(0, 12),
+    scope=st.sampled_from(["model", "layer"]),
+    floor=st.sampled_from([0, 0.1, 5]),
+    cap=st.sampled_from([None, 2, 1.2]),
+)
+def test_room_for_every_length(seed, n, longer, protected, scope, floor, cap):
+    """What a layer keeps at any length fits into what is set aside for it, and that is not much more."""
+    loss = torch.tensor(random_curves(seed, TestContinued.COUNTS, layers=4), dtype=torch.float64)
+    risk = Risk(n, scope, floor, None if cap is None else int(cap * n))
+    curves, length = RiskCurves(torch.tensor(TestContinued.COUNTS), loss), int(longer * n)
+    each = [risk.allocation(curves, at, min(protected, at)).sum(1) for at in range(1, length + 1, max(1, n // 60))]
+    most = torch.stack([*each, risk.allocation(curves, length, min(protected, length)).sum(1)]).amax(0)
+    room = torch.tensor([layer.fixed_total(3, length, protected) for layer in risk.for_layers(curves)])
+    assert (most <= room).all()
+    assert (room <= 1.03 * most + 1 + 3 * n / 60).all()  # of the lengths some are left out here
+
+
 def fractions(loss):
     """The same numbers, exactly."""
     return [[[Fraction(value) for value in curve] for curve in layer] for layer in loss]
