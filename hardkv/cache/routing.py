@@ -310,5 +310,7 @@ def route(config: Any) -> None:
     setter would switch vision configs too.
     """
     text = config.get_text_config(decoder=True)
+    if text is not config.get_text_config(decoder=True):
+        text = config  # of an encoder-decoder with one config, made anew at every call; its decoder reads this one
     if text._attn_implementation in (None, "eager"):
         text._attn_implementation_internal = EAGER
