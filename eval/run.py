@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -252,8 +251,14 @@ def self_check(problems: list[Problem], say: Callable[[str], None]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    try:
+        require("eval", *packages(args))
+    except MissingPackageError as error:
+        raise SystemExit(f"eval.run: {error}") from error
+    from accelerate import PartialState  # of the extra, too
+
     # a process may wait hours for another's last answers, longer than torch.distributed's default allows
-    state = PartialState(timeout=timedelta(days=7))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     transformers.logging.set_verbosity_error()
     try:
         harness, configurations = prepare(args, state)
@@ -274,6 +279,15 @@ def main(argv: list[str] | None = None) -> None:
         print(report(args.out))
 
 
+def packages(args: argparse.Namespace) -> list[str]:
+    """The optional ones that a command imports sooner or later."""
+    needed = ["accelerate", "matplotlib"]
+    if TASKS[args.task].source is not None:
+        needed += ["math_verify"]
+        needed += ["datasets"] if args.data is None else ["pyarrow"] if args.data.suffix == ".parquet" else []
+    return needed
+
+
 def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list[Configuration]]":
     """Everything that can be wrong with a command, before hours of work; no harness for --self-check alone."""
     task = TASKS[args.task]
@@ -282,7 +296,6 @@ def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list
         if state.is_main_process:
             print(text)
 
-    require("eval", "matplotlib", *(["datasets", "math_verify"] if task.source is not None else []))
     configurations = grid(args.method, args.scorer, args.budget, args.mass, cache_options(args))
     model = tokenizer = None
     if not args.self_check:

@@ -277,6 +277,20 @@ def test_a_missing_package_is_named_with_its_extra(command, monkeypatch):
         main(command("--budget", "24"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        ([], "accelerate, matplotlib, math_verify, datasets"),
+        (["--data", "mine.jsonl"], "accelerate, matplotlib, math_verify"),
+        (["--data", "mine.parquet"], "accelerate, matplotlib, math_verify, pyarrow"),
+    ],
+)
+def test_only_packages_that_a_command_imports_are_asked_for(monkeypatch, arguments, missing):
+    monkeypatch.setattr("hardkv.extras.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=f"not installed: {missing}. Run"):
+        main(["--task", "aime24", *arguments])
+
+
 def test_the_self_check_stops_at_gold_answers_that_are_wrong_by_themselves(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eval.run, "load_model", None)  # needs none
     main(command("--self-check"))
@@ -338,34 +352,39 @@ def test_labels_name_files_and_are_read_back():
 
 
 def run_processes(count, arguments):
-    """`accelerate launch` by hand: processes that find each other by environment variables."""
+    """What each process printed; `accelerate launch` by hand: they find each other by environment variables."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(29500 + os.getpid() % 1000),
-        "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "eval.run", *arguments],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(count)
     ]
+    printed = []
     for process in processes:
-        _, errors = process.communicate(timeout=240)
+        output, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
+        printed.append(output)
+    return printed
 
 
 @pytest.mark.slow
 def test_processes_share_the_problems(command, tmp_path):
     asked = ("--method", "full,risk", "--budget", "1/2", "--samples", "2", "--calibration-length", "64")
     main(command(*asked, out="alone"))
-    run_processes(2, command(*asked))
+    first, second = run_processes(2, command(*asked))
+    assert "## All configurations" in first
+    assert second == ""  # or each would have taken itself for the only one, and solved all
     for label in ("full", "risk-attention-1_2"):
         ours = {(r["id"], r["sample"]): r["text"] for r in lines(tmp_path / "out", label)}
         assert len(lines(tmp_path / "out", label)) == len(ours) == 8
