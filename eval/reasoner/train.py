@@ -6,6 +6,7 @@ what was done. Random numbers are seeded; GPUs still round differently from run 
 
 import argparse
 import json
+import math
 import os
 import random
 import time
@@ -32,7 +33,8 @@ class Settings:
 
     Args:
         steps: of the optimiser. batch_tokens: padding included, in every step. learning_rate: its peak, after `warmup`
-            steps; then linearly down to a hundredth.
+            steps; then linearly down to a hundredth. hiding_rate: what part of it is the peak of the steps that hide
+            old tokens, which warm up and go down on their own: at the first ones' end too little is left to learn by.
         stages: (up to this fraction of the steps, lengths in tokens that steps take at random): long solutions are
             learned sooner once short ones work. hide_from: from this fraction on, batches come from `encode_hiding`, of
             `hidden_lengths`, so that what the model needs of older lines is their results.
@@ -41,17 +43,18 @@ class Settings:
         hidden, intermediate, layers, heads, kv_heads: of the model; heads have 64 dimensions.
     """
 
-    steps: int = 4600
+    steps: int = 5600
     batch_tokens: int = 131072
     learning_rate: float = 1.5e-3
+    hiding_rate: float = 0.4
     warmup: int = 200
     weight_decay: float = 0.05
     stages: tuple[tuple[float, tuple[int, ...]], ...] = (
-        (0.25, (1024,)),
-        (0.5, (1024, 2048)),
+        (0.2, (1024,)),
+        (0.4, (1024, 2048)),
         (1.0, (1024, 2048, 4096, 4096)),
     )
-    hide_from: float = 0.6
+    hide_from: float = 0.78
     hidden_lengths: tuple[int, ...] = (1024, 1024, 4096)
     fewest_lines: int = 10
     seed: int = 0
@@ -61,6 +64,11 @@ class Settings:
     layers: int = 6
     heads: int = 8
     kv_heads: int = 4
+
+    @property
+    def first_hiding(self) -> int:
+        """The first step that hides old tokens."""
+        return math.ceil(self.hide_from * self.steps)
 
 
 class Batches(Dataset):
@@ -80,7 +88,7 @@ class Batches(Dataset):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         settings = self.settings
         rng = random.Random(f"{settings.seed}-{step}")
-        hiding = step >= settings.hide_from * settings.steps
+        hiding = step >= settings.first_hiding
         lengths = next(lengths for end, lengths in settings.stages if step < end * settings.steps)
         length = rng.choice(settings.hidden_lengths if hiding else lengths)
         most = min(room_for(length, hiding), MAX_LINES)
@@ -130,11 +138,14 @@ def predict(model: Qwen3ForCausalLM, ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """At a step, counted from 0."""
-    if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
-    left = (settings.steps - step) / (settings.steps - settings.warmup)
-    return settings.learning_rate * max(left, 0.01)
+    """At a step, counted from 0: up and down once before old tokens are hidden, and once after."""
+    turn = settings.first_hiding
+    start, end = (0, turn) if step < turn else (turn, settings.steps)
+    peak = settings.learning_rate * (settings.hiding_rate if start > 0 else 1)
+    if step - start < settings.warmup:
+        return peak * (step - start + 1) / settings.warmup
+    left = (end - step) / (end - start - settings.warmup)
+    return peak * max(left, 0.01)
 
 
 def fit(

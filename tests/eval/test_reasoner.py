@@ -4,7 +4,7 @@ the trained model that is committed."""
 import json
 import random
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from eval.reasoner.accuracy import exact, generated
 from eval.reasoner.encoding import IGNORED, encode, encode_hiding, tokens_of
 from eval.reasoner.problems import KINDS, LINE_TOKENS, MAX_LINES, Puzzle, draw, is_test, problems
 from eval.reasoner.tokenizer import build_tokenizer
-from eval.reasoner.train import Batches, Settings, run
+from eval.reasoner.train import Batches, Settings, learning_rate, run
 from hardkv.cli import main
 
 MODEL = Path(__file__).parents[2] / "eval" / "reasoner" / "model"
@@ -177,6 +177,18 @@ def test_batches_can_be_pinned(hide_from):
     batch = Batches(small, build_tokenizer())[0]
     assert {tensor.shape for tensor in batch} == {(4, 128)}
     assert all(tensor.is_contiguous() for tensor in batch)
+
+
+def test_the_learning_rate_rises_again_when_tokens_are_hidden():
+    schedule = Settings(steps=1000, warmup=100, hide_from=0.6, learning_rate=1e-3, hiding_rate=0.5)
+    rates = [learning_rate(schedule, step) for step in range(1000)]
+    assert max(rates) == max(rates[:600]) == rates[99] == pytest.approx(1e-3)
+    assert max(rates[600:]) == rates[699] == pytest.approx(5e-4)
+    assert rates[599] < 0.02e-3
+    assert rates[600] == pytest.approx(5e-6)
+    assert rates[999] == pytest.approx(5e-6)
+    alone = replace(schedule, hide_from=0.0)  # a model that was trained before
+    assert max(learning_rate(alone, step) for step in range(1000)) == pytest.approx(1e-3)
 
 
 @pytest.mark.slow
