@@ -28,7 +28,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "0.6"
 
 def read_text(model: Any, ids: Tensor, **settings: Any) -> HardKVCache:
     """The cache after a text, read in steps of an interval."""
-    cache = HardKVCache(config=model.config, budget=settings.pop("budget", BUDGET), **settings)
+    cache = HardKVCache(config=model.config, scorer="attention", budget=settings.pop("budget", BUDGET), **settings)
     with torch.no_grad():
         for chunk in ids.split(INTERVAL, 1):
             model(chunk, past_key_values=cache)
@@ -183,7 +183,7 @@ def main() -> None:
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :LENGTH].to(model.device)
     tiers(model, ids)
     scorers(model, ids)
-    calibration = calibrate(model, tokenizer=tokenizer)
+    calibration = calibrate(model, tokenizer=tokenizer, scorer="attention")
     calibration_curves(calibration)
     readme(budgets(model, ids, calibration))
 

@@ -68,7 +68,7 @@ def scorers() -> str:
         "Attention": (
             "attention that the newest `window` queries pay to it",
             f"as in H2O, {arxiv('2306.14048')}, which sums over all queries",
-            "the default",
+            "texts that are given, and where time counts",
         ),
         "SnapKV": (
             "the same, pooled over its neighbours",
@@ -78,7 +78,7 @@ def scorers() -> str:
         "RKV": (
             "pooled attention minus redundancy among the keys",
             arxiv("2505.24133"),
-            "reasoning that repeats itself; its selections take longer",
+            "long reasoning: the default; its selections take longer",
         ),
     }
     rows = []

@@ -106,8 +106,11 @@ def _plan_main() -> list[Entry]:
     entries = []
     for scorer in SCORERS:
         base = Entry("main", "", 0, "report", 2048, scorer)
-        for n in BUDGETS[2048] if scorer != "rkv" else (256,):
-            entries += _baselines(replace(base, n=n))
+        for n in BUDGETS[2048]:
+            found = _baselines(replace(base, n=n))
+            if scorer == "rkv" and n != 256:
+                found = [entry for entry in found if entry.label in ("TopK", "Risk") and not entry.options]
+            entries += found
         for mass in MASSES if scorer != "rkv" else ():
             masses = replace(base, label="TopP", n=round(1000 * mass))
             entries += [masses, seeded(replace(masses, label="TopP, calibrated"), 0)]

@@ -21,7 +21,6 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.budgets import machine
 from eval.grading import check_golds
 from eval.intervals import FAR, FEWEST, by_problem, separated
 from eval.methods import METHODS, Configuration, grid, new_cache
@@ -30,7 +29,6 @@ from eval.sampling import Answer, answer_batch, sampling_parameters, seed_of
 from eval.store import Store
 from eval.tasks import TASKS, Problem, Task, load_problems
 from hardkv import Calibration, HardKVConfig, calibrate
-from hardkv.demo import load
 from hardkv.extras import MissingPackageError, require
 from hardkv.selectors import SCORERS
 
@@ -226,6 +224,8 @@ def problem_options(args: argparse.Namespace, tokenizer: Any, seed: int, limit: 
 
 def load_model(name: str | None, device_map: str | None) -> tuple[Any, Any]:
     """Model and tokenizer, on this process's GPU if there is one, or spread by `device_map`."""
+    from hardkv.demo import load  # needs the extra
+
     if device_map is None:
         return load(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=device_map)
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         require("eval", *packages(args))
     except MissingPackageError as error:
         raise SystemExit(f"eval.run: {error}") from error
-    from accelerate import PartialState  # of the extra, too
+    from accelerate import PartialState  # of the extra
 
     # a process may wait hours for another's last answers, longer than torch.distributed's default allows
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def packages(args: argparse.Namespace) -> list[str]:
     """The optional ones that a command imports sooner or later."""
-    needed = ["accelerate", "matplotlib"]
+    needed = ["accelerate", "matplotlib", "rich"]
     if TASKS[args.task].source is not None:
         needed += ["math_verify"]
         needed += ["datasets"] if args.data is None else ["pyarrow"] if args.data.suffix == ".parquet" else []
@@ -326,6 +326,8 @@ def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list
 
 def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[str, Any]:
     """What all results in one folder share, as JSON."""
+    from eval.budgets import machine  # needs the extra
+
     names = ["model", "task", "seed", "max_new_tokens", "window", "sinks", "interval", "least_dense"]
     names += {"needle": ["length", "needles", "asked"], "reasoner": ["difficulty"]}.get(args.task, ["data"])
     settings = {name: getattr(args, name) for name in names}
@@ -365,9 +367,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--scorer",
         type=_list,
-        default=["attention"],
+        default=[defaults["scorer"].default],
         metavar="A,B",
-        help=f"of {', '.join(sorted(SCORERS))} (attention)",
+        help=f"of {', '.join(sorted(SCORERS))} ({defaults['scorer'].default})",
     )
     add(
         "--budget",

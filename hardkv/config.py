@@ -21,7 +21,8 @@ class HardKVConfig:
     """How a cache compresses. Names and integers become objects; every value is checked.
 
     Args:
-        scorer: name ("attention", "snapkv", "rkv", or registered by you) or an object with `score(observation)`.
+        scorer: name ("rkv", "attention", "snapkv", or registered by you) or an object with `score(observation)`. "rkv"
+            is for long reasoning; its selections take longest, by the square of what a head holds.
         budget: int n, the mean tokens kept per KV head, or a budget object from `hardkv.selectors`. An integer means
             TopK(n); with a calibration that holds risk curves Risk(n), with temperatures only Adaptive(n).
         window: newest tokens always kept; their queries score all others.
@@ -58,7 +59,7 @@ class HardKVConfig:
     ```
     """
 
-    scorer: "str | dict[str, Any] | Scorer" = "attention"
+    scorer: "str | dict[str, Any] | Scorer" = "rkv"
     budget: "int | dict[str, Any] | Budget" = 1024
     window: int = 32
     sinks: int = 4

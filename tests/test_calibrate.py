@@ -249,7 +249,7 @@ class TestMeasurement:
     def test_learned_sinks(self):
         """GPT-OSS: they take part in what later queries pay."""
         model, (ids,) = gpt_oss(), make_texts(96)
-        found = calibrate(model, [ids], **SIZES, **QUIET)
+        found = calibrate(model, [ids], scorer="attention", **SIZES, **QUIET)
         record = {}
         model.config._attn_implementation = "recording"
         with torch.no_grad():
@@ -318,9 +318,10 @@ class TestMeasurement:
     def test_low_precision(self):
         """Ranks of near-equal tokens may differ; the sums hardly do."""
         texts = make_texts(112)
-        exact = calibrate(tiny.make_model("llama", dtype=torch.float64), texts, **SIZES, **QUIET)
+        options = SIZES | QUIET | {"scorer": "attention"}
+        exact = calibrate(tiny.make_model("llama", dtype=torch.float64), texts, **options)
         for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
-            found = calibrate(tiny.make_model("llama", dtype=dtype), texts, **SIZES, **QUIET)
+            found = calibrate(tiny.make_model("llama", dtype=dtype), texts, **options)
             error = (found.risk - exact.risk).abs().amax(-1) / exact.risk[..., 0]
             assert error.max() < tolerance
 
@@ -794,7 +795,7 @@ class TestAuto:
         first = HardKVCache(config=model.config, **self.ARGUMENTS)
         assert checkpoint.calls == 1
         assert len(checkpoint.files) == 1
-        assert checkpoint.files[0].name.startswith("tiny-llama-attention-")
+        assert checkpoint.files[0].name.startswith("tiny-llama-rkv-")
         assert first.settings.budget == Risk(20)
         by_hand = calibrate(model, checkpoint.texts, tokenizer=make_tokenizer(), **SIZES, **QUIET)
         assert torch.equal(first.settings.calibration.risk, by_hand.risk)

@@ -22,13 +22,13 @@ TINY = {
     "num_key_value_heads": HEADS,
     "max_position_embeddings": 1024,
 }
-# window and sinks of `make`
-SETTINGS = {"window": 8, "sinks": 2}
+# of `make`
+SETTINGS = {"scorer": "attention", "window": 8, "sinks": 2}
 TENSORS = ["temperatures", "residuals", "counts", "risk", "kept"]
 
 
 def make(config=None, layers=(0, 1, 2), **changes):
-    """A calibration for a model of `config`, the attention scorer and `SETTINGS`."""
+    """A calibration for a model of `config`, `SETTINGS`."""
     config = LlamaConfig(**TINY) if config is None else config
     generator = torch.Generator().manual_seed(0)
     shape = (len(layers), HEADS)
@@ -43,8 +43,8 @@ def make(config=None, layers=(0, 1, 2), **changes):
             "geometry": geometry(config),
             "config_hash": config_hash(config),
             "layers": list(layers),
-            "scorer": {"name": "attention"},
             **SETTINGS,
+            "scorer": {"name": SETTINGS["scorer"]},
             "interval": 16,
             "p": 0.9,
             "length": 200,
@@ -272,7 +272,7 @@ def test_a_config_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"window 8 here, 32 in the cache"):
         HardKVConfig(budget=64, calibration=make())
     with pytest.raises(ValueError, match=r"scorer.*snapkv"):
-        HardKVConfig(budget=64, scorer="snapkv", calibration=make(), **SETTINGS)
+        HardKVConfig(budget=64, calibration=make(), **SETTINGS | {"scorer": "snapkv"})
     with pytest.raises(TypeError, match=r"calibration=7 must be None, 'online', 'auto', a Calibration or the path"):
         HardKVConfig(budget=64, calibration=7)
     with pytest.raises(ValueError, match=r"refit=3 is for calibration='online'"):

@@ -27,7 +27,8 @@ TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, r
 ALIKE: dict[str, dict[str, Any]] = {
     "topk": {"budget": TopK(8)},
     "pyramid": {"budget": Pyramid(9, beta=3), "scorer": "snapkv", "patience": 1},
-    "online": {"budget": TopP(0.6, floor=6, cap=12), "calibration": "online"},
+    # rkv's scores have one scale for all heads of a process
+    "online": {"budget": TopP(0.6, floor=6, cap=12), "scorer": "attention", "calibration": "online"},
     "calibrated": {"budget": TopP(0.6, floor=6, cap=12), "scorer": "snapkv", "calibration": "file"},
     "risk": {"budget": Risk(9), "scorer": "snapkv", "calibration": "file"},
     "risk of layers": {"budget": Risk(9, scope="layer"), "scorer": "snapkv", "calibration": "file"},

@@ -589,7 +589,7 @@ def test_an_event_that_raises(patience, event, layer, error, tiny_model, tiny_pr
     """Afterwards the cache is either unusable and says so, or goes on exactly as one that nothing happened to."""
     model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
     cache = HardKVCache(config=model.config, scorer=Failing(3 * event + layer, error), patience=patience, **EVICT)
-    fresh = HardKVCache(config=model.config, patience=patience, **EVICT)
+    fresh = HardKVCache(config=model.config, scorer="attention", patience=patience, **EVICT)
     if event == 0:
         with pytest.raises(type(error)):
             model(**inputs, past_key_values=cache)
@@ -623,7 +623,7 @@ def test_an_event_that_raises(patience, event, layer, error, tiny_model, tiny_pr
 def test_a_held_event_that_raises_in_crop(layer, tiny_model, tiny_prompts):
     model = tiny_model("llama", "sdpa")
     cache = HardKVCache(config=model.config, scorer=Failing(3 + layer), **EVICT)
-    fresh = HardKVCache(config=model.config, **EVICT)
+    fresh = HardKVCache(config=model.config, scorer="attention", **EVICT)
     for past in (cache, fresh):
         model(**tiny_prompts(1), past_key_values=past)
         past.activate_past_recording()

@@ -23,7 +23,7 @@ from transformers import (
 import hardkv
 import hardkv.cache.layer as layer_module
 import hardkv.generation as module
-from hardkv import Calibration, HardKVCache
+from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.handles import KVHandle, UnroutedKVError
 from hardkv.cache.pool import GROWTH, Pool
 from hardkv.cache.siblings import adjacent
@@ -62,7 +62,7 @@ def risk(model, n):
     temperatures = torch.ones(loss.shape[:2])
     provenance = {
         **{"geometry": geometry(config), "layers": list(range(config.num_hidden_layers))},
-        **{"scorer": {"name": "attention"}, "window": EVICT["window"]},
+        **{"scorer": HardKVConfig().to_dict()["scorer"], "window": EVICT["window"]},
     }
     return {"budget": Risk(n), "calibration": Calibration(temperatures, temperatures, counts, loss, None, provenance)}
 

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hardkv import HardKVCache, Stats
 from hardkv.cache.stats import format_bytes
 from hardkv.cache.tiers import storage_nbytes
-from hardkv.selectors import AdaKV, SnapKV
+from hardkv.selectors import RKV, AdaKV, SnapKV
 
 EVICT: dict[str, Any] = {"budget": 8, "window": 4, "sinks": 1, "interval": 3}
 
@@ -163,7 +163,7 @@ def test_stats(cache):
     assert stats.lengths == cache.lengths().tolist()
     assert stats.sparse == int(cache.lengths("sparse").sum()) > 0
     assert stats.events == 2
-    assert stats.scorer == "Attention()"
+    assert stats.scorer == repr(RKV())
     assert stats.budget == "AdaKV(n=8, alpha=0.2)"
     assert stats.attention in ("torch", "triton", "flash_attn")
     assert stats.warnings == []
@@ -204,7 +204,7 @@ def test_format_bytes(count, text):
 
 def test_repr_names_the_layers(cache, tiny_model):
     assert re.fullmatch(r"HardKVCache\(layers=\[(HardKVLayer\([^\[\]]*\)(, )?){3}\]\)", repr(cache))
-    assert "scorer=Attention()" in repr(cache.layers[0])
+    assert f"scorer={RKV()}" in repr(cache.layers[0])
     assert "budget=AdaKV(n=8, alpha=0.2)" in repr(cache.layers[0])
     assert "seen=18" in repr(cache.layers[0])
     assert "seen" not in repr(HardKVCache(config=tiny_model("llama", "sdpa").config).layers[0])

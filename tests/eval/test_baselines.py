@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed, importance
-from hardkv import Calibration, HardKVCache
+from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.calibration_file import describe_scorer, geometry
-from hardkv.selectors import Observation, Risk, RiskCurves, get_scorer
+from hardkv.selectors import Observation, Risk, RiskCurves
 from hardkv.selectors.ranking import Ranking
 from tests.cache import conftest as tiny
 
@@ -179,7 +179,7 @@ def make_calibration(model, curves):
         provenance={
             "geometry": geometry(model.config),
             "layers": list(range(LAYERS)),
-            "scorer": describe_scorer(get_scorer("attention")),
+            "scorer": describe_scorer(HardKVConfig().scorer),
             "window": 8,
         },
     )

@@ -170,7 +170,10 @@ def test_a_record_holds_what_was_measured(worker, model):
     assert ids.shape == (2, 320)
     for entry, record in zip(entries, records, strict=True):
         found = teacher_forced(
-            model, ids, {"": lambda n=entry.n: HardKVCache(config=model.config, budget=TopK(n))}, step=128
+            model,
+            ids,
+            {"": lambda n=entry.n: HardKVCache(config=model.config, scorer="attention", budget=TopK(n))},
+            step=128,
         )[""]
         assert record["names"] == names
         for name in ("excess", "kl", "agreement", "dense_nll"):
@@ -186,8 +189,9 @@ def test_a_text_calibrates_on_its_own_beginning(worker, model):
     (record,) = worker.run([own])
     _, ids = read_texts(Tokenizer(), "choose", 450)
     for row, excess in zip(ids.split(1), record["excess"], strict=True):
-        made = calibrate(model, [row[:, :384]], progress=False)
-        make = {"": lambda made=made: HardKVCache(config=model.config, budget=Risk(60), calibration=made)}
+        made = calibrate(model, [row[:, :384]], scorer=own.scorer, progress=False)
+        settings = {"scorer": own.scorer, "budget": Risk(60), "calibration": made}
+        make = {"": lambda settings=settings: HardKVCache(config=model.config, **settings)}
         assert excess == pytest.approx(teacher_forced(model, row, make)[""].excess[0], abs=1e-5)
     assert not worker.folder.exists()
     both = teacher_forced(model, ids, {"": lambda: HardKVCache(config=model.config, budget=TopK(60))})[""]
@@ -201,16 +205,15 @@ def letters(*names):
 def test_calibrations_are_made_once_of_the_texts_named(worker, model, monkeypatch):
     texts = letters("p1zab", "q1zab", "p2zab")  # one of each kind first
     found = worker.calibration(Source(count=3, length=384))
-    assert torch.equal(found.risk, calibrate(model, texts, progress=False).risk)
+    assert torch.equal(found.risk, calibrate(model, texts, scorer="attention", progress=False).risk)
     monkeypatch.setattr(budgets, "calibrate", None)
     assert torch.equal(worker.calibration(Source(count=3, length=384)).risk, found.risk)
 
 
 def test_gradients_are_of_each_text(worker, model):
     found = worker.calibration(Source(texts="-2-", count=2, length=384, measure="gradient")).risk
-    parts = [
-        calibrate(model, [t], measure=measures.gradient(model, t), progress=False) for t in letters("p2zab", "q2zab")
-    ]
+    options = {"scorer": "attention", "progress": False}
+    parts = [calibrate(model, [t], measure=measures.gradient(model, t), **options) for t in letters("p2zab", "q2zab")]
     assert torch.allclose(found, (parts[0].risk + parts[1].risk) / 2, rtol=1e-4)
     assert not torch.allclose(found, parts[0].risk, rtol=1e-2)
 

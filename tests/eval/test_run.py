@@ -57,7 +57,7 @@ def test_every_method_runs_and_is_reported(command, tmp_path, capsys):
     asked = ["--method", ",".join(METHODS), "--budget", "24,1/2", "--mass", "0.8,0.9", "--limit", "2"]
     main(command(*asked, "--calibration-length", "64"))
     out = tmp_path / "out"
-    labels = {c.label for c in grid(list(METHODS), ["attention"], ["24", "1/2"], [0.8, 0.9], {"window": 4})}
+    labels = {c.label for c in grid(list(METHODS), ["rkv"], ["24", "1/2"], [0.8, 0.9], {"window": 4})}
     assert {path.stem for path in out.glob("*.jsonl")} == labels
     assert len(labels) == 1 + 6 * 2 + 2 * 2
     full = lines(out, "full")
@@ -83,7 +83,7 @@ def test_every_method_runs_and_is_reported(command, tmp_path, capsys):
 
 def test_a_budget_as_large_as_the_text_answers_as_the_full_cache(command, tmp_path):
     main(command("--method", "full,topk", "--budget", "400", "--samples", "2"))
-    full, topk = lines(tmp_path / "out", "full"), lines(tmp_path / "out", "topk-attention-400")
+    full, topk = lines(tmp_path / "out", "full"), lines(tmp_path / "out", "topk-rkv-400")
     assert len(full) == 8
     assert len({record["seed"] for record in full}) == 8
     assert len({record["text"] for record in full}) > 4
@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(command, tmp_path, monk
     part.write_text(part.read_text() + '{"id": "1", "sam')  # as if it had died while writing
     main(command("--method", "full,topk", "--budget", "24"))
     assert calls == [2, 2, 2, 2, 2]
-    for label in ("full", "topk-attention-24"):
+    for label in ("full", "topk-rkv-24"):
         assert lines(tmp_path / "out", label) == lines(tmp_path / "whole", label)
 
 
@@ -168,7 +168,7 @@ def test_a_generated_task_can_be_calibrated_on_other_problems_of_it(checkpoint, 
     with pytest.raises(SystemExit, match=rf"'by {path.name}' now"):
         main([*fixed, "--calibration", str(path)])
     main([*fixed, "--calibration", str(path.parent / "{scorer}.safetensors"), "--out", str(tmp_path / "other")])
-    ours, others = (lines(tmp_path / out, "risk-attention-24") for out in ("out", "other"))
+    ours, others = (lines(tmp_path / out, "risk-rkv-24") for out in ("out", "other"))
     assert ours == others
 
 
@@ -205,10 +205,10 @@ def test_a_clearly_worse_method_gets_no_more_problems(command, many, tmp_path, m
     monkeypatch.setattr(eval.run, "answer_batch", scripted(tiny.tokenizer(), correct))
     main(command("--method", "full,topk,adakv", "--budget", "24", "--stop-when-separated"))
     counts = {label: len(lines(tmp_path / "out", label)) for label in Store(tmp_path / "out").labels()}
-    assert counts == {"full": 100, "topk-attention-24": 20, "adakv-attention-24": 100}
+    assert counts == {"full": 100, "topk-rkv-24": 20, "adakv-rkv-24": 100}
     # and again: it stays stopped
     main(command("--method", "full,topk,adakv", "--budget", "24", "--stop-when-separated"))
-    assert len(lines(tmp_path / "out", "topk-attention-24")) == 20
+    assert len(lines(tmp_path / "out", "topk-rkv-24")) == 20
 
 
 def test_nothing_is_compared_where_the_full_cache_fails(command, many, tmp_path, monkeypatch, capsys):
@@ -232,7 +232,7 @@ def test_nothing_is_compared_where_the_full_cache_fails(command, many, tmp_path,
         (["--budget", "12.5"], "--budget 12.5"),
         (["--budget", "6"], "must be larger than window"),
         (["--method", "topp", "--mass", "1.5"], "p=1.5"),
-        (["--method", "topk", "--budget", "1/4"], "topk-attention-1_4 need the full cache's results"),
+        (["--method", "topk", "--budget", "1/4"], "topk-rkv-1_4 need the full cache's results"),
         (["--method", "topk", "--budget", "24", "--stop-when-separated"], "--stop-when-separated need"),
         (["--greedy", "--samples", "2", "--budget", "24"], "--samples 2: decoding is greedy"),
         (["--data", "nowhere.json", "--budget", "24"], "nowhere.json"),
@@ -246,7 +246,7 @@ def test_wrong_commands_say_what_to_do(command, tmp_path, arguments, message):
 
 
 def test_a_fraction_that_leaves_no_room_is_named(command):
-    with pytest.raises(SystemExit, match="topk-attention-1_40: budget n=.* must be larger than window"):
+    with pytest.raises(SystemExit, match="topk-rkv-1_40: budget n=.* must be larger than window"):
         main(command("--method", "full,topk", "--budget", "1/40", "--limit", "1"))
 
 
@@ -280,9 +280,9 @@ def test_a_missing_package_is_named_with_its_extra(command, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "missing"),
     [
-        ([], "accelerate, matplotlib, math_verify, datasets"),
-        (["--data", "mine.jsonl"], "accelerate, matplotlib, math_verify"),
-        (["--data", "mine.parquet"], "accelerate, matplotlib, math_verify, pyarrow"),
+        ([], "accelerate, matplotlib, rich, math_verify, datasets"),
+        (["--data", "mine.jsonl"], "accelerate, matplotlib, rich, math_verify"),
+        (["--data", "mine.parquet"], "accelerate, matplotlib, rich, math_verify, pyarrow"),
     ],
 )
 def test_only_packages_that_a_command_imports_are_asked_for(monkeypatch, arguments, missing):
@@ -330,7 +330,7 @@ def test_calibrated_methods_get_the_calibration_and_others_do_not():
     model = tiny.model()
     ids = torch.randint(3, 98, (1, 160), generator=torch.Generator().manual_seed(1))
     options = {"window": 4, "sinks": 2, "interval": 8}
-    calibration = calibrate(model, [ids], progress=False, **options)
+    calibration = calibrate(model, [ids], scorer="attention", progress=False, **options)
     for method in METHODS[1:]:
         configuration = Configuration(method, "attention", "p0.9" if method in BY_MASS else "24")
         made = configuration.settings(configuration.tokens(None), options, calibration)
@@ -385,7 +385,7 @@ def test_processes_share_the_problems(command, tmp_path):
     first, second = run_processes(2, command(*asked))
     assert "## All configurations" in first
     assert second == ""  # or each would have taken itself for the only one, and solved all
-    for label in ("full", "risk-attention-1_2"):
+    for label in ("full", "risk-rkv-1_2"):
         ours = {(r["id"], r["sample"]): r["text"] for r in lines(tmp_path / "out", label)}
         assert len(lines(tmp_path / "out", label)) == len(ours) == 8
         assert ours == {(r["id"], r["sample"]): r["text"] for r in lines(tmp_path / "alone", label)}

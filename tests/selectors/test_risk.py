@@ -698,12 +698,12 @@ class TestArguments:
             HardKVConfig(budget=Risk(64))
         temperatures = Calibration(torch.ones(1, 1), torch.zeros(1, 1), provenance=made_for(tiny.make_model("llama")))
         with pytest.raises(ValueError, match=r"Risk\(n=64.*risk curves"):
-            HardKVConfig(budget=Risk(64), calibration=temperatures, window=SIZES["window"])
+            HardKVConfig("attention", Risk(64), calibration=temperatures, window=SIZES["window"])
 
 
 # ---------------------------------------------------------------- through the cache
 
-SIZES = {"window": 4, "sinks": 2, "interval": 5}
+SIZES = {"scorer": "attention", "window": 4, "sinks": 2, "interval": 5}
 PROMPT, NEW = 24, 26
 
 
@@ -767,7 +767,11 @@ class TestThroughTheCache:
         inputs, model = tiny.make_prompts(batch, PROMPT, new=NEW), tiny.make_model(name)
         calibration, loss = handmade(model, COUNTS, scorer="snapkv")
         cache = HardKVCache(
-            config=model.config, scorer="snapkv", budget=risk, calibration=calibration, patience=patience, **SIZES
+            config=model.config,
+            budget=risk,
+            calibration=calibration,
+            patience=patience,
+            **SIZES | {"scorer": "snapkv"},
         )
         for tokens, lengths in self.step(model, cache, inputs, [PROMPT] + [1] * NEW):
             for b, length in enumerate(tokens):
