@@ -32,7 +32,8 @@ DYNAMIC = cache_utils.DynamicCache
 CACHES: dict[str, dict[str, Any]] = {
     "dynamic": {},  # transformers' own
     "whole": {"budget": 1_000_000, "window": 4, "sinks": 1, "interval": 3},  # selections every 3 tokens that keep all
-    "evicting": {"budget": 2, "window": 1, "sinks": 0, "interval": 1},  # prompts have a few tokens
+    # prompts have a few tokens
+    "evicting": {"scorer": "attention", "budget": 2, "window": 1, "sinks": 0, "interval": 1},
 }
 # They compile a model around a StaticCache, which takes up to a minute
 COMPILING = (
