@@ -37,15 +37,17 @@ def watch(model: nn.Module) -> Iterator[None]:
             hook.remove()
     found, taken = [], set[Tensor]()
     for _, modules in readers.values():
-        weights = [module.weight for module in modules]
-        if taken.isdisjoint(weights) and _can_join(modules, weights):
+        weights: list[Tensor] = [module.weight for module in modules]
+        free = all(map(_alone, weights)) or adjacent(weights)
+        if free and taken.isdisjoint(weights) and _can_join(modules):
             found.append(modules)
             taken.update(weights)
     setattr(model, SIBLINGS, found)
 
 
-def _can_join(modules: list[nn.Linear], weights: list[Tensor]) -> bool:
-    """Whether the parameters of linear layers can lie in one piece of memory."""
+def _can_join(modules: list[nn.Linear]) -> bool:
+    """Whether linear layers are of one kind, so that one product can stand for theirs."""
+    weights = [module.weight for module in modules]
     biases = [module.bias for module in modules if module.bias is not None]
     kinds = {(each.dtype, each.device, each.shape[1:]) for each in weights}
     return (
@@ -54,7 +56,6 @@ def _can_join(modules: list[nn.Linear], weights: list[Tensor]) -> bool:
         and len(kinds) == 1
         and len(biases) in (0, len(modules))
         and all(type(each.data) is Tensor for each in (*weights, *biases))  # neither quantised nor sharded
-        and (all(map(_alone, weights)) or adjacent(weights))
     )
 
 
@@ -81,7 +82,7 @@ def join(model: nn.Module) -> bool:
     The model must be at rest: a forward, or a graph, that runs meanwhile reads memory that is given back.
     """
     moved = None
-    for modules in getattr(model, SIBLINGS, ()):
+    for modules in filter(_can_join, getattr(model, SIBLINGS, ())):
         for name in ("weight", "bias"):
             held = [getattr(module, name) for module in modules]
             if held[0] is None or adjacent(held):

@@ -84,6 +84,22 @@ def test_join_again_after_a_move():
     assert joined(model, "v", "q", "k")
 
 
+def test_what_changed_since():
+    """A layer of another dtype is left alone; one whose weight was put elsewhere is brought back."""
+    model, x = Attention(), torch.randn(2, 1, 8)
+    run(model, x)
+    model.k.double()
+    assert not siblings.join(model)
+    assert model.q.weight.dtype == torch.float32
+    model.k.float()
+    siblings.join(model)
+    other = torch.randn(9, 8)
+    model.k.weight.data = other[5:]
+    assert siblings.join(model)
+    assert joined(model, "v", "q", "k")
+    assert torch.equal(model.k.weight, other[5:])
+
+
 def test_gradients_still_flow():
     model, x = Attention(), torch.randn(2, 1, 8)
     run(model, x)
