@@ -84,7 +84,7 @@ def make_costs(model, dense, layer):
 
 def calibrated(model, measure):
     sizes = {"window": WINDOW, "sinks": SINKS, "interval": INTERVAL}
-    return calibrate(model, [make_text()], measure=measure, progress=False, **sizes)
+    return calibrate(model, [make_text()], scorer="attention", measure=measure, progress=False, **sizes)
 
 
 @pytest.mark.parametrize("name", ["squared value", "output error", "gradient"])

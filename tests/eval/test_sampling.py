@@ -21,7 +21,7 @@ def model():
 @pytest.fixture(scope="module")
 def calibration(model):
     ids = torch.randint(3, 98, (1, 160), generator=torch.Generator().manual_seed(1))
-    return calibrate(model, [ids], progress=False, **OPTIONS)
+    return calibrate(model, [ids], scorer="attention", progress=False, **OPTIONS)
 
 
 def prompts():
