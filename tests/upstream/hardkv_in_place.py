@@ -31,7 +31,8 @@ from hardkv.cache.layer import HardKVLayer
 DYNAMIC = cache_utils.DynamicCache
 CACHES: dict[str, dict[str, Any]] = {
     "dynamic": {},  # transformers' own
-    "whole": {"budget": 1_000_000, "window": 4, "sinks": 1, "interval": 3},  # selections every 3 tokens that keep all
+    # selections every 3 tokens that keep all
+    "whole": {"scorer": "attention", "budget": 1_000_000, "window": 4, "sinks": 1, "interval": 3},
     # prompts have a few tokens
     "evicting": {"scorer": "attention", "budget": 2, "window": 1, "sinks": 0, "interval": 1},
 }
@@ -88,9 +89,8 @@ def put_in_place(settings: dict[str, Any]) -> None:
             module.DynamicCache = InPlace  # type: ignore[attr-defined]
 
     prepare = GenerationMixin._prepare_cache_for_generation
-    generating: list[
-        Any
-    ] = []  # configs of models that make a cache: users pass them whole, generate() the decoder's part
+    # configs of models that make a cache: users pass them whole, generate() the decoder's part
+    generating: list[Any] = []
 
     def prepared(model: Any, *args: Any, **kwargs: Any) -> Any:
         generating.append(model.config)
