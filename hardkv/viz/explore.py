@@ -40,7 +40,8 @@ def explore(
 
     Raises:
         MissingPackageError: plotly is not installed.
-        TypeError, ValueError: nothing recorded, no snapshot asked for, or no points. IndexError
+        TypeError, ValueError: nothing recorded, no snapshot asked for, or no points.
+        IndexError: no such sequence or snapshot.
     """
     require("viz", "plotly")
     figure = draw(trace_of(source), sequence, snapshots, max_points)
