@@ -156,24 +156,18 @@ def needle() -> str:
 def steps() -> str:
     """Time of a decode step at 2,048 tokens a head, and what a long context leaves room for."""
     found = read("generate")
-    decoded = [r for r in found["records"] if r["measure"] == "decode" and "error" not in r]
+    decoded = decode_records(generate_report.MODEL)
     records = [r for r in decoded if r["context"] == 2048]
     long = [r for r in decoded if r["context"] == generate_report.LONG and r.get("largest")]
     batches = sorted({r["batch"] for r in records})
-    methods = list(dict.fromkeys(r["method"] for r in records))
-
-    def cell(method: str, batch: int) -> str:
-        record = generate_report.find(records, method=method, batch=batch)
-        return "" if record is None else f"{record['step_ms']:.1f} ms, {record['tokens_per_s']:,.0f} tokens/s"
+    methods = [name for name in generate_report.NAMES if any(r["method"] == name for r in records)]
 
     def most(method: str) -> str:
         record = generate_report.find(long, method=method)
         return "" if record is None else f"{record['batch']} sequences, {record['tokens_per_s']:,.0f} tokens/s"
 
-    rows = [[generate_report.NAMES[name], *(cell(name, batch) for batch in batches), most(name)] for name in methods]
-    ours = [generate_report.find(records, method="topk-compile", batch=batch) for batch in batches]
-    limits = ["" if record is None else f"{record['limit_ms']:.1f} ms" for record in ours]
-    rows.append(["copying as many bytes as a step reads", *limits, ""])
+    rows = [[generate_report.NAMES[name], *step_cells(records, name, batches), most(name)] for name in methods]
+    rows.append(["copying as many bytes as a step reads", *limit_cells(records, batches), ""])
     gpu = found["machine"]["gpu"].removeprefix("NVIDIA ")
     held = "HardKVCache and kvpress keep 2,048 tokens a head, selections included"
     about = f"On one {gpu}: Qwen3-8B's shape, random weights, bfloat16; {held}."
@@ -181,12 +175,42 @@ def steps() -> str:
     return f"{about}\n\n" + markdown(["", *columns, f"{generate_report.LONG:,} tokens, as many as fit"], rows)
 
 
+def decode_records(model: str) -> list[dict[str, Any]]:
+    """Measurements of a model's decoding that did not fail."""
+    records = read("generate")["records"]
+    return [r for r in records if r["measure"] == "decode" and r["model"] == model and "error" not in r]
+
+
+def step_cells(records: list[dict[str, Any]], method: str, batches: Sequence[int]) -> list[str]:
+    """Time of a method's step, and tokens a second, at each batch."""
+    found = [generate_report.find(records, method=method, batch=batch) for batch in batches]
+    return ["" if r is None else f"{r['step_ms']:.1f} ms, {r['tokens_per_s']:,.0f} tokens/s" for r in found]
+
+
+def limit_cells(records: list[dict[str, Any]], batches: Sequence[int]) -> list[str]:
+    """The least time of a step at each batch."""
+    found = [generate_report.find(records, method="topk-compile", batch=batch) for batch in batches]
+    return ["" if r is None else f"{r['limit_ms']:.1f} ms" for r in found]
+
+
+def shapes() -> str:
+    """Time of a decode step of the other models' shapes."""
+    batches, rows = (1, 32), []
+    for model, name in (("llama-3.1-8b", "Llama-3.1-8B"), ("qwen3-4b", "Qwen3-4B")):
+        records = [r for r in decode_records(model) if r["context"] == 2048]
+        methods = [method for method in generate_report.NAMES if any(r["method"] == method for r in records)]
+        rows += [[name, generate_report.NAMES[method], *step_cells(records, method, batches)] for method in methods]
+        rows.append([name, "copying as many bytes as a step reads", *limit_cells(records, batches)])
+    return markdown(["shape", "", *(f"2,048 tokens, batch {batch}" for batch in batches)], rows)
+
+
 def first() -> str:
     """Time to the first token."""
     records = [r for r in read("generate")["records"] if r["measure"] == "first token" and "error" not in r]
     names = {r["method"]: "DynamicCache" if r["method"] == "dynamic" else "HardKVCache" for r in records}
-    rows = [[f"{r['context']:,}", names[r["method"]], r["scorer"], f"{r['seconds']:.2f} s"] for r in records]
-    return markdown(["prompt, tokens", "cache", "scorer", "first token"], rows)
+    cells = [[r["model"], f"{r['context']:,}", names[r["method"]], r["scorer"]] for r in records]
+    rows = [[*row, f"{r['seconds']:.2f} s"] for row, r in zip(cells, records, strict=True)]
+    return markdown(["shape", "prompt, tokens", "cache", "scorer", "first token"], rows)
 
 
 def profile() -> str:
@@ -280,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reasoner": reasoner,
     "results": results,
     "scorers": scorers,
+    "shapes": shapes,
     "solved": solved,
     "steps": steps,
     "targets": targets,

@@ -80,7 +80,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 # Steps that are timed, after steps that are not. With events one falls among the latter, whose kernels are built then,
 # and two among the former.
 STEPS, WARM = 256, 140
-SLOW_STEPS, SLOW_WARM = 40, 12  # of methods without events
+SLOW_STEPS, SLOW_WARM = 40, 64  # of methods without events; the host's first steps in a process are slower
+REPEATS = 3  # of a measurement, whose median is taken
 PROFILED = 8  # steps, between two events
 # Of the memory that is free beside the weights, what the largest batch's cache may take.
 SHARE = 0.7
@@ -233,13 +234,19 @@ class Bench:
 
     # ------------------------------------------------------------------ measurements
 
-    def decode(self, method: str, case: Case, steps: int | None = None) -> dict[str, Any]:
-        """Decode after a synthetic fill."""
+    def decode(self, method: str, case: Case, steps: int | None = None, repeats: int = REPEATS) -> dict[str, Any]:
+        """Decode after a synthetic fill, `repeats` times: the run of median time, and the times of all in order."""
+        if METHODS[method][0] == "kvpress":
+            runs = self.kvpress(case, steps or STEPS, repeats)
+        else:
+            runs = [self._decode(method, case, steps) for _ in range(repeats)]
+        ranked = sorted(runs, key=lambda run: run["step_ms"])
+        return ranked[len(runs) // 2] | {"all_step_ms": [run["step_ms"] for run in runs]}
+
+    def _decode(self, method: str, case: Case, steps: int | None) -> dict[str, Any]:
         kind, options = METHODS[method]
         has_events = kind not in ("dynamic", "static")
         steps, warm = steps or (STEPS if has_events else SLOW_STEPS), WARM if has_events else SLOW_WARM
-        if kind == "kvpress":
-            return self.kvpress(case, steps)
         self._begin()
         largest = not case.batch
         batch = case.batch or self.largest(kind, case, warm + steps)
@@ -249,7 +256,6 @@ class Bench:
             record["largest"] = True
         cache = self.filled(kind, case, warm + steps + 2)
         clock = Clock(warm + steps)
-        begun = time.perf_counter()
         self._generate(cache, case, clock, options)
         self._forget(kind)
         times = clock.times[warm:]
@@ -263,7 +269,6 @@ class Bench:
             "tokens_per_s": batch / mean,
             "kv_bytes": held,
             "read_bytes": self.read + held,
-            "start_s": clock.times[SLOW_WARM] - begun,
         }
         if isinstance(cache, HardKVCache):
             stats = cache.stats()
@@ -271,7 +276,7 @@ class Bench:
             record["plan_bytes"] = self._plan(cache, case, warm + steps)
         return record | self._peak()
 
-    def first_token(self, method: str, scorer: str, length: int, batch: int, repeats: int = 3) -> dict[str, Any]:
+    def first_token(self, method: str, scorer: str, length: int, batch: int, repeats: int = REPEATS) -> dict[str, Any]:
         """Time of a real prompt's prefill and its first token."""
         ids = torch.randint(5, self.config.vocab_size, (batch, length), device=self.device)
         times = []
@@ -346,13 +351,13 @@ class Bench:
         record = {"measure": "profile", "of": "prompt", "method": method, "scorer": scorer, "model": self.name}
         return record | {"context": length, "batch": batch} | found
 
-    def kvpress(self, case: Case, steps: int) -> dict[str, Any]:
-        """As `decode`, by kvpress in a process of its own."""
+    def kvpress(self, case: Case, steps: int, repeats: int) -> list[dict[str, Any]]:
+        """The runs of `decode`, by kvpress in a process of its own."""
         asked = {
             "config": self.config.to_diff_dict() | {"dtype": None},
             "device": str(self.device),
             "dtype": str(self.setting.dtype).removeprefix("torch."),
-            "cases": [asdict(case)],
+            "cases": [asdict(case)] * repeats,
             "warm": WARM,
             "steps": steps,
             "window": self.setting.window,
@@ -368,9 +373,9 @@ class Bench:
         )
         if run.returncode:
             raise RuntimeError(run.stderr.strip().rpartition(chr(10))[2])
-        (record,) = json.loads(run.stdout.strip().rpartition(chr(10))[2])
-        record |= {"read_bytes": self.read + record["kv_bytes"]}
-        return {"measure": "decode", "method": "kvpress", "model": self.name} | record
+        what = {"measure": "decode", "method": "kvpress", "model": self.name}
+        records = json.loads(run.stdout.strip().rpartition(chr(10))[2])
+        return [what | record | {"read_bytes": self.read + record["kv_bytes"]} for record in records]
 
 
 def _shape(config: PreTrainedConfig) -> Any:

@@ -82,6 +82,7 @@ def main(request: dict[str, Any]) -> list[dict[str, Any]]:
             | {"tokens_per_s": case["batch"] / mean, "versions": versions}
             | ({"peak_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {})
         )
+        del cache, press  # or the next case's peak would hold them
     return records
 
 
