@@ -38,8 +38,7 @@ class Settings:
         stages: (up to this fraction of the steps, lengths in tokens that steps take at random): long solutions are
             learned sooner once short ones work. hide_from: from this fraction on, batches come from `encode_hiding`, of
             `hidden_lengths`, so that what the model needs of older lines is their results.
-        fewest_lines: of a problem; it has any number from here to what its length has room for, large ones more often:
-            only the longest problems look up some of the cells.
+        fewest_lines: of a problem; it has any number from here to what its length has room for.
         compile: torch.compile the layers.
         hidden, intermediate, layers, heads, kv_heads: of the model; heads have 64 dimensions.
     """
@@ -56,7 +55,7 @@ class Settings:
         (1.0, (1024, 2048, 4096, 4096)),
     )
     hide_from: float = 0.75
-    hidden_lengths: tuple[int, ...] = (1024, 4096)
+    hidden_lengths: tuple[int, ...] = (1024, 1024, 4096)
     fewest_lines: int = 10
     seed: int = 0
     compile: bool = True
@@ -94,9 +93,7 @@ class Batches(Dataset):
         length = rng.choice(settings.hidden_lengths if hiding else lengths)
         most = min(room_for(length, hiding), MAX_LINES)
         count = settings.batch_tokens // length
-        fewest = min(settings.fewest_lines, most)
-        lines = [max(rng.randint(fewest, most), rng.randint(fewest, most)) for _ in range(count)]
-        puzzles = [draw(rng, each, "train") for each in lines]
+        puzzles = [draw(rng, rng.randint(min(settings.fewest_lines, most), most), "train") for _ in range(count)]
         if hiding:
             return encode_hiding(self.tokenizer, puzzles, length, rng)
         ids, labels = encode(self.tokenizer, puzzles, length)
