@@ -30,6 +30,7 @@ class QueryRing:
         capacity, q_len = self.capacity, queries.shape[2]
         # before anything is overwritten
         self.first = max(start if self.first is None else min(self.first, start), start + q_len - capacity)
+        told = valid is None and self._all_valid(start)
         self._note(start, None if valid is None else start + q_len)
         first = max(0, q_len - capacity)
         while first < q_len:  # at most twice: to the buffer's end, and from its beginning
@@ -37,16 +38,17 @@ class QueryRing:
             length = min(q_len - first, capacity - slot)
             new, place = slice(first, first + length), slice(slot, slot + length)
             self.buffer[:, :, place] = queries[:, :, new]
-            self.valid[:, place] = True if valid is None else valid[:, new]
+            if not told:
+                self.valid[:, place] = True if valid is None else valid[:, new]
             first += length
 
     def appended(self, count: int, end: int) -> None:
         """`count` queries of every sequence, before column `end`, were written to the buffer by somebody else."""
         start = end - count
-        self.first = max(start if self.first is None else self.first, end - self.capacity)
-        known = self.valid_from is not None and start - self.valid_from >= self.capacity
+        self.first = max(start if self.first is None else min(self.first, start), end - self.capacity)
+        told = self._all_valid(start)
         self._note(start, None)
-        if known:  # no slot says otherwise
+        if told:
             return
         first, last = (end - min(count, self.capacity)) % self.capacity, end % self.capacity
         if first < last:
@@ -54,6 +56,10 @@ class QueryRing:
         else:
             self.valid[:, first:] = True
             self.valid[:, :last] = True
+
+    def _all_valid(self, start: int) -> bool:
+        """Whether every slot says valid already, when columns from `start` come."""
+        return self.valid_from is not None and start - self.valid_from >= self.capacity
 
     def _note(self, start: int, valid_from: int | None) -> None:
         """Columns from `start` come, valid from a column on; None: all of them. They may take the place of others."""

@@ -31,13 +31,13 @@ class WholeCache(DynamicCache):
         super().__init__(*args, **kwargs)
 
     @property
-    def _attention(self) -> list[int]:
-        """The layers, by index, that see every column."""
-        return [
+    def _attention(self) -> Iterator[int]:
+        """The layers, by index, that see every column. Every layer of every step asks for the first."""
+        return (
             idx
             for idx, layer in enumerate(self.layers)
             if isinstance(layer, CacheLayerMixin) and idx not in self._cross
-        ]
+        )
 
     @torch.compiler.disable
     def _check_whole(self, layer: CacheLayerMixin | None = None) -> None:
@@ -45,9 +45,8 @@ class WholeCache(DynamicCache):
 
         At the start of a forward all layers must have seen the same columns. Layers a model never uses stay at 0.
         """
-        attention = self._attention
-        if layer is None or layer is self.layers[attention[0]]:
-            lengths = [int(self.layers[idx].get_seq_length()) for idx in attention]  # type: ignore[union-attr]
+        if layer is None or layer is self.layers[next(self._attention)]:
+            lengths = [int(self.layers[idx].get_seq_length()) for idx in self._attention]  # type: ignore[union-attr]
             used = list(dropwhile(lambda length: length == 0, lengths))
             self._start = max(lengths, default=0)
         else:
@@ -69,7 +68,7 @@ class WholeCache(DynamicCache):
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not isinstance(layer, CacheLayerMixin):
             return False
-        first = self.layers[self._attention[0]]
+        first = self.layers[next(self._attention)]
         return layer.get_seq_length() == self._start < first.get_seq_length()  # type: ignore[union-attr]
 
     @contextmanager
@@ -112,10 +111,10 @@ class WholeCache(DynamicCache):
 
     @torch.compiler.disable
     def _reached(self, layer_idx: int) -> None:
-        attention = self._attention
-        if attention and layer_idx < len(self.layers) and _is_linear(self.layers[layer_idx]):
+        first = next(self._attention, None)
+        if first is not None and layer_idx < len(self.layers) and _is_linear(self.layers[layer_idx]):
             # the length before this forward: the first attention layer noted it, or still has it
-            start = self._start if attention[0] < layer_idx else int(self.get_seq_length())
+            start = self._start if first < layer_idx else int(self.get_seq_length())
             self._linear_starts[layer_idx] = start
 
     def _linear_whole(self) -> bool:

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hardkv.kernels.triton import cdiv, next_power_of_2
+
 # Bytes of keys that one program writes at most.
 TILE_BYTES = 16384
 # Flags that a program counts at a time to learn how many valid tokens come before its own.
@@ -129,11 +131,11 @@ def append(
     if not q_len or not batch:
         return fill.clone()
 
-    block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(max(value_dim, 1))
+    block_d, block_dv = next_power_of_2(dim), next_power_of_2(max(value_dim, 1))
     row = max(block_d, block_dv) * keys.element_size()
-    block_h = min(triton.next_power_of_2(heads), max(TILE_BYTES // row, 1))
-    block_t = min(triton.next_power_of_2(q_len), max(TILE_BYTES // (row * block_h), 1))
-    grid = (triton.cdiv(q_len, block_t), triton.cdiv(heads, block_h), batch)
+    block_h = min(next_power_of_2(heads), max(TILE_BYTES // row, 1))
+    block_t = min(next_power_of_2(q_len), max(TILE_BYTES // (row * block_h), 1))
+    grid = (cdiv(q_len, block_t), cdiv(heads, block_h), batch)
     new_fill = torch.empty_like(fill)
     _append_kernel[grid](
         dense_keys,
@@ -262,7 +264,7 @@ def append_step(
     batch, heads, _, dim = query.shape
     kv_heads, value_dim = keys.shape[1], values.shape[-1]
     query, keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, keys, values))
-    block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(max(value_dim, 1))
+    block_d, block_dv = next_power_of_2(dim), next_power_of_2(max(value_dim, 1))
     rows = max(TILE_BYTES // (max(block_d, block_dv) * keys.element_size()), 1)
     _append_step_kernel[(batch,)](
         dense_keys,
@@ -286,7 +288,7 @@ def append_step(
         KV_HEADS=kv_heads,
         D=dim,
         DV=value_dim,
-        BLOCK_H=min(triton.next_power_of_2(heads), rows),
+        BLOCK_H=min(next_power_of_2(heads), rows),
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         num_warps=8,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hardkv.kernels.rows import Rows
+from hardkv.kernels.triton import cdiv, next_power_of_2
 from hardkv.kernels.triton.schedule import UNIT, Schedule, schedule_for
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -254,7 +255,7 @@ WARPS, STAGES, STAGE_BYTES = 4, 3, 16 << 10
 
 def block_tokens(head_dim: int, itemsize: int) -> tuple[int, int]:
     """Tokens of a step and pipeline stages, so that a program needs at most 64 KB of shared memory for them."""
-    bytes_per_token = 2 * triton.next_power_of_2(max(head_dim, 16)) * itemsize  # key and value
+    bytes_per_token = 2 * next_power_of_2(max(head_dim, 16)) * itemsize  # key and value
     tokens = max(16, min(64, STAGE_BYTES // bytes_per_token))
     return tokens, STAGES if tokens * bytes_per_token * STAGES <= 48 << 10 else 2
 
@@ -356,7 +357,7 @@ def launch(
         *dense_keys.stride()[:3], *dense_values.stride()[:3], dense_positions.stride(0),
         *(mask.stride()[:2] if masked else (0, 0)),
         H=num_kv_heads, G=group, D=head_dim, DV=value_dim, BM=queries, BN=tokens, UNIT=UNIT,
-        BD=triton.next_power_of_2(max(head_dim, 16)), BDV=triton.next_power_of_2(max(value_dim, 16)),
+        BD=next_power_of_2(max(head_dim, 16)), BDV=next_power_of_2(max(value_dim, 16)),
         CAUSAL=q_len > 1 and not masked, MASKED=masked, SOFTCAP=softcap is not None, SINKS=sinks is not None,
         STAGES=stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=WARPS,
@@ -366,10 +367,10 @@ def launch(
 
 def queries_per_block(group: int, q_len: int, head_dim: int, itemsize: int) -> int:
     """Rows of queries that one program works on: 16 KB of them at most, or small GPUs run out of shared memory."""
-    fit = QUERY_BYTES // (triton.next_power_of_2(max(head_dim, 16)) * itemsize)
-    return min(max(triton.next_power_of_2(group * q_len), MIN_QUERIES), max(MIN_QUERIES, min(fit, MAX_QUERIES)))
+    fit = QUERY_BYTES // (next_power_of_2(max(head_dim, 16)) * itemsize)
+    return min(max(next_power_of_2(group * q_len), MIN_QUERIES), max(MIN_QUERIES, min(fit, MAX_QUERIES)))
 
 
 def query_blocks(group: int, q_len: int, head_dim: int, itemsize: int) -> int:
     """Blocks of queries that one row has."""
-    return triton.cdiv(group * q_len, queries_per_block(group, q_len, head_dim, itemsize))
+    return cdiv(group * q_len, queries_per_block(group, q_len, head_dim, itemsize))

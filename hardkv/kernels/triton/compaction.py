@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hardkv.kernels.triton import cdiv, next_power_of_2
+
 # Bytes of keys that one program copies: with the values as much again, enough loads in flight for full bandwidth.
 TILE_BYTES = 8192
 MAX_TILE_TOKENS = 256
@@ -247,7 +249,7 @@ def _output(out: Tensor | None, name: str, shape: tuple[int, ...], like: Tensor)
 
 def _block(width: int) -> int:
     """Columns of a tile; values may have none."""
-    return triton.next_power_of_2(max(width, 1))
+    return next_power_of_2(max(width, 1))
 
 
 def _tile(*buffers: Tensor) -> int:
@@ -290,7 +292,7 @@ def gather_tiers(
     )
     if n:
         tile = _tile(keys[-1], values[-1])
-        _gather_tiers_kernel[(triton.cdiv(n, tile),)](
+        _gather_tiers_kernel[(cdiv(n, tile),)](
             *outs,
             address,
             index,
@@ -334,7 +336,7 @@ def compact(
     if n_first != n:
         raise ValueError(f"{n} tokens to keep where {n_first} are held: rows compacted in place keep their lengths")
     width = min(max(PART_BYTES // keys.element_size(), 1), _block(max(dim, value_dim)))
-    key_parts, value_parts = triton.cdiv(dim, width), triton.cdiv(value_dim, width)
+    key_parts, value_parts = cdiv(dim, width), cdiv(value_dim, width)
     if not n:
         return
     _compact_kernel[(cu_seqlens.shape[0] - 1, key_parts + value_parts)](
@@ -371,7 +373,7 @@ def gather_keys(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | Non
     out = _output(out, "keys", (n, dim), buffers[-1])
     if n:
         tile = _tile(buffers[-1])
-        _gather_keys_kernel[(triton.cdiv(n, tile),)](
+        _gather_keys_kernel[(cdiv(n, tile),)](
             out,
             address,
             *buffers,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hardkv.kernels.rows import Rows
+from hardkv.kernels.triton import cdiv
 
 BLOCK = 1024
 
@@ -95,7 +96,7 @@ def layout(
         *(torch.empty(n, dtype=torch.bool, device=device) for _ in range(3)),
     )
     if n:
-        _layout_kernel[(count, triton.cdiv(rows.longest, BLOCK))](
+        _layout_kernel[(count, cdiv(rows.longest, BLOCK))](
             *outs[:3],
             *(out.view(torch.int8) for out in outs[3:]),
             rows.cu_seqlens,
@@ -162,7 +163,7 @@ def assign(
     condensed, sparse = torch.empty_like(keep), torch.empty_like(keep)
     lengths = torch.zeros(2, count, dtype=torch.int32, device=keep.device)
     if rows.total:
-        _assign_kernel[(count, triton.cdiv(rows.longest, BLOCK))](
+        _assign_kernel[(count, cdiv(rows.longest, BLOCK))](
             counted,
             condensed.view(torch.int8),
             sparse.view(torch.int8),

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hardkv.kernels.scoring import Reduce
+from hardkv.kernels.triton import cdiv, next_power_of_2
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Rows that a program compares at once when it looks for its own.
@@ -348,13 +349,13 @@ def _blocks(dim: int, keys: Tensor) -> tuple[int, int, int, int]:
 
 def _chunk(tokens: int, tile: int) -> int:
     """Tokens of a program: enough programs for a large GPU, but no more than loading the queries is worth."""
-    return min(max(triton.next_power_of_2(tokens // 512), tile), 1024)
+    return min(max(next_power_of_2(tokens // 512), tile), 1024)
 
 
 def _cut(heads: int, columns: int, most: int) -> dict[str, int]:
     """Blocks of at most `most` queries."""
-    block = min(max(triton.next_power_of_2(columns), 16), most)
-    return {"G": heads, "C": columns, "BG": min(triton.next_power_of_2(heads), most // block), "BC": block}
+    block = min(max(next_power_of_2(columns), 16), most)
+    return {"G": heads, "C": columns, "BG": min(next_power_of_2(heads), most // block), "BC": block}
 
 
 def window_attention(
@@ -418,9 +419,9 @@ def window_attention(
     )
     settings = {
         "W": window,
-        "BW": triton.next_power_of_2(window),
+        "BW": next_power_of_2(window),
         "D": dim,
-        "BD": max(triton.next_power_of_2(dim), 16),
+        "BD": max(next_power_of_2(dim), 16),
         "TILE": tile,
         "PRECISION": "ieee" if keys.dtype == torch.float32 else None,
         "num_warps": num_warps,
@@ -434,9 +435,9 @@ def window_attention(
 
     partial = torch.empty(slots, columns, dtype=torch.float32, device=keys.device)
     first = grouped if shared else flat
-    _denominator_of_chunk[(slots * triton.cdiv(columns, first["BC"]),)](partial, *inputs, **first, **settings)
+    _denominator_of_chunk[(slots * cdiv(columns, first["BC"]),)](partial, *inputs, **first, **settings)
     offsets = torch.empty(num_rows, columns, dtype=torch.float32, device=keys.device)
-    _denominator_of_row[(num_rows, triton.cdiv(columns, 32))](
+    _denominator_of_row[(num_rows, cdiv(columns, 32))](
         offsets,
         partial,
         query_valid,

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hardkv.kernels.triton import cdiv, next_power_of_2
+
 # One program adds up the unit vectors of a chunk: that many of the longest row, but not fewer tokens than the least.
 CHUNKS = 64
 MIN_CHUNK = 128
@@ -202,17 +204,17 @@ def mean_cosine(
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: it must be float32 {(total,)} and contiguous")
     if not (total and rows and longest):
         return out
-    block_d = max(triton.next_power_of_2(dim), 16)  # 16 is the least that a matrix product takes
-    chunk_size = max(triton.next_power_of_2(longest) // CHUNKS, MIN_CHUNK)
+    block_d = max(next_power_of_2(dim), 16)  # 16 is the least that a matrix product takes
+    chunk_size = max(next_power_of_2(longest) // CHUNKS, MIN_CHUNK)
     inverse_norm = torch.empty(total, dtype=torch.float32, device=keys.device)
     spared = torch.empty(total, dtype=torch.int64, device=keys.device)
     sums = torch.empty(total // chunk_size + rows, dim, dtype=torch.float32, device=keys.device)
-    by_chunk = (rows, triton.cdiv(longest, chunk_size))
+    by_chunk = (rows, cdiv(longest, chunk_size))
     sizes = {"D": dim, "BLOCK": SUM_TILE, "BLOCK_D": block_d, "num_warps": 4}
     _sums_kernel[by_chunk](keys, cu_seqlens, inverse_norm, spared, sums, eps, chunk_size, **sizes)
     # without tensor cores operands pass through registers, which hold few columns at a time
     block_i, block_k, warps = (64, 32, 4) if keys.dtype == torch.float32 else (128, block_d, 8)
-    _spare_kernel[(rows, triton.cdiv(longest, block_i))](
+    _spare_kernel[(rows, cdiv(longest, block_i))](
         keys,
         cu_seqlens,
         inverse_norm,
