@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NEEDLE = "needle-smollm2-1024"
+# Models of eval.speed.generate.
+SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B", "qwen3-4b": "Qwen3-4B"}
 # Groups of the study of budgets: section, texts, length, scorer.
 SHORT, LONG = ("main", "report", 2048, "attention"), ("long", "report", 6144, "attention")
 SNAPKV, RKV = ("main", "report", 2048, "snapkv"), ("main", "report", 2048, "rkv")
@@ -155,60 +157,58 @@ def needle() -> str:
 
 def steps() -> str:
     """Time of a decode step at 2,048 tokens a head, and what a long context leaves room for."""
-    found = read("generate")
-    decoded = decode_records(generate_report.MODEL)
-    records = [r for r in decoded if r["context"] == 2048]
-    long = [r for r in decoded if r["context"] == generate_report.LONG and r.get("largest")]
-    batches = sorted({r["batch"] for r in records})
-    methods = [name for name in generate_report.NAMES if any(r["method"] == name for r in records)]
-
-    def most(method: str) -> str:
-        record = generate_report.find(long, method=method)
-        return "" if record is None else f"{record['batch']} sequences, {record['tokens_per_s']:,.0f} tokens/s"
-
-    rows = [[generate_report.NAMES[name], *step_cells(records, name, batches), most(name)] for name in methods]
-    rows.append(["copying as many bytes as a step reads", *limit_cells(records, batches), ""])
-    gpu = found["machine"]["gpu"].removeprefix("NVIDIA ")
+    long = {
+        generate_report.NAMES[r["method"]]: f"{r['batch']} sequences, {r['tokens_per_s']:,.0f} tokens/s"
+        for r in decode_records(generate_report.MODEL, generate_report.LONG)
+        if r.get("largest")
+    }
+    batches, times = step_times(generate_report.MODEL)
+    rows = [[name, *cells, long.get(name, "")] for name, cells in times.items()]
+    gpu = read("generate")["machine"]["gpu"].removeprefix("NVIDIA ")
+    shape = SHAPES[generate_report.MODEL]
     held = "HardKVCache and kvpress keep 2,048 tokens a head, selections included"
-    about = f"On one {gpu}: Qwen3-8B's shape, random weights, bfloat16; {held}."
+    about = f"On one {gpu}: {shape}'s shape, random weights, bfloat16; {held}."
     columns = [f"2,048 tokens, batch {batch}" for batch in batches]
     return f"{about}\n\n" + markdown(["", *columns, f"{generate_report.LONG:,} tokens, as many as fit"], rows)
 
 
-def decode_records(model: str) -> list[dict[str, Any]]:
-    """Measurements of a model's decoding that did not fail."""
-    records = read("generate")["records"]
-    return [r for r in records if r["measure"] == "decode" and r["model"] == model and "error" not in r]
-
-
-def step_cells(records: list[dict[str, Any]], method: str, batches: Sequence[int]) -> list[str]:
-    """Time of a method's step, and tokens a second, at each batch."""
-    found = [generate_report.find(records, method=method, batch=batch) for batch in batches]
-    return ["" if r is None else f"{r['step_ms']:.1f} ms, {r['tokens_per_s']:,.0f} tokens/s" for r in found]
-
-
-def limit_cells(records: list[dict[str, Any]], batches: Sequence[int]) -> list[str]:
-    """The least time of a step at each batch."""
-    found = [generate_report.find(records, method="topk-compile", batch=batch) for batch in batches]
-    return ["" if r is None else f"{r['limit_ms']:.1f} ms" for r in found]
-
-
 def shapes() -> str:
     """Time of a decode step of the other models' shapes."""
-    batches, rows = (1, 32), []
-    for model, name in (("llama-3.1-8b", "Llama-3.1-8B"), ("qwen3-4b", "Qwen3-4B")):
-        records = [r for r in decode_records(model) if r["context"] == 2048]
-        methods = [method for method in generate_report.NAMES if any(r["method"] == method for r in records)]
-        rows += [[name, generate_report.NAMES[method], *step_cells(records, method, batches)] for method in methods]
-        rows.append([name, "copying as many bytes as a step reads", *limit_cells(records, batches)])
+    found = {name: step_times(model) for model, name in SHAPES.items() if model != generate_report.MODEL}
+    (batches,) = {tuple(batches) for batches, _ in found.values()}
+    rows = [[shape, name, *cells] for shape, (_, times) in found.items() for name, cells in times.items()]
     return markdown(["shape", "", *(f"2,048 tokens, batch {batch}" for batch in batches)], rows)
+
+
+def step_times(model: str) -> tuple[list[int], dict[str, list[str]]]:
+    """Batches, and the time of a step at each: of every method, and of copying as many bytes, by name."""
+    records = decode_records(model, 2048)
+    batches = sorted({r["batch"] for r in records})
+
+    def cells(method: str, text: Callable[[dict[str, Any]], str]) -> list[str]:
+        found = [generate_report.find(records, method=method, batch=batch) for batch in batches]
+        return ["" if r is None else text(r) for r in found]
+
+    times = {
+        name: cells(method, lambda r: f"{r['step_ms']:.1f} ms, {r['tokens_per_s']:,.0f} tokens/s")
+        for method, name in generate_report.NAMES.items()
+        if any(r["method"] == method for r in records)
+    }
+    limits = cells("topk-compile", lambda r: f"{r['limit_ms']:.1f} ms")
+    return batches, times | {"copying as many bytes as a step reads": limits}
+
+
+def decode_records(model: str, context: int) -> list[dict[str, Any]]:
+    """Measurements of a model's decoding that did not fail."""
+    wanted = {"measure": "decode", "model": model, "context": context}
+    return [r for r in read("generate")["records"] if "error" not in r and wanted.items() <= r.items()]
 
 
 def first() -> str:
     """Time to the first token."""
     records = [r for r in read("generate")["records"] if r["measure"] == "first token" and "error" not in r]
     names = {r["method"]: "DynamicCache" if r["method"] == "dynamic" else "HardKVCache" for r in records}
-    cells = [[r["model"], f"{r['context']:,}", names[r["method"]], r["scorer"]] for r in records]
+    cells = [[SHAPES[r["model"]], f"{r['context']:,}", names[r["method"]], r["scorer"]] for r in records]
     rows = [[*row, f"{r['seconds']:.2f} s"] for row, r in zip(cells, records, strict=True)]
     return markdown(["shape", "prompt, tokens", "cache", "scorer", "first token"], rows)
 
