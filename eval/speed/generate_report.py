@@ -111,7 +111,8 @@ def markdown(found: dict[str, Any]) -> str:
         'keys and values, and only decoding is timed. Each line is the run of median time of those under "runs", in '
         "their order: transformers launches every operation by itself, and in the first generation of a process, which "
         "lines without runs are, that took the host up to three times as long. Median: of the run's steps, so without "
-        "events. Limit: the time in which a copy moves what a step reads. What is not listed was not measured.",
+        "events. Limit: the time in which a copy moves what a step reads, by the copies of the line's own session. "
+        "What is not listed was not measured.",
         *_about_kvpress(records),
         "",
         "| target | wanted | found | |",
