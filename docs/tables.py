@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NEEDLE = "needle-smollm2-1024"
+REASONERS = ("reasoner-40", "reasoner-40-earlier")  # the committed model, and one before it
 # Models of eval.speed.generate.
 SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B", "qwen3-4b": "Qwen3-4B"}
 # Groups of the study of budgets: section, texts, length, scorer.
@@ -256,18 +257,23 @@ def reasoner() -> str:
 
 
 def solved() -> str:
-    """What compressed caches solve of the reasoner's problems, where a scorer was run with several methods."""
-    found = {row["label"]: row for row in read("reasoner-40")["configurations"]}
-    full = found["full"]["bytes_mean"]
+    """What compressed caches solve of the reasoner's problems, where a scorer was run with several methods, by two
+    trainings of it."""
+    now, before = ({row["label"]: row for row in read(name)["configurations"]} for name in REASONERS)
+    full = now["full"]["bytes_mean"]
     budgets = ("1/4", "5/16", "3/8", "1/2")
-    columns = [f"{budget}, {found[label(budget)]['bytes_mean'] / full:.2f}" for budget in budgets]
+    columns = [f"{budget}, {now[label(budget)]['bytes_mean'] / full:.2f}" for budget in budgets]
     rows = []
     for scorer in ("rkv", "snapkv"):
         for method in ("topk", "risk", "adaptive", "adaptive-calibrated", "adakv"):
-            cells = [found.get(label(budget, method, scorer)) for budget in budgets]
-            shares = ["" if cell is None else f"{100 * cell['accuracy']['mean']:.0f} %" for cell in cells]
-            rows.append([f"`{scorer}`, `{method}`", *shares])
+            labels = [label(budget, method, scorer) for budget in budgets]
+            cells = [f"{_solved(now[each])}, {_solved(before[each])} %" if each in now else "" for each in labels]
+            rows.append([f"`{scorer}`, `{method}`", *cells])
     return markdown(["budget, bytes of the full cache's", *columns], rows)
+
+
+def _solved(row: dict[str, Any]) -> str:
+    return f"{100 * row['accuracy']['mean']:.0f}"
 
 
 def label(budget: str, method: str = "topk", scorer: str = "rkv") -> str:

@@ -25,8 +25,8 @@ EDGE = 0.05
 
 # For a page with results of the committed reasoner.
 REASONER = """\
-- The reasoner with other lengths, windows and intervals, and a reasoner trained anew. Empty cells of its table were not
-  run; most lie below budgets at which next to nothing is solved already. These commands make it, and its calibrations;
+- The reasoner with other lengths, windows and intervals. Empty cells of its tables were not run; most lie below budgets
+  at which next to nothing is solved already. These commands make the committed model's, and its calibrations;
   `python -m eval.report eval-runs/reasoner --to eval/results/reasoner-40` then writes what this page reads:
 
 ```bash

@@ -38,12 +38,13 @@ class Settings:
         stages: (up to this fraction of the steps, lengths in tokens that steps take at random): long solutions are
             learned sooner once short ones work. hide_from: from this fraction on, batches come from `encode_hiding`, of
             `hidden_lengths`, so that what the model needs of older lines is their results.
-        fewest_lines: of a problem; it has any number from here to what its length has room for.
+        fewest_lines: of a problem; it has any number from here to what its length has room for. At the longest length
+            it is the larger of two drawn, as only the longest problems look up some of the cells.
         compile: torch.compile the layers.
         hidden, intermediate, layers, heads, kv_heads: of the model; heads have 64 dimensions.
     """
 
-    steps: int = 7200
+    steps: int = 8000
     batch_tokens: int = 131072
     learning_rate: float = 1.5e-3
     hiding_rate: float = 0.4
@@ -54,7 +55,7 @@ class Settings:
         (0.4, (1024, 2048)),
         (1.0, (1024, 2048, 4096, 4096)),
     )
-    hide_from: float = 0.75
+    hide_from: float = 0.72
     hidden_lengths: tuple[int, ...] = (1024, 1024, 4096)
     fewest_lines: int = 10
     seed: int = 0
@@ -69,6 +70,11 @@ class Settings:
     def first_hiding(self) -> int:
         """The first step that hides old tokens."""
         return math.ceil(self.hide_from * self.steps)
+
+    @property
+    def longest(self) -> int:
+        """The longest length, in tokens."""
+        return max(length for _, lengths in self.stages for length in lengths)
 
 
 class Batches(Dataset):
@@ -93,7 +99,9 @@ class Batches(Dataset):
         length = rng.choice(settings.hidden_lengths if hiding else lengths)
         most = min(room_for(length, hiding), MAX_LINES)
         count = settings.batch_tokens // length
-        puzzles = [draw(rng, rng.randint(min(settings.fewest_lines, most), most), "train") for _ in range(count)]
+        fewest, draws = min(settings.fewest_lines, most), 2 if length == settings.longest else 1
+        lines = [max(rng.randint(fewest, most) for _ in range(draws)) for _ in range(count)]
+        puzzles = [draw(rng, each, "train") for each in lines]
         if hiding:
             return encode_hiding(self.tokenizer, puzzles, length, rng)
         ids, labels = encode(self.tokenizer, puzzles, length)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.reasoner.accuracy import evaluate as measure_exact
 from eval.reasoner.accuracy import exact, generated
-from eval.reasoner.encoding import IGNORED, encode, encode_hiding, tokens_of
+from eval.reasoner.encoding import IGNORED, encode, encode_hiding, room_for, tokens_of
 from eval.reasoner.problems import KINDS, LINE_TOKENS, MAX_LINES, Puzzle, draw, is_test, problems
 from eval.reasoner.tokenizer import build_tokenizer
 from eval.reasoner.train import Batches, Settings, learning_rate, run
@@ -177,6 +177,18 @@ def test_batches_can_be_pinned(hide_from):
     batch = Batches(small, build_tokenizer())[0]
     assert {tensor.shape for tensor in batch} == {(4, 128)}
     assert all(tensor.is_contiguous() for tensor in batch)
+
+
+def test_the_longest_batches_have_more_of_the_long_problems():
+    schedule = ((0.5, (512,)), (1.0, (1024,)))
+    small = Settings(steps=20, batch_tokens=1 << 14, stages=schedule, hide_from=1.0, fewest_lines=1)
+    batches = Batches(small, build_tokenizer())
+    for steps, length, share in ((range(10), 512, 1 / 2), (range(10, 20), 1024, 2 / 3)):
+        found = [batches[step] for step in steps]
+        assert {ids.shape[1] for ids, _, _ in found} == {length}
+        lines = torch.cat([(labels != IGNORED).sum(1) // LINE_TOKENS for _, _, labels in found])
+        # the mean of one draw, and of the larger of two
+        assert lines.float().mean().item() / room_for(length) == pytest.approx(share, abs=0.06)
 
 
 def test_the_learning_rate_rises_again_when_tokens_are_hidden():
