@@ -18,8 +18,9 @@ Record = dict[str, Any]
 MODEL = "qwen3-8b"  # of the targets and the picture
 # Of graphed decoding with `torch.compile`: at most so many times the limit, by batch, with 2,048 tokens kept.
 LIMITS = {32: 1.30, 1: 1.60}
-# At least so many times as many tokens a second, batch 32.
+# At least so many times as many tokens a second, batch 32; in the shortest of these contexts nothing is evicted.
 SPEEDUPS = {"dynamic": 10.0, "static-compile": 4.0}
+CONTEXTS = 2048, 8192
 # At a context of 32,768, each at the largest batch for its memory: times the best dense method.
 LONG, LONG_SPEEDUP = 32768, 8.0
 FIRST_TOKEN, EVENTS, PLANNED = 1.05, 0.05, 1.03
@@ -67,11 +68,13 @@ def targets(records: list[Record]) -> list[tuple[str, str, float, bool]]:
                 at_most("events in the decode time, snapkv, batch 32", EVENTS, event_share(ours))
                 if "plan_bytes" in ours:
                     at_most("bytes of the cache over plan(), batch 32", PLANNED, ours["kv_bytes"] / ours["plan_bytes"])
-                for peer, times in SPEEDUPS.items():
-                    other = find(records, **decode, method=peer, batch=batch, context=2048)
-                    if other:
-                        ratio = ours["tokens_per_s"] / other["tokens_per_s"]
-                        at_least(f"tokens/s over {NAMES[peer]}, batch 32, context 2,048", times, ratio)
+    for context in CONTEXTS:
+        ours = find(records, **decode, method="topk-compile", batch=32, context=context)
+        for peer, times in SPEEDUPS.items():
+            other = find(records, **decode, method=peer, batch=32, context=context)
+            if ours and other:
+                ratio = ours["tokens_per_s"] / other["tokens_per_s"]
+                at_least(f"tokens/s over {NAMES[peer]}, batch 32, context {context:,}", times, ratio)
     long = [r for r in records if r.get("context") == LONG and r.get("largest") and "error" not in r]
     dense = [r["tokens_per_s"] for r in long if r["method"] in SPEEDUPS]
     ours_long = [r["tokens_per_s"] for r in long if r["method"] not in SPEEDUPS]
