@@ -6,6 +6,7 @@ keep their values, names and shapes, and nothing is held twice.
 """
 
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
@@ -101,6 +103,12 @@ class JoinProducts(CustomGraphPass):
     """Inductor's pass that makes one product of those of adjacent weights with one input."""
 
     def __call__(self, graph: Graph) -> None:
+        if config.max_autotune or config.max_autotune_gemm:  # which tries products on copies of single parameters
+            warnings.warn(
+                "inductor autotunes matrix products (max_autotune): the compiled step keeps those of one input apart",
+                stacklevel=2,
+            )
+            return
         readers = defaultdict(list)
         for node in graph.find_nodes(op="call_function", target=nn.functional.linear):
             readers[node.args[0]].append(node)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 
 from hardkv.cache import siblings
@@ -48,6 +49,19 @@ def products(model, x):
     with torch.no_grad():
         out = torch.compile(model, backend=backend, fullgraph=True)(x)
     return found, out
+
+
+@pytest.mark.parametrize("option", ["max_autotune", "max_autotune_gemm"])
+def test_products_that_are_autotuned_stay_apart(option):
+    """Inductor times them on copies of single parameters, which end where the next parameter begins."""
+    model, x = Attention(), torch.randn(3, 1, 8)
+    expected = run(model, x)
+    assert siblings.join(model)
+    with torch._inductor.config.patch({option: True}), pytest.warns(UserWarning, match="autotunes"):
+        found, out = products(model, x)
+    assert found == [4]
+    torch.testing.assert_close(out, expected)
+    assert products(model, x)[0] == [2]
 
 
 @pytest.mark.parametrize("bias", [False, True])
