@@ -8,10 +8,12 @@
 # PYTHON       which interpreter makes .venv (3.11 or newer)
 # TORCH_INDEX  a second package index to take torch from; what PyPI offers for Linux brings gigabytes of CUDA with it:
 #                  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# JOBS         processes that run the tests
 # ARGS         further arguments of the demo's second part or of pytest: make test ARGS="tests/cache -x"
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+JOBS ?= 2
 ARGS ?=
 
 # Waiting threads give their core away instead of spinning, without which torch crawls on a busy machine of few cores.
@@ -20,6 +22,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # What Triton's interpreter runs: every kernel, and a few models whose caches use them all.
 INTERPRETED := tests/kernels/triton tests/eval/test_speed_kernels.py tests/cache/test_oracle.py \
 	tests/cache/test_graphed.py -k "triton or (Adaptive and qwen3-3-2) or in_place"
+
+# Whoever has no test left takes some of the others'.
+SHARED := --numprocesses $(JOBS) --dist worksteal
 
 REASONER := eval/reasoner/model
 VENV := .venv
@@ -38,9 +43,9 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m hardkv demo --scorer snapkv $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(or $(ARGS),-m "not slow")
+	$(BIN)/python -m pytest $(or $(ARGS),$(SHARED) -m "not slow")
 	@# The Triton kernels again, interpreted: in a process of its own, as the switch is read when they are defined.
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED))
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SHARED) $(INTERPRETED))
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check

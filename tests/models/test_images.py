@@ -128,9 +128,7 @@ def mllama() -> tuple[PreTrainedModel, dict[str, Tensor]]:
     return MllamaForConditionalGeneration(config), inputs
 
 
-@pytest.mark.parametrize(
-    ("build", "compressed"), [(gemma3, 2), (llava, 3), (qwen2_5_vl, 3), (mllama, 2)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("build", "compressed"), [(gemma3, 2), (llava, 3), (qwen2_5_vl, 3), (mllama, 2)])
 def test_random_normal(build, compressed):
     model, inputs = build()
     randomize(model.eval())
