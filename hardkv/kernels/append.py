@@ -30,11 +30,9 @@ def append(
     """
     if kernels_for(keys.device, keys.dtype) == "triton":
         from hardkv.kernels.triton import append as kernel
-        from hardkv.kernels.triton import ops
 
-        run = ops.append if torch.compiler.is_compiling() else kernel.append
         with current(keys):
-            return run(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
+            return kernel.append(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
     return append_reference(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
 
 
@@ -88,11 +86,9 @@ def append_step(
     tensors = dense_keys, dense_values, dense_positions, fill, ring, column, query, keys, values
     if kernels_for(keys.device, keys.dtype) == "triton":
         from hardkv.kernels.triton import append as kernel
-        from hardkv.kernels.triton import ops
 
-        run = ops.append_step if torch.compiler.is_compiling() else kernel.append_step
         with current(keys):
-            run(*tensors)
+            kernel.append_step(*tensors)
     else:
         append_step_reference(*tensors)
 

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 
@@ -66,8 +66,8 @@ def kernels_for(device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> 
 
 
 def current(tensor: Tensor) -> AbstractContextManager:
-    """Make the tensor's device the current one, on which Triton launches; a compiler's own code does so by itself."""
-    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(tensor)
+    """Make the tensor's device the current one, on which Triton launches."""
+    return torch.cuda.device_of(tensor)
 
 
 @cache

@@ -22,11 +22,8 @@ def gather_tokens(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | N
     """
     if kernels_for(sources[-1].device, sources[-1].dtype) == "triton":
         from hardkv.kernels.triton import compaction as kernel
-        from hardkv.kernels.triton import ops
 
         with current(address):
-            if torch.compiler.is_compiling() and out is None:
-                return ops.gather_tokens(list(sources), address)
             return kernel.gather_keys(sources, address, out=out)
     flat = [source.flatten(0, 2) if source.dim() == 4 else source for source in sources]
     filled = [source for source in flat if source.shape[0]]
@@ -50,12 +47,8 @@ def gather_tiers(
     first = sources[-1][0]
     if kernels_for(first.device, first.dtype) == "triton":
         from hardkv.kernels.triton import compaction as kernel
-        from hardkv.kernels.triton import ops
 
         with current(address):
-            if torch.compiler.is_compiling():
-                tiers = [keys for keys, _ in sources], [values for _, values in sources]
-                return ops.gather_tiers(*tiers, address, index, positions, misses)
             return kernel.gather_tiers(sources, address, index, positions, misses)
     chosen = address[index]
     keys = gather_tokens([keys for keys, _ in sources], chosen)
@@ -85,13 +78,9 @@ def compact(
     """
     if kernels_for(tokens[0].device, tokens[0].dtype) == "triton":
         from hardkv.kernels.triton import compaction as kernel
-        from hardkv.kernels.triton import ops
 
         with current(address):
-            if torch.compiler.is_compiling():
-                ops.compact(*tokens, *dense, cu_seqlens, address, index, positions, misses)
-            else:
-                kernel.compact(tokens, dense, cu_seqlens, address, index, positions, misses)
+            kernel.compact(tokens, dense, cu_seqlens, address, index, positions, misses)
         return
     sources = [(tokens[0], tokens[1]), dense]
     for held, new in zip(tokens, gather_tiers(sources, address, index, positions, misses), strict=True):

@@ -47,12 +47,10 @@ def window_attention(
     """
     tensors = queries, query_positions, query_valid, keys, positions
     if kernels_for(keys.device, keys.dtype, keys.shape[1]) == "triton":
-        from hardkv.kernels.triton import ops
         from hardkv.kernels.triton import scoring as kernel
 
-        run = ops.window_attention if torch.compiler.is_compiling() else kernel.window_attention
         with current(keys):
-            return run(
+            return kernel.window_attention(
                 *tensors,
                 rows.cu_seqlens,
                 num_kv_heads=num_kv_heads,
@@ -122,12 +120,10 @@ def pool_rows(score: Tensor, exclude: Tensor, rows: Rows, *, kernel_size: int, p
         `[N]` in score's dtype.
     """
     if kernels_for(score.device, score.dtype) == "triton":
-        from hardkv.kernels.triton import ops
         from hardkv.kernels.triton import scoring as kernel
 
-        run = ops.pool_rows if torch.compiler.is_compiling() else kernel.pool_rows
         with current(score):
-            return run(score, exclude, rows.cu_seqlens, kernel_size=kernel_size, pooling=pooling)
+            return kernel.pool_rows(score, exclude, rows.cu_seqlens, kernel_size=kernel_size, pooling=pooling)
     if rows.longest == 0:
         return score
     index, valid = padded_index(rows.cu_seqlens[:-1], rows.lengths, rows.longest)

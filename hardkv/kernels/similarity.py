@@ -26,12 +26,9 @@ def mean_cosine(keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float 
         `[N]` in the accumulation dtype.
     """
     if kernels_for(keys.device, keys.dtype, keys.shape[1]) == "triton":
-        from hardkv.kernels.triton import ops
         from hardkv.kernels.triton import similarity as kernel
 
         with current(keys):
-            if torch.compiler.is_compiling():
-                return ops.mean_cosine(keys, rows.cu_seqlens, rows.longest, threshold, eps)
             return kernel.mean_cosine(keys, rows.cu_seqlens, rows.longest, threshold=threshold, eps=eps)
     return mean_cosine_reference(keys, rows, threshold, eps)
 

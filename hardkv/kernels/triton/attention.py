@@ -295,10 +295,6 @@ def ragged_attention(
     blocks = query_blocks(query.shape[1] // dense_keys.shape[1], query.shape[2], *size)
     schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks)
     tensors = query, keys, values, rows.cu_seqlens, dense_keys, dense_values, dense_positions, fill
-    if torch.compiler.is_compiling():
-        from hardkv.kernels.triton import ops
-
-        return ops.ragged_attention(*tensors, *schedule.tensors(), start, scale, softcap, sinks, new_mask)
     return launch(*tensors, schedule, start=start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask)
 
 
@@ -325,19 +321,14 @@ def launch(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     new_mask: Tensor | None = None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ragged_attention` with a schedule of `query_blocks(...)` blocks, into `out` and `lse` when both are given."""
+    """`ragged_attention` with a schedule of `query_blocks(...)` blocks."""
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, value_dim = dense_keys.shape[1], dense_values.shape[-1]
     group = num_heads // num_kv_heads
     if query.stride(-1) != 1:
         query = query.contiguous()
-    if out is None and lse is None:
-        out, lse = outputs(query, dense_values)
-    assert out is not None
-    assert lse is not None
+    out, lse = outputs(query, dense_values)
     size = max(head_dim, value_dim), query.element_size()
     queries, blocks = queries_per_block(group, q_len, *size), query_blocks(group, q_len, *size)
     tokens, stages = block_tokens(*size)

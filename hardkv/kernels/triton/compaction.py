@@ -235,18 +235,6 @@ def _buffers(sources: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], 
     return (first, second, last), (n_first, n_second)
 
 
-def _output(out: Tensor | None, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """`out` if it is fit to be written to, or a new tensor."""
-    if out is None:
-        return like.new_empty(shape)
-    if out.shape != shape or out.dtype != like.dtype or not out.is_contiguous():
-        raise ValueError(
-            f"out for the {name} is {out.dtype} {tuple(out.shape)} with strides {out.stride()}: "
-            f"it must be {like.dtype} {shape} and contiguous"
-        )
-    return out
-
-
 def _block(width: int) -> int:
     """Columns of a tile; values may have none."""
     return next_power_of_2(max(width, 1))
@@ -264,8 +252,6 @@ def gather_tiers(
     index: Tensor,
     positions: Tensor,
     misses: Tensor,
-    *,
-    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Collect tokens and what is known of them, in one launch.
 
@@ -275,7 +261,6 @@ def gather_tiers(
         address: int64 `[N]`, where each token lies in the sources' concatenation.
         index: int64 `[n]`, which of the N to take, in that order; may repeat and skip.
         positions: int32 `[N]`. misses: uint8 `[N]`.
-        out: what to write to, contiguous; made when None.
 
     Returns:
         Keys `[n, D]`, values `[n, Dv]`, positions `[n]` and misses `[n]`.
@@ -283,12 +268,11 @@ def gather_tiers(
     keys, (n_first, n_second) = _buffers([keys for keys, _ in sources])
     values, _ = _buffers([values for _, values in sources])
     n, dim, value_dim = index.shape[0], keys[-1].shape[-1], values[-1].shape[-1]
-    given = (None,) * 4 if out is None else out
     outs = (
-        _output(given[0], "keys", (n, dim), keys[-1]),
-        _output(given[1], "values", (n, value_dim), values[-1]),
-        _output(given[2], "positions", (n,), positions),
-        _output(given[3], "misses", (n,), misses),
+        keys[-1].new_empty(n, dim),
+        values[-1].new_empty(n, value_dim),
+        positions.new_empty(n),
+        misses.new_empty(n),
     )
     if n:
         tile = _tile(keys[-1], values[-1])
@@ -370,7 +354,12 @@ def gather_keys(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | Non
     """
     buffers, (n_first, n_second) = _buffers(sources)
     n, dim = address.shape[0], buffers[-1].shape[-1]
-    out = _output(out, "keys", (n, dim), buffers[-1])
+    shape, dtype = (n, dim), buffers[-1].dtype
+    if out is None:
+        out = buffers[-1].new_empty(shape)
+    elif out.shape != shape or out.dtype != dtype or not out.is_contiguous():
+        given = f"{out.dtype} {tuple(out.shape)} with strides {out.stride()}"
+        raise ValueError(f"out is {given}: it must be {dtype} {shape} and contiguous")
     if n:
         tile = _tile(buffers[-1])
         _gather_keys_kernel[(cdiv(n, tile),)](

@@ -102,13 +102,8 @@ class Schedule:
 
     def recut(self, cu_seqlens: Tensor, dense: int) -> None:
         """Serve other rows, as many as before, with as many programs: rewritten in place, for captured graphs."""
-        run = cut
-        if torch.compiler.is_compiling():
-            from hardkv.kernels.triton import ops
-
-            run = ops.cut
         with current(cu_seqlens):
-            run(self.row_start, self.first_row, self.share, cu_seqlens, dense)
+            cut(self.row_start, self.first_row, self.share, cu_seqlens, dense)
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""

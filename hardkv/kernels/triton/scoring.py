@@ -372,13 +372,11 @@ def window_attention(
     reduce: Reduce = "mean",
     exclude: Tensor | None = None,
     sinks: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """`hardkv.kernels.scoring.window_attention` on a GPU; float16, bfloat16 or float32, all of the same type.
 
     Args:
         cu_seqlens: int32 `[R + 1]`.
-        out: float32 `[N]` to write to.
 
     Returns:
         `[N]`, float32.
@@ -396,8 +394,7 @@ def window_attention(
             f"sinks {tuple(sinks.shape)} hold a logit a query head, reduce='max_logits' has one softmax for {group} of "
             "them: leave out sinks or choose another reduce"
         )
-    if out is None:
-        out = torch.empty(keys.shape[0], dtype=torch.float32, device=keys.device)
+    out = torch.empty(keys.shape[0], dtype=torch.float32, device=keys.device)
     if not keys.shape[0] or not window:
         return out.zero_()
     tile, most_queries, num_warps, stages = _blocks(dim, keys)
@@ -466,20 +463,17 @@ def pool_rows(
     *,
     kernel_size: int,
     pooling: str,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Smooth scores along each row over the tokens that `exclude` leaves: `hardkv.selectors.scorer.pool_rows` on a GPU.
 
     Args:
         score: float32 `[N]`, >= 0. exclude: bool `[N]`, the last tokens of their rows. cu_seqlens: int32 `[R + 1]`.
         kernel_size: odd. pooling: "max" or "avg" (zeros beyond the row's ends count).
-        out: float32 `[N]` to write to.
 
     Returns:
         `[N]`, float32; 0 at excluded tokens.
     """
-    if out is None:
-        out = torch.empty_like(score)
+    out = torch.empty_like(score)
     if score.shape[0]:
         block = 512
         num_rows = cu_seqlens.shape[0] - 1

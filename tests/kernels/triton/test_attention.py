@@ -16,6 +16,7 @@ from hardkv.kernels.rows import cumulative  # noqa: E402
 from hardkv.kernels.triton.attention import launch, query_blocks  # noqa: E402
 from hardkv.kernels.triton.schedule import UNIT, Schedule  # noqa: E402
 from tests.kernels import test_attention as reference  # noqa: E402
+from tests.kernels.triton.poison import poisoned  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -58,26 +59,23 @@ def run(case, dtype=torch.float32, programs=5, schedule=None, **options):
         programs,
         query_blocks(group, q_len, max(case.keys.shape[1], case.values.shape[1]), dtype.itemsize),
     )
-    shape = (*case.query.shape[:3], case.values.shape[-1])
-    return launch(
-        tensor(case.query),
-        tensor(case.keys),
-        tensor(case.values),
-        cu_seqlens,
-        tensor(case.dense_keys),
-        tensor(case.dense_values),
-        positions,
-        fill,
-        schedule,
-        start=case.start,
-        scale=case.scale,
-        softcap=case.softcap,
-        sinks=None if case.sinks is None else tensor(case.sinks),
-        new_mask=mask,
-        out=torch.full(shape, torch.nan, dtype=dtype, device=DEVICE),
-        lse=torch.full(shape[:3], torch.nan, device=DEVICE),
-        **options,
-    )
+    tensors = [tensor(each) for each in (case.query, case.keys, case.values, case.dense_keys, case.dense_values)]
+    sinks = None if case.sinks is None else tensor(case.sinks)
+    with poisoned():
+        return launch(
+            *tensors[:3],
+            cu_seqlens,
+            *tensors[3:],
+            positions,
+            fill,
+            schedule,
+            start=case.start,
+            scale=case.scale,
+            softcap=case.softcap,
+            sinks=sinks,
+            new_mask=mask,
+            **options,
+        )
 
 
 def assert_matches(case, dtype=torch.float32, programs=5, **options):

@@ -13,6 +13,7 @@ from hardkv.kernels.scoring import window_attention_reference
 from hardkv.kernels.triton import scoring as module
 from hardkv.kernels.triton.scoring import pool_rows, window_attention
 from tests.kernels import test_scoring as reference
+from tests.kernels.triton.poison import poisoned
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -51,29 +52,27 @@ def make_case(seed, lengths, *, dim=3, dtype=torch.float32, **shape):
 
 
 def run(case, reduce, *, exclude=False, softcap=None, sinks=False, dtype=torch.float32):
-    """The kernels' scores, written over NaN."""
+    """The kernels' scores, in memory that was poisoned."""
 
     def tensor(array, dtype=None):
         return torch.tensor(array, dtype=dtype, device=DEVICE)
 
     lengths = case["lengths"]
-    out = torch.full((sum(lengths),), torch.nan, device=DEVICE)
-    found = window_attention(
+    arguments = (
         tensor(case["queries"], dtype),
         tensor(case["query_positions"]),
         tensor(case["query_valid"]),
         tensor(case["keys"], dtype),
         tensor(case["positions"]),
         cumulative(tensor(lengths)),
-        num_kv_heads=len(lengths) // len(case["queries"]),
-        scale=0.7,
-        softcap=softcap,
-        reduce=reduce,
-        exclude=tensor(case["exclude"]) if exclude else None,
-        sinks=tensor(case["sinks"], dtype) if sinks else None,
-        out=out,
     )
-    assert found is out
+    options = {
+        "exclude": tensor(case["exclude"]) if exclude else None,
+        "sinks": tensor(case["sinks"], dtype) if sinks else None,
+    }
+    heads = len(lengths) // len(case["queries"])
+    with poisoned():
+        found = window_attention(*arguments, num_kv_heads=heads, scale=0.7, softcap=softcap, reduce=reduce, **options)
     return found.double().cpu()
 
 
@@ -210,13 +209,11 @@ def test_pool(pooling, kernel_size, lengths):
     score = torch.rand(sum(lengths), generator=generator).double()
     exclude = torch.rand(sum(lengths), generator=generator) < 0.2
     cu_seqlens = cumulative(torch.tensor(lengths, dtype=torch.int64)).to(DEVICE)
-    out = torch.full(score.shape, torch.nan, device=DEVICE)
     given = score.float().to(DEVICE), exclude.to(DEVICE), cu_seqlens
-    found = pool_rows(*given, kernel_size=kernel_size, pooling=pooling, out=out)
-    assert found is out
+    with poisoned():
+        found = pool_rows(*given, kernel_size=kernel_size, pooling=pooling)
     expected = pooled(score, exclude, lengths, kernel_size, pooling)
     torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-6, atol=1e-7)
-    assert torch.equal(pool_rows(*given, kernel_size=kernel_size, pooling=pooling), out)
 
 
 def test_pool_of_more_rows_than_a_program_compares_at_once():
@@ -257,8 +254,8 @@ def test_real_shape(reduce):
     exclude = torch.rand(rows.total, device="cuda") < 0.01
     for mask in (None, exclude):
         options = {"num_kv_heads": 8, "scale": 128**-0.5, "reduce": reduce, "softcap": None, "exclude": mask}
-        out = torch.full((rows.total,), torch.nan, device="cuda")
-        found = window_attention(*arguments, rows.cu_seqlens, **options, out=out)
+        with poisoned():
+            found = window_attention(*arguments, rows.cu_seqlens, **options)
         queries, query_positions, query_valid, keys, positions = arguments
         exact = queries.float(), query_positions, query_valid, keys.float(), positions
         assert_near(found, window_attention_reference(*exact, rows, **options, sinks=None), 1e-4)
