@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def calibrate(
         progress: show a bar.
 
     Raises:
+        TypeError: a text is neither a string nor a tensor.
         ValueError: a text too short for two events, or longer than the model allows; no layer with full attention; no
             tokenizer where one is needed; a setting out of range; a model under tensor parallelism.
 
@@ -88,24 +89,30 @@ def calibrate(
             "a CPU, or over several devices by device_map='auto'), save that, and give each process the path"
         )
     checked = HardKVConfig(scorer, 1 << 30, window, sinks, interval)
-    check_fraction("p", p, low_open=True)
+    window, sinks, interval = checked.window, checked.sinks, checked.interval
+    p = check_fraction("p", p, low_open=True)
     check_name("solver", solver, SOLVERS)
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length is None:
         length = LENGTH if room is None else min(LENGTH, room)
-    check_count("length", length, 1)
+    length = check_count("length", length, 1)
     batches = _token_batches(model, texts, tokenizer, length)
-    batches = [ids[:, : ids.shape[1] - ids.shape[1] % interval].to(model.device) for ids in batches]
-    least = max(2 * interval, interval + window + sinks)
-    for ids in batches:
-        if ids.shape[1] <= least:
+    least = interval * (1 + max(2 * interval, interval + window + sinks) // interval)  # whole intervals are used
+    for place, ids in enumerate(batches):
+        tokens = ids.shape[1]
+        if tokens < least:
             raise ValueError(
-                f"a text of {ids.shape[1]} tokens is too short to calibrate on: it must have more than {least} "
-                f"(window {window}, sinks {sinks}, interval {interval}); join short texts, or lower the interval"
+                f"text {place} gives {tokens} tokens (length={length}), which is too short to calibrate on: it takes "
+                f"{least} at least (window {window}, sinks {sinks}, interval {interval}); join short texts, raise "
+                "length, or lower the interval"
             )
+        if room is not None and tokens - tokens % interval > room:
+            raise ValueError(
+                f"text {place} gives {tokens} tokens and the model takes at most {room}: pass length={room} or less, "
+                "or fewer ids"
+            )
+    batches = [ids[:, : ids.shape[1] - ids.shape[1] % interval].to(model.device) for ids in batches]
     longest = max(ids.shape[1] for ids in batches)
-    if room is not None and longest > room:
-        raise ValueError(f"a text has {longest} tokens and the model takes at most {room}: pass length={room} or less")
 
     edges = curve_edges(longest - interval - window - sinks)  # what the last queries have before them
     total_events = sum(ids.shape[0] * (ids.shape[1] // interval) for ids in batches)
@@ -177,18 +184,21 @@ def default_texts() -> dict[str, str]:
 
 def _token_batches(model: Any, texts: Any, tokenizer: Any, length: int) -> list[Tensor]:
     """Token ids `[B, n]` of each text."""
-    if isinstance(texts, str | Tensor):
-        raise TypeError("texts must be a list: wrap a single text, [text]")
+    if isinstance(texts, str | bytes | Tensor | Mapping):
+        raise TypeError(f"texts must be a list, not a {type(texts).__name__}: wrap a single text, [text]")
     texts = list(default_texts().values()) if texts is None else list(texts)
     if not texts:
         raise ValueError("texts is empty: pass at least one, or None for those that come with hardkv")
     batches = []
-    for text in texts:
+    for place, text in enumerate(texts):
         if isinstance(text, Tensor):
-            if text.dim() not in (1, 2) or text.is_floating_point():
+            integers = not (text.is_floating_point() or text.is_complex() or text.dtype == torch.bool)
+            if text.dim() not in (1, 2) or not integers:
                 raise ValueError(f"token ids {text.dtype} {tuple(text.shape)} must be integers, [n] or [B, n]")
-            batches.append(text.view(-1, text.shape[-1]).long())
+            batches.append((text if text.dim() == 2 else text[None]).long())
             continue
+        if not isinstance(text, str):
+            raise TypeError(f"text {place} is a {type(text).__name__}: pass a string, or token ids as a tensor")
         if tokenizer is None:
             tokenizer = _load_tokenizer(model)
         ids = tokenizer(text, truncation=True, max_length=length).input_ids

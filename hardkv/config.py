@@ -83,11 +83,11 @@ class HardKVConfig:
         self.budget = get_budget(
             self.budget, of_int=Risk if has_risk else Adaptive if self.calibration is not None else TopK
         )
-        check_count("window", self.window, 1)
-        check_count("sinks", self.sinks, 0)
-        check_count("interval", self.interval, 1)
-        check_count("patience", self.patience, 0, MAX_PATIENCE)
-        check_count("refit", self.refit, 0)
+        self.window = check_count("window", self.window, 1)
+        self.sinks = check_count("sinks", self.sinks, 0)
+        self.interval = check_count("interval", self.interval, 1)
+        self.patience = check_count("patience", self.patience, 0, MAX_PATIENCE)
+        self.refit = check_count("refit", self.refit, 0)
         for name in ("pin_prompt", "offload"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")

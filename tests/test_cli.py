@@ -364,7 +364,7 @@ def test_a_text_that_is_none_is_told_by_name(tmp_path, capsys):
     ("settings", "message"),
     [
         (["--interval", "256"], "is too short to calibrate on"),
-        (["--length", "20"], "is too short to calibrate on"),
+        (["--length", "20"], "gives 20 tokens (length=20), which is too short to calibrate on"),
     ],
 )
 def test_what_calibrate_refuses_is_an_error_not_a_traceback(

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, fields
 from inspect import signature
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -166,6 +167,33 @@ def test_values_are_normalised():
     assert config == HardKVConfig(scorer=SnapKV(), budget=TopK(64))
     assert config != HardKVConfig(scorer=SnapKV(), budget=TopK(65))
     assert HardKVConfig(scorer={"name": "snapkv", "pooling": "avg"}).scorer == SnapKV(pooling="avg")
+
+
+INTEGERS = [np.int64, np.int32, np.uint8, torch.tensor, lambda value: torch.tensor([value])]
+
+
+@pytest.mark.parametrize("integer", INTEGERS, ids=["int64", "int32", "uint8", "tensor", "tensor of one"])
+def test_every_integer_is_one_and_becomes_plain(integer):
+    """Such as come out of `np.arange` or a data frame."""
+
+    def config(i, f):
+        return [
+            HardKVConfig(SnapKV(i(5)), i(200), i(16), i(2), i(32), i(3)),
+            HardKVConfig(RKV(f(0.25), f(0.5), i(5)), AdaKV(i(200), f(0.5))),
+            HardKVConfig(budget=Pyramid(i(200), i(10))),
+            HardKVConfig(budget=TopP(f(0.5), i(40), i(200)), calibration="online", refit=i(4)),
+            HardKVConfig(budget=Adaptive(i(100), i(40), i(200))),
+        ]
+
+    def fraction(value):
+        return np.float32(value)
+
+    given, plain = config(integer, fraction), config(int, float)
+    assert given == plain
+    assert [each.to_json() for each in given] == [each.to_json() for each in plain]
+    assert repr(given) == repr(plain)
+    assert repr(Risk(integer(100), floor=integer(40), cap=integer(200))) == repr(Risk(100, floor=40, cap=200))
+    assert repr(Risk(100, floor=fraction(0.25))) == repr(Risk(100, floor=0.25))
 
 
 def test_a_dict_is_not_changed_by_reading_it():

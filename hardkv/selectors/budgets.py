@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hardkv.kernels.selection import share_of_best
-from hardkv.selectors.checks import check_count, check_fraction, check_name
+from hardkv.selectors.checks import check_count, check_fraction, check_name, settle
 from hardkv.selectors.observation import Observation
 from hardkv.selectors.ranking import Ranking
 from hardkv.selectors.scorer import add_to_registry
@@ -112,7 +112,7 @@ class FixedTotal(Budget):
     n: int
 
     def __post_init__(self) -> None:
-        check_count("n", self.n, 1)
+        settle(self, n=check_count("n", self.n, 1))
 
     def together(self, budgets: Sequence[Budget]) -> Budget | None:
         return self if all(each == self for each in budgets) else None
@@ -174,7 +174,7 @@ class AdaKV(FixedTotal):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fraction("alpha", self.alpha, low_open=False)
+        settle(self, alpha=check_fraction("alpha", self.alpha, low_open=False))
 
     def counts(self, ranking: Ranking) -> Tensor:
         base = ranking.per_head(self.room(ranking))  # [B, H]
@@ -222,10 +222,10 @@ class Pyramid(Budget):
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, FixedTotal):
-            check_count("n", self.n, 1)
+            settle(self, n=check_count("n", self.n, 1))
         elif self.n.uses_risk:
             raise ValueError(f"{self.n} already gives every layer its own share; it cannot be wrapped in Pyramid")
-        check_count("beta", self.beta, 1)
+        settle(self, beta=check_count("beta", self.beta, 1))
 
     @property
     def inner(self) -> FixedTotal:
@@ -270,13 +270,14 @@ def candidate_bounds(floor: int, cap: int | None, ranking: Ranking) -> tuple[Ten
     return low, (cap - ranking.num_protected).clamp_min(0).minimum(ranking.num_candidates)
 
 
-def check_bounds(floor: int, cap: int | None) -> None:
-    """Raise unless 0 <= floor <= cap."""
-    check_count("floor", floor, 0)
+def check_bounds(floor: int, cap: int | None) -> dict[str, int | None]:
+    """`floor` and `cap` as plain ints, by name; raise unless 0 <= floor <= cap."""
+    floor = check_count("floor", floor, 0)
     if cap is not None:
-        check_count("cap", cap, 1)
+        cap = check_count("cap", cap, 1)
         if cap < floor:
             raise ValueError(f"cap={cap} must be >= floor={floor}")
+    return {"floor": floor, "cap": cap}
 
 
 @register_budget("topp")
@@ -302,8 +303,7 @@ class TopP(Budget):
     uses_temperature = True
 
     def __post_init__(self) -> None:
-        check_fraction("p", self.p, low_open=True)
-        check_bounds(self.floor, self.cap)
+        settle(self, p=check_fraction("p", self.p, low_open=True), **check_bounds(self.floor, self.cap))
 
     @property
     def calibration_p(self) -> float:  # type: ignore[override]
@@ -351,7 +351,7 @@ class Adaptive(FixedTotal):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds(self.floor, self.cap)
+        settle(self, **check_bounds(self.floor, self.cap))
         if self.floor > self.n:
             raise ValueError(f"floor={self.floor} must be <= n={self.n}")
         if self.cap is not None and self.cap < self.n:
@@ -394,7 +394,7 @@ def get_budget(spec: "int | dict[str, Any] | Budget", of_int: Callable[[int], Bu
             return BUDGETS[name](**parameters)
         except TypeError as error:
             raise ValueError(f"budget {name!r}: {error}") from error
-    if isinstance(spec, int) and not isinstance(spec, bool):
+    if hasattr(spec, "__index__") and not isinstance(spec, bool):
         return of_int(spec)
     raise TypeError(
         f"budget={spec!r} must be an integer (mean tokens per head) or a budget object: TopK(n), TopP(p), Adaptive(n), "

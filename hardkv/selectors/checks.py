@@ -1,24 +1,43 @@
 """Checks of hyperparameters: errors name the argument, the value and what is allowed."""
 
 import difflib
+import numbers
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 
-def check_count(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise unless `value` is an int in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name}={value} must be >= {low}" + (f" and <= {high}" if high is not None else ""))
+def check_count(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as a plain int, whatever integer it is (numpy's, a tensor of one); raise unless it is in [low, high]."""
+    try:
+        if _is_bool(value):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}") from None
+    if count < low or (high is not None and count > high):
+        raise ValueError(f"{name}={count} must be >= {low}" + (f" and <= {high}" if high is not None else ""))
+    return count
 
 
-def check_fraction(name: str, value: Any, low_open: bool) -> None:
-    """Raise unless `value` is a number in (0, 1] (or [0, 1])."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def check_fraction(name: str, value: Any, low_open: bool) -> "int | float":
+    """`value` as a plain number, whatever real one it is; raise unless it is in (0, 1] (or [0, 1])."""
+    if _is_bool(value) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
     if not (0 < value <= 1 if low_open else 0 <= value <= 1):
         raise ValueError(f"{name}={value} must lie in {'(' if low_open else '['}0, 1]")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def settle(owner: Any, **values: Any) -> None:
+    """Set fields of a frozen dataclass to what the checks made of them; for its `__post_init__`."""
+    for name, value in values.items():
+        object.__setattr__(owner, name, value)
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether it is a truth value, Python's, numpy's or a tensor's."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
 
 
 def check_name(kind: str, name: Any, known: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hardkv.selectors.budgets import Budget, FixedTotal, register_budget
-from hardkv.selectors.checks import check_count, check_fraction
+from hardkv.selectors.checks import check_count, check_fraction, settle
 from hardkv.selectors.ranking import Ranking
 
 # Curves are continued up to this count, in quarters of a doubling; context windows end before.
@@ -210,7 +210,7 @@ class Risk(FixedTotal):
         cap: most tokens of a head, protected ones included. None: no bound.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError, TypeError: a value out of range or of the wrong type.
     """
 
     scope: str = "model"
@@ -222,12 +222,12 @@ class Risk(FixedTotal):
         super().__post_init__()
         if self.scope not in ("model", "layer"):
             raise ValueError(f"scope={self.scope!r} must be 'model' or 'layer'")
-        if isinstance(self.floor, float):
-            check_fraction("floor", self.floor, low_open=False)
-        else:
-            check_count("floor", self.floor, 0, self.n)
+        if hasattr(self.floor, "__index__"):
+            settle(self, floor=check_count("floor", self.floor, 0, self.n))
+        else:  # of some float's type, which tells a share from a count
+            settle(self, floor=float(check_fraction("floor", self.floor, low_open=False)))
         if self.cap is not None:
-            check_count("cap", self.cap, self.n)
+            settle(self, cap=check_count("cap", self.cap, self.n))
 
     def for_layers(self, curves: RiskCurves) -> "list[LayerRisk]":
         """The budgets of all layers, which share one plan."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hardkv.kernels.similarity import mean_cosine
-from hardkv.selectors.checks import check_fraction
+from hardkv.selectors.checks import check_fraction, settle
 from hardkv.selectors.observation import Observation
 from hardkv.selectors.scorer import check_pooling, log_affine, pool_rows, register_scorer
 
@@ -36,9 +36,12 @@ class RKV:
     across_layers = True
 
     def __post_init__(self) -> None:
-        check_pooling(self.pooling, self.kernel_size)
-        check_fraction("lam", self.lam, low_open=False)
-        check_fraction("threshold", self.threshold, low_open=False)
+        settle(
+            self,
+            kernel_size=check_pooling(self.pooling, self.kernel_size),
+            lam=check_fraction("lam", self.lam, low_open=False),
+            threshold=check_fraction("threshold", self.threshold, low_open=False),
+        )
 
     def score(self, observation: Observation) -> Tensor:
         """Log-scores `[N]`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hardkv.kernels import scoring as kernels
-from hardkv.selectors.checks import check_name
+from hardkv.selectors.checks import check_count, check_name
 from hardkv.selectors.observation import Observation
 
 # Added before every logarithm, so that a score of 0 stays finite.
@@ -157,9 +157,11 @@ def pool_rows(score: Tensor, observation: Observation, pooling: str, kernel_size
     return kernels.pool_rows(score, exclude, observation.rows, kernel_size=kernel_size, pooling=pooling)
 
 
-def check_pooling(pooling: str, kernel_size: int) -> None:
-    """Raise ValueError unless the hyperparameters of `pool_rows` are sound."""
+def check_pooling(pooling: str, kernel_size: int) -> int:
+    """`kernel_size` as a plain int; raise unless the hyperparameters of `pool_rows` are sound."""
     if pooling not in ("max", "avg", "none"):
         raise ValueError(f"pooling={pooling!r} must be 'max', 'avg' or 'none'")
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+    kernel_size = check_count("kernel_size", kernel_size, 1)
+    if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size={kernel_size!r} must be an odd integer >= 1")
+    return kernel_size

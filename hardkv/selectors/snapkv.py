@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hardkv.selectors.checks import settle
 from hardkv.selectors.observation import Observation
 from hardkv.selectors.scorer import check_pooling, log_score, pool_rows, register_scorer
 
@@ -22,7 +23,7 @@ class SnapKV:
         group_reduce: "mean" or "max" over the query heads of a KV head.
 
     Raises:
-        ValueError: a hyperparameter out of range.
+        ValueError, TypeError: a hyperparameter out of range or of the wrong type.
     """
 
     kernel_size: int = 7
@@ -31,7 +32,7 @@ class SnapKV:
     across_layers = True
 
     def __post_init__(self) -> None:
-        check_pooling(self.pooling, self.kernel_size)
+        settle(self, kernel_size=check_pooling(self.pooling, self.kernel_size))
         if self.group_reduce not in ("mean", "max"):
             raise ValueError(f"group_reduce={self.group_reduce!r} must be 'mean' or 'max'")
 

@@ -52,7 +52,7 @@ def plot_mass(
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
 
-    check_fraction("p", p, low_open=True)
+    p = check_fraction("p", p, low_open=True)
     observation = cache.observe(layer_idx)
     layer = cache.layers[layer_idx]
     assert isinstance(layer, HardKVLayer)  # observe() saw to it

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,7 @@ def plot_kept(
     trace = trace_of(trace, "trace")
     if heads is None:
         heads = range(trace.heads(layer_idx))
-    heads = [heads] if isinstance(heads, int) else list(heads)
+    heads = [heads] if isinstance(heads, Integral) else list(heads)
     columns = min(len(heads), PANELS_A_ROW)
     rows = -(-len(heads) // columns)
     figure, grid = plt.subplots(

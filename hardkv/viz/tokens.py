@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -76,7 +77,7 @@ def _texts(tokens: Any, tokenizer: Any) -> list[str]:
     ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
     if all(isinstance(token, str) for token in ids):
         return ids
-    if tokenizer is None or not all(isinstance(token, int) for token in ids):
+    if tokenizer is None or not all(isinstance(token, Integral) for token in ids):
         raise TypeError("tokens must be strings, or the ids of one sequence together with their tokenizer")
 
     def decode(some: list[int]) -> str:

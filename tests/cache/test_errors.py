@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, HardKVConfig, UnroutedKVError
-from hardkv.selectors import RKV, SCORERS, AdaKV, Adaptive, Attention, Pyramid, SnapKV, TopK, TopP, register_scorer
+from hardkv.selectors import RKV, SCORERS, AdaKV, Adaptive, Attention, Pyramid, Risk, SnapKV, TopK, TopP, register_scorer
 from tests.models.tiny import tiny_config
 from tests.models.tiny import tiny_model as make_model
 
@@ -135,6 +136,16 @@ BAD_OBJECTS = {
     "alpha": (lambda: AdaKV(64, alpha=1.5), ValueError, r"alpha=1.5 must lie in \[0, 1\]"),
     "alpha bool": (lambda: AdaKV(64, alpha=True), TypeError, r"alpha=True must be a number"),
     "beta 0": (lambda: Pyramid(64, beta=0), ValueError, r"beta=0 must be >= 1"),
+    "n bool of numpy": (lambda: TopK(np.bool_(True)), TypeError, r"n=.*True.* must be an integer"),
+    "n bool of torch": (lambda: TopK(torch.tensor(True)), TypeError, r"n=tensor\(True\) must be an integer"),
+    "n several": (lambda: TopK(torch.tensor([64, 64])), TypeError, r"n=tensor.* must be an integer"),
+    "n float of numpy": (lambda: TopK(np.float64(64)), TypeError, r"n=.*64.* must be an integer"),
+    "p bool of numpy": (lambda: TopP(np.bool_(True)), TypeError, r"p=.*True.* must be a number"),
+    "p NaN of numpy": (lambda: TopP(np.float32("nan")), ValueError, r"p=nan must lie in"),
+    "floor bool": (lambda: Risk(64, floor=True), TypeError, r"floor=True must be an integer"),
+    "floor string": (lambda: Risk(64, floor="0.1"), TypeError, r"floor='0.1' must be a number"),
+    "kernel float": (lambda: RKV(kernel_size=7.0), TypeError, r"kernel_size=7.0 must be an integer"),
+    "kernel bool": (lambda: RKV(kernel_size=True), TypeError, r"kernel_size=True must be an integer"),
     "beta float": (lambda: Pyramid(64, beta=2.5), TypeError, r"beta=2.5 must be an integer"),
     "Pyramid of TopP": (lambda: Pyramid(TopP(0.9)), TypeError, r"n=TopP.*must be an integer"),
     "Adaptive floor": (lambda: Adaptive(64, floor=65), ValueError, r"floor=65 must be <= n=64"),
