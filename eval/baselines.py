@@ -1,6 +1,6 @@
 """Budgets to compare with: static head budgets in the style of other papers, and parts and mixtures of our own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,8 +29,9 @@ class _PerHead(Budget):
     curves: RiskCurves = field(repr=False)
     layer: int = -1
 
-    def for_layer(self, layer_idx: int, num_layers: int, num_protected: int) -> Budget:
-        return type(self)(self.n, self.curves, layer_idx)
+    def for_layers(self, num_layers: int | None, num_protected: int, curves: RiskCurves | None = None) -> list[Budget]:
+        assert num_layers is not None
+        return [replace(self, layer=layer) for layer in range(num_layers)]
 
     def totals(self, length: int, num_protected: int) -> Tensor:
         """Public counts of all heads, `[L, H]`."""
@@ -101,9 +102,6 @@ class Mixed(_PerHead):
 
     dynamic: float = 0.0
     uses_temperature = True
-
-    def for_layer(self, layer_idx: int, num_layers: int, num_protected: int) -> Budget:
-        return type(self)(self.n, self.curves, layer_idx, dynamic=self.dynamic)
 
     def totals(self, length: int, num_protected: int) -> Tensor:
         return Risk(self.n).allocation(self.curves, length, num_protected)

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from hardkv.calibration_file import FORMAT, Calibration, config_hash, describe_scorer, geometry, model_name
 from hardkv.config import HardKVConfig
-from hardkv.selectors.calibration import SOLVERS
 from hardkv.selectors.checks import check_count, check_fraction, check_name
-from hardkv.selectors.scorer import Scorer, get_scorer
+from hardkv.selectors.scorers.scorer import Scorer, get_scorer
+from hardkv.selectors.temperatures import SOLVERS
 from hardkv.survey import Record, Step, SurveyCache, curve_edges, squared_attention
 
 __all__ = ["Calibration", "auto", "cache_folder", "calibrate", "default_texts"]

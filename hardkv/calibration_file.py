@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hardkv.selectors.risk import RiskCurves
-from hardkv.selectors.scorer import Scorer, scorer_to_dict
+from hardkv.selectors.budgets import RiskCurves
+from hardkv.selectors.scorers.scorer import Scorer, scorer_to_dict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

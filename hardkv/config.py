@@ -7,10 +7,9 @@ from typing import Any
 
 from hardkv.calibration_file import Calibration
 from hardkv.kernels.attention import check_backend
-from hardkv.selectors.budgets import Adaptive, Budget, TopK, budget_to_dict, get_budget
+from hardkv.selectors.budgets import Adaptive, Budget, Risk, TopK, budget_to_dict, get_budget
 from hardkv.selectors.checks import check_count
-from hardkv.selectors.risk import Risk
-from hardkv.selectors.scorer import Scorer, get_scorer, scorer_to_dict
+from hardkv.selectors.scorers.scorer import Scorer, get_scorer, scorer_to_dict
 
 # The miss counters of Cautious Update are bytes.
 MAX_PATIENCE = 254

@@ -14,10 +14,10 @@ from hardkv.cache.layer import HardKVLayer
 from hardkv.config import HardKVConfig
 from hardkv.kernels.scoring import window_attention
 from hardkv.selectors.budgets import Budget
-from hardkv.selectors.calibration import fit_temperatures, kept_counts
+from hardkv.selectors.budgets.curves import CONTEXT_FROM
 from hardkv.selectors.observation import Observation
 from hardkv.selectors.ranking import Ranking
-from hardkv.selectors.risk import CONTEXT_FROM
+from hardkv.selectors.temperatures import fit_temperatures, kept_counts
 
 
 @dataclass(frozen=True)

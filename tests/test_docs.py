@@ -174,9 +174,9 @@ def test_everything_public_has_a_docstring_that_names_its_parameters(module):
     [
         "hardkv.config",
         "hardkv.planning",
-        "hardkv.selectors.calibration",
+        "hardkv.selectors.temperatures",
         "hardkv.selectors.observation",
-        "hardkv.selectors.scorer",
+        "hardkv.selectors.scorers.scorer",
     ],
 )
 def test_examples_in_docstrings(name):

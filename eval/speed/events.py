@@ -66,7 +66,7 @@ def make_layers(model: Model, setting: Setting, budget: str, alike: bool, count:
         counts = torch.full((model.layers, setting.heads), model.kept)
     else:
         curves = synthetic_curves(model, setting.heads)
-        budgets = Risk(model.kept).for_layers(curves)
+        budgets = Risk(model.kept).for_layers(model.layers, setting.window + model.sinks, curves)
         counts = Risk(model.kept).allocation(curves, model.seen, setting.window + model.sinks)
     layers = []
     for place in range(count):

@@ -1,7 +1,7 @@
 """HardKVCache: what `generate(past_key_values=...)` takes."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -33,11 +33,10 @@ from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import backend_for
 from hardkv.kernels.backends import kernels_for
-from hardkv.selectors.budgets import Budget, Pyramid
-from hardkv.selectors.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE
+from hardkv.selectors.budgets import Budget
 from hardkv.selectors.observation import Observation
-from hardkv.selectors.risk import Risk
-from hardkv.selectors.scorer import Scorer
+from hardkv.selectors.scorers.scorer import Scorer
+from hardkv.selectors.temperatures import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 class HardKVCache(WholeCache):
@@ -98,9 +97,9 @@ class HardKVCache(WholeCache):
         super().__init__(config=config)
         install()
         if config is None:
-            if isinstance(self.settings.budget, Pyramid) or self.settings.calibration not in (None, "online"):
-                needs = self.settings.budget if self.settings.calibration is None else "a calibration"
-                raise ValueError(f"{needs} needs to know the model: pass config=model.config")
+            if self.settings.calibration not in (None, "online"):
+                raise ValueError("a calibration needs to know the model: pass config=model.config")
+            self._layer_budgets(None)  # raises for a budget that needs to know the model
             return
         route(config)
         text = config.get_text_config(decoder=True)
@@ -150,14 +149,12 @@ class HardKVCache(WholeCache):
             return f"no layer of {model} uses full attention ({bounds}){nothing}"
         return None
 
-    def _layer_budgets(self, num_layers: int) -> list[Budget]:
+    def _layer_budgets(self, num_layers: int | None) -> Sequence[Budget]:
         budget, calibration = self.settings.budget, self.settings.calibration
         assert isinstance(budget, Budget)
-        if isinstance(budget, Risk):
-            assert isinstance(calibration, Calibration)
-            return list(budget.for_layers(calibration.curves))
-        protected = self.settings.window + self.settings.sinks
-        return [budget.for_layer(rank, num_layers, protected) for rank in range(num_layers)]
+        has_risk = isinstance(calibration, Calibration) and calibration.risk is not None
+        curves = calibration.curves if has_risk else None  # type: ignore[union-attr]
+        return budget.for_layers(num_layers, self.settings.window + self.settings.sinks, curves)
 
     def _new_layer(self, idx: int, budget: Budget, states: int = 0) -> HardKVLayer:
         """The layer `idx`; `states` of a linear attention lie beside its keys and values."""
@@ -194,7 +191,7 @@ class HardKVCache(WholeCache):
         if self.layer_class_to_replicate is not None:  # built without a config: layers appear as they are used
             while len(self.layers) <= layer_idx:
                 idx = len(self.layers)
-                ours = self._new_layer(idx, self._layer_budgets(1)[0])
+                ours = self._new_layer(idx, self._layer_budgets(None)[0])
                 ours.knows_model = False
                 self.layers.append(ours)
         elif layer_idx >= len(self.layers):

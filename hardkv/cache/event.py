@@ -18,8 +18,8 @@ from hardkv.cache.queries import QueryRing, newest_of
 from hardkv.cache.tiers import Tiers
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
-from hardkv.selectors.calibration import fit_temperatures
 from hardkv.selectors.observation import Observation
+from hardkv.selectors.temperatures import fit_temperatures
 
 # Keys that layers in one event may copy for scoring: these bytes, or this share of the keys of all layers.
 TOGETHER_BYTES = 64 << 20

@@ -1,21 +1,32 @@
 """What to keep: scorers rate tokens, budgets turn rates into kept sets. Functions of tensors: no cache, no model."""
 
-from hardkv.selectors.attention import Attention
-from hardkv.selectors.budgets import BUDGETS, AdaKV, Adaptive, Budget, Pyramid, TopK, TopP, get_budget, register_budget
-from hardkv.selectors.calibration import fit_temperatures
+from hardkv.selectors.budgets import (
+    BUDGETS,
+    AdaKV,
+    Adaptive,
+    Budget,
+    Pyramid,
+    Risk,
+    RiskCurves,
+    TopK,
+    TopP,
+    get_budget,
+    register_budget,
+)
 from hardkv.selectors.observation import Observation
-from hardkv.selectors.risk import Risk, RiskCurves
-from hardkv.selectors.rkv import RKV
-from hardkv.selectors.scorer import (
+from hardkv.selectors.scorers import (
+    RKV,
     SCORERS,
+    Attention,
     Scorer,
+    SnapKV,
     get_scorer,
     log_affine,
     log_score,
     pool_rows,
     register_scorer,
 )
-from hardkv.selectors.snapkv import SnapKV
+from hardkv.selectors.temperatures import fit_temperatures
 
 __all__ = [
     "BUDGETS",

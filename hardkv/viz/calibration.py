@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hardkv.calibration_file import Calibration
 from hardkv.extras import require
-from hardkv.selectors.risk import Risk
+from hardkv.selectors.budgets import Risk
 from hardkv.viz.figures import WIDTH, finish, number_size
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from torch import Tensor
 from hardkv.cache import HardKVCache
 from hardkv.cache.layer import HardKVLayer
 from hardkv.extras import require
-from hardkv.selectors.calibration import fit_temperatures
 from hardkv.selectors.checks import check_fraction
+from hardkv.selectors.temperatures import fit_temperatures
 from hardkv.viz.figures import BLUE, ORANGE, WIDTH, finish
 
 if TYPE_CHECKING:

@@ -18,7 +18,19 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, HardKVConfig, UnroutedKVError
-from hardkv.selectors import RKV, SCORERS, AdaKV, Adaptive, Attention, Pyramid, Risk, SnapKV, TopK, TopP, register_scorer
+from hardkv.selectors import (
+    RKV,
+    SCORERS,
+    AdaKV,
+    Adaptive,
+    Attention,
+    Pyramid,
+    Risk,
+    SnapKV,
+    TopK,
+    TopP,
+    register_scorer,
+)
 from tests.models.tiny import tiny_config
 from tests.models.tiny import tiny_model as make_model
 

@@ -73,7 +73,7 @@ def share_by_risk(cache):
         generator = torch.Generator().manual_seed(3)
         counts = torch.tensor([2, 4, 8, 16, 32, 64])
         weight = 40 ** torch.rand(3, 2, 1, generator=generator)
-        budgets = Risk(20).for_layers(RiskCurves(counts, weight * (1 / counts - 1 / 64)))
+        budgets = Risk(20).for_layers(3, 0, RiskCurves(counts, weight * (1 / counts - 1 / 64)))
     for layer, budget in zip(cache.layers, budgets, strict=True):
         layer.budget = budget
 

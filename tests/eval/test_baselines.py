@@ -106,7 +106,7 @@ def test_layer_shares_are_risks_layers_split_evenly(n, length):
 def test_a_layer_gets_its_own_row():
     curves = make_curves()
     budget = Mixed(40, curves, dynamic=0.25)
-    layers = [budget.for_layer(layer, LAYERS, PROTECTED) for layer in range(LAYERS)]
+    layers = budget.for_layers(LAYERS, PROTECTED)
     assert [(layer.layer, layer.n, layer.dynamic) for layer in layers] == [(i, 40, 0.25) for i in range(LAYERS)]
     assert all(layer.curves is curves for layer in layers)
 
@@ -148,7 +148,7 @@ def test_mixed_gives_out_the_dynamic_part_by_mass(layer, dynamic, temperature):
     curves = make_curves(tilt=True)
     ranking = make_ranking((0.1, 2.0), temperature=torch.tensor(temperature, dtype=torch.float64))
     risk = (Risk(24).allocation(curves, 60, PROTECTED)[layer] - PROTECTED).tolist()
-    found = Mixed(24, curves, dynamic=dynamic).for_layer(layer, LAYERS, PROTECTED).counts(ranking).tolist()
+    found = Mixed(24, curves, dynamic=dynamic).for_layers(LAYERS, PROTECTED)[layer].counts(ranking).tolist()
     assert found == mixed_counts(ranking, risk, dynamic, temperature)
     assert sum(found) == sum(risk)
     assert all(count >= int(r * (1 - dynamic)) for count, r in zip(found, risk, strict=True))

@@ -468,7 +468,7 @@ class TestPyramid:
     def test_mean_over_layers_is_exactly_n(self, base, num_protected, beta, num_layers):
         base += beta  # so that the last layer keeps something
         pyramid = Pyramid(num_protected + base, beta=beta)
-        n = [pyramid.for_layer(layer, num_layers, num_protected).n for layer in range(num_layers)]
+        n = [budget.n for budget in pyramid.for_layers(num_layers, num_protected)]
         assert sum(n) == num_layers * (num_protected + base)
         assert n == sorted(n, reverse=True)
         if num_layers > 1:
@@ -481,24 +481,24 @@ class TestPyramid:
                 assert abs(count - num_protected - line) <= Fraction(1, 2)
 
     def test_beta_1_is_flat(self):
-        assert {Pyramid(100, beta=1).for_layer(layer, 7, 36).n for layer in range(7)} == {100}
+        assert [budget.n for budget in Pyramid(100, beta=1).for_layers(7, 36)] == [100] * 7
 
     def test_default_beta(self):
         assert Pyramid(100).beta == 20
 
     def test_wraps_another_budget(self):
         pyramid = Pyramid(AdaKV(100, alpha=0.4), beta=4)
-        first, last = pyramid.for_layer(0, 5, 20), pyramid.for_layer(4, 5, 20)
+        first, *_, last = pyramid.for_layers(5, 20)
         assert first == AdaKV(20 + 140, alpha=0.4)
         assert last == AdaKV(20 + 20, alpha=0.4)
-        assert Pyramid(100, beta=4).for_layer(0, 5, 20) == TopK(160)
-        assert Pyramid(Adaptive(100), beta=4).for_layer(4, 5, 20) == Adaptive(40)
+        assert Pyramid(100, beta=4).for_layers(5, 20)[0] == TopK(160)
+        assert Pyramid(Adaptive(100), beta=4).for_layers(5, 20)[4] == Adaptive(40)
         assert [Pyramid(b).uses_temperature for b in (9, AdaKV(9), Adaptive(9))] == [False, False, True]
 
     def test_bounds_of_the_wrapped_budget_give_way_in_extreme_layers(self):
         """A floor above the last layer's n, a cap below the first's: the totals stay exact."""
         pyramid = Pyramid(Adaptive(64, floor=32, cap=96))
-        layers = [pyramid.for_layer(layer, 8, 8) for layer in range(8)]
+        layers = pyramid.for_layers(8, 8)
         assert sum(layer.n for layer in layers) == 8 * 64
         case = make_case(10, [150, 150], protect=0.0)
         for layer in layers:
@@ -506,12 +506,12 @@ class TestPyramid:
 
     def test_without_a_layer_it_says_what_to_call(self):
         case = make_case(11, [4])
-        with pytest.raises(TypeError, match="for_layer"):
+        with pytest.raises(TypeError, match="for_layers"):
             Pyramid(3).select(case.z(), case.observation())
 
     def test_other_budgets_are_the_same_in_every_layer(self):
         for budget in (TopK(9), AdaKV(9), TopP(0.9), Adaptive(9)):
-            assert budget.for_layer(3, 8, 4) == budget
+            assert list(budget.for_layers(8, 4)) == [budget] * 8
 
 
 # ---------------------------------------------------------------- what every budget owes
@@ -537,7 +537,7 @@ EVERY_BUDGET = [
     TopK(5),
     AdaKV(5),
     AdaKV(4, alpha=0.0),
-    Pyramid(AdaKV(5), beta=2).for_layer(0, 3, 1),
+    Pyramid(AdaKV(5), beta=2).for_layers(3, 1)[0],
     TopP(0.7),
     TopP(0.9, floor=3, cap=6),
     Adaptive(5),

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hardkv.selectors import calibration
-from hardkv.selectors.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, fit_temperatures, kept_counts
+from hardkv.selectors.temperatures import MAX_TEMPERATURE, MIN_TEMPERATURE, fit_temperatures, kept_counts
 
 SOLVERS = ["adam", "bisect"]
 ROUNDING = 1e-9  # of shares

@@ -31,7 +31,7 @@ from hardkv.selectors import (
     register_scorer,
 )
 from hardkv.selectors.budgets import budget_to_dict
-from hardkv.selectors.scorer import scorer_to_dict
+from hardkv.selectors.scorers.scorer import scorer_to_dict
 
 
 def type_name(value):
@@ -142,7 +142,7 @@ class TestUserScorer:
         assert keep.tolist() == [False, False, False, True, True, True] * 4
 
     def test_registered_dataclass_goes_by_name_and_to_json(self, monkeypatch):
-        monkeypatch.setattr("hardkv.selectors.scorer.SCORERS", dict(SCORERS))
+        monkeypatch.setattr("hardkv.selectors.scorers.scorer.SCORERS", dict(SCORERS))
 
         @register_scorer("knorm")
         @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class TestBudgetRegistry:
             get_budget({"name": wrong, "n": 9})
 
     def test_unknown_name_lists_all(self):
-        with pytest.raises(ValueError, match="topk, adakv, pyramid, topp, adaptive"):
+        with pytest.raises(ValueError, match="adakv, adaptive, pyramid, risk, topk, topp"):
             get_budget({"n": 9})
 
     @pytest.mark.parametrize("spec", [{"name": "topk"}, {"name": "topk", "n": 9, "alpha": 0.1}], ids=str)

@@ -22,6 +22,11 @@ from tests.cache import conftest as tiny
 # ---------------------------------------------------------------- oracles: counts, losses as plain lists of ints
 
 
+def layer_budgets(risk, curves):
+    """The budgets of all layers that the curves know."""
+    return risk.for_layers(curves.loss.shape[0], 0, curves)
+
+
 def hull_gains(counts, loss):
     """Falls of the lower convex hull of the points, a Fraction per step; where it rises, 0. Monotone chain."""
     hull = []
@@ -278,7 +283,7 @@ def test_room_for_every_length(seed, n, longer, protected, scope, floor, cap):
     curves, length = RiskCurves(torch.tensor(TestContinued.COUNTS), loss), int(longer * n)
     each = [risk.allocation(curves, at, min(protected, at)).sum(1) for at in range(1, length + 1, max(1, n // 60))]
     most = torch.stack([*each, risk.allocation(curves, length, min(protected, length)).sum(1)]).amax(0)
-    room = torch.tensor([layer.fixed_total(3, length, protected) for layer in risk.for_layers(curves)])
+    room = torch.tensor([layer.fixed_total(3, length, protected) for layer in layer_budgets(risk, curves)])
     assert (most <= room).all()
     assert (room <= 1.03 * most + 1 + 3 * n / 60).all()  # of the lengths some are left out here
 
@@ -462,7 +467,7 @@ class TestContinued:
         counts, loss = drawn
         tokens = counts[-1] + torch.arange(1, 80)
         for protected in (tokens.clamp_max(always), tokens.minimum(tokens.clamp_max(prompt) + always)):
-            found = torch.stack([b.totals(tokens, protected) for b in risk.for_layers(risk_curves(counts, loss))])
+            found = torch.stack([b.totals(tokens, protected) for b in layer_budgets(risk, risk_curves(counts, loss))])
             for b, pair in enumerate(zip(tokens.tolist(), protected.tolist(), strict=True)):
                 low, high = bounds(risk, *pair)
                 totals = found[:, b].sum(1).tolist() if risk.scope == "layer" else [int(found[:, b].sum())]
@@ -547,7 +552,7 @@ class TestAllocation:
     def test_sequences_of_a_batch_are_separate(self, drawn, risk, sequences):
         tokens = [length for length, _ in sequences]
         protected = [min(pair) for pair in sequences]
-        layers = risk.for_layers(risk_curves(*drawn))
+        layers = layer_budgets(risk, risk_curves(*drawn))
         assert len(layers) == len(drawn[1])
         for layer, budget in enumerate(layers):
             together = budget.totals(torch.tensor(tokens), torch.tensor(protected))
@@ -562,7 +567,7 @@ class TestAllocation:
         counts, loss = [*drawn[0], 120], [[ending(curve) for curve in layer] for layer in drawn[1]]
         tokens = torch.arange(1, 121)
         for protected in (tokens.clamp_max(always), tokens.minimum(tokens.clamp_max(prompt) + always)):
-            for budget in risk.for_layers(risk_curves(counts, loss)):
+            for budget in layer_budgets(risk, risk_curves(counts, loss)):
                 found = budget.totals(tokens, protected)
                 assert (found <= tokens[:, None]).all()
                 assert (found[1:] <= found[:-1] + 1).all()
@@ -636,7 +641,7 @@ class TestOnObservations:
         observation = replace(observation, protected=observation.protected | pinned)
         counts, loss = [*counts, 100], [[ending(curve) for curve in layer] for layer in loss]
         curve = risk_curves(counts, loss)
-        for layer, budget in enumerate(risk.for_layers(curve)):
+        for layer, budget in enumerate(layer_budgets(risk, curve)):
             wanted, protected = [], []
             for sequence in exists:
                 places = sequence.nonzero()[:, 0].tolist()
@@ -652,7 +657,7 @@ class TestOnObservations:
         curve = risk_curves([2, 10, 40], [[[90, 40, 0], [8, 4, 0]]])
         exists = torch.ones(1, 30, dtype=torch.bool)
         observation, z = held(0, exists, 0.5, heads=2, window=1, sinks=1)
-        budget = Risk(10, floor=0).for_layers(curve)[0]
+        budget = layer_budgets(Risk(10, floor=0), curve)[0]
         assert (budget.counts(Ranking.of(z, observation)) + 2).tolist() == [18, 2]
         grown = replace(observation, seen=torch.tensor([12]))
         assert (budget.counts(Ranking.of(z, grown)) + 2).tolist() == [12, 8]
@@ -692,7 +697,7 @@ class TestArguments:
 
     def test_not_without_curves(self):
         observation, z = held(0, torch.ones(1, 9, dtype=torch.bool), 0.0, 1, 1, 1)
-        with pytest.raises(TypeError, match=r"for_layers\(curves\)"):
+        with pytest.raises(TypeError, match=r"for_layers\(.*curves\)"):
             Risk(8).select(z, observation)
         with pytest.raises(ValueError, match=r"Risk\(n=64.*risk curves.*calibrate\(model\)"):
             HardKVConfig(budget=Risk(64))

@@ -464,7 +464,7 @@ def pool_rows(
     kernel_size: int,
     pooling: str,
 ) -> Tensor:
-    """Smooth scores along each row over the tokens that `exclude` leaves: `hardkv.selectors.scorer.pool_rows` on a GPU.
+    """Smooth scores along each row over the tokens that `exclude` leaves: `hardkv.kernels.scoring.pool_rows` on a GPU.
 
     Args:
         score: float32 `[N]`, >= 0. exclude: bool `[N]`, the last tokens of their rows. cu_seqlens: int32 `[R + 1]`.

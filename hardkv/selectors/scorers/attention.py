@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hardkv.selectors.observation import Observation
-from hardkv.selectors.scorer import log_score, register_scorer
+from hardkv.selectors.scorers.scorer import log_score, register_scorer
 
 
 @register_scorer("attention")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hardkv.selectors.checks import settle
 from hardkv.selectors.observation import Observation
-from hardkv.selectors.scorer import check_pooling, log_score, pool_rows, register_scorer
+from hardkv.selectors.scorers.scorer import check_pooling, log_score, pool_rows, register_scorer
 
 
 @register_scorer("snapkv")

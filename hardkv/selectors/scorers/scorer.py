@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, is_dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from hardkv.kernels import scoring as kernels
 from hardkv.selectors.checks import check_count, check_name
 from hardkv.selectors.observation import Observation
+from hardkv.selectors.registry import add_to_registry
 
 # Added before every logarithm, so that a score of 0 stays finite.
 TINY = torch.finfo(torch.float32).tiny
@@ -30,8 +31,6 @@ class Scorer(Protocol):
 
 SCORERS: dict[str, type] = {}
 
-T = TypeVar("T", bound=type)
-
 
 def register_scorer(name: str):
     """Class decorator: make a scorer available as `scorer="name"`. Its constructor must work without arguments.
@@ -40,14 +39,6 @@ def register_scorer(name: str):
         ValueError: the name is a built-in's.
     """
     return partial(add_to_registry, SCORERS, name)
-
-
-def add_to_registry(registry: dict[str, type], name: str, cls: T) -> T:
-    """Enter `cls` under `name`; a notebook may enter its own class again, nobody replaces a built-in."""
-    if name in registry and registry[name].__module__.startswith("hardkv."):
-        raise ValueError(f"the name {name!r} is taken by {registry[name].__qualname__}: choose another")
-    registry[name] = cls
-    return cls
 
 
 def scorer_name(scorer: Scorer) -> str | None:

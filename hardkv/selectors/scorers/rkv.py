@@ -8,7 +8,7 @@ from torch import Tensor
 from hardkv.kernels.similarity import mean_cosine
 from hardkv.selectors.checks import check_fraction, settle
 from hardkv.selectors.observation import Observation
-from hardkv.selectors.scorer import check_pooling, log_affine, pool_rows, register_scorer
+from hardkv.selectors.scorers.scorer import check_pooling, log_affine, pool_rows, register_scorer
 
 
 @register_scorer("rkv")

@@ -1,0 +1,59 @@
+"""AdaKV: heads share a layer's budget by their part in its best tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hardkv.kernels.selection import share_of_best
+from hardkv.selectors.budgets.budget import FixedTotal, register_budget
+from hardkv.selectors.checks import check_fraction, settle
+from hardkv.selectors.ranking import Ranking
+
+
+@register_budget("adakv")
+@dataclass(frozen=True)
+class AdaKV(FixedTotal):
+    """AdaKV (https://arxiv.org/abs/2407.11550): heads share a layer's budget by their part in its best tokens.
+
+    With base = n - |F| and c_h the tokens of head h among the best H * base of the layer, head h gets
+    c_h * (1 - alpha) + alpha * base, rounded by largest remainder so that totals are exact; what a head has no
+    candidates for goes to the heads that do. Sequences of a batch are separate.
+
+    Args:
+        n: mean tokens kept per head, protected ones included.
+        alpha: the share that is split evenly, in [0, 1].
+
+    Raises:
+        ValueError, TypeError: a hyperparameter out of range or of the wrong type.
+    """
+
+    alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle(self, alpha=check_fraction("alpha", self.alpha, low_open=False))
+
+    def counts(self, ranking: Ranking) -> Tensor:
+        base = ranking.per_head(self.room(ranking))  # [B, H]
+        total = base.sum(1)
+        positions = ranking.observation.positions[ranking.token]
+        best = share_of_best(ranking.per_head(ranking.z), ranking.per_head(positions), total)
+        # float32 where there is no float64 (MPS); rounded so that equal remainders are equal on every backend
+        dtype = torch.float32 if base.device.type == "mps" else torch.float64
+        target = best.to(dtype) * (1 - self.alpha) + self.alpha * base.to(dtype)
+        room = ranking.per_head(ranking.num_candidates)
+        return round_to_total(target, room, total, ranking.z.shape[1]).flatten()
+
+
+def round_to_total(target: Tensor, room: Tensor, total: Tensor, most: int | None = None) -> Tensor:
+    """Integers near `target [B, H]`, at most `room [B, H]`, that sum to `min(total [B], room)`: largest remainder.
+
+    One unit at a time goes to the head that lacks most of its target and has room; equals: the lower head. `most`: a
+    bound on `room`, read from the device when None.
+    """
+    units = (int(room.max()) if room.numel() else 0) if most is None else most
+    unit = torch.arange(units, device=target.device)
+    lack = (target[..., None] - unit).mul_(1 << 16).round_()
+    lack = lack.masked_fill(unit >= room[..., None], -torch.inf)
+    return share_of_best(lack, torch.zeros_like(lack, dtype=torch.int32), total)

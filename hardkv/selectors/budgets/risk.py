@@ -1,0 +1,133 @@
+"""Risk budgets: every head of the model gets the tokens whose eviction was measured to cost most."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hardkv.selectors.budgets.budget import Budget, FixedTotal, register_budget
+from hardkv.selectors.budgets.curves import RiskCurves
+from hardkv.selectors.budgets.water_filling import ROOM_SPARE, Plan
+from hardkv.selectors.checks import check_count, check_fraction, settle
+from hardkv.selectors.ranking import Ranking
+
+
+@register_budget("risk")
+@dataclass(frozen=True)
+class Risk(FixedTotal):
+    """Counts fitted to what eviction really costs each head, the same at every event (hardkv's own).
+
+    A calibration measured, for every head, the loss rho(n) when n tokens are kept. The heads' counts minimise the sum
+    of rho over the model at a mean of n tokens a head: tokens go where the lower convex hulls of the curves fall most
+    (water-filling), which is exact on the hulls. No head gets more than a sequence has; what that frees goes to the
+    others, so counts settle once the sequence is longer than the largest. For sequences longer than the calibration's
+    texts the curves are continued by a power law (`RiskCurves.continued`).
+
+    Args:
+        n: mean tokens kept per head, protected ones included.
+        scope: "model": heads of all layers share one total; "layer": every layer has its own.
+        floor: fewest tokens of a head: a count (int), protected ones included, or a share (float) of n - |F| beyond
+            the protected tokens.
+        cap: most tokens of a head, protected ones included. None: no bound.
+
+    Raises:
+        ValueError, TypeError: a value out of range or of the wrong type.
+    """
+
+    scope: str = "model"
+    floor: "int | float" = 0.1
+    cap: int | None = None
+    uses_risk = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope not in ("model", "layer"):
+            raise ValueError(f"scope={self.scope!r} must be 'model' or 'layer'")
+        if hasattr(self.floor, "__index__"):
+            settle(self, floor=check_count("floor", self.floor, 0, self.n))
+        else:  # of some float's type, which tells a share from a count
+            settle(self, floor=float(check_fraction("floor", self.floor, low_open=False)))
+        if self.cap is not None:
+            settle(self, cap=check_count("cap", self.cap, self.n))
+
+    def for_layers(
+        self, num_layers: int | None, num_protected: int, curves: RiskCurves | None = None
+    ) -> "list[LayerRisk]":
+        """As `Budget.for_layers`; the budgets of all layers share one plan.
+
+        Raises:
+            ValueError: no curves, or those of another number of layers.
+        """
+        if curves is None:
+            raise ValueError(f"{self} needs measured risk curves: pass calibration=hardkv.calibrate(model)")
+        layers, heads, _ = curves.loss.shape
+        if num_layers != layers:
+            raise ValueError(f"{self} has the curves of {layers} layers, not of {num_layers}: calibrate this model")
+        continued = curves.continued()
+        if self.scope == "layer":
+            plans = [Plan.of(curves, continued, slice(layer, layer + 1)) for layer in range(layers)]
+            return [LayerRisk(self, (0,), heads, plan) for plan in plans]
+        plan = Plan.of(curves, continued, slice(None))
+        return [LayerRisk(self, (layer * heads,), heads, plan) for layer in range(layers)]
+
+    def allocation(self, curves: RiskCurves, length: int, num_protected: int) -> Tensor:
+        """The counts `[L, H]` of a sequence of `length` tokens, protected ones (`num_protected` a head) included."""
+        at = curves.counts.new_tensor([length]), curves.counts.new_tensor([num_protected])
+        return torch.cat([budget.totals(*at) for budget in self.for_layers(len(curves.loss), num_protected, curves)])
+
+    def counts(self, ranking: Ranking) -> Tensor:
+        raise TypeError(
+            "Risk needs measured curves: call for_layers(num_layers, |F|, curves), or HardKVCache(calibration=...)"
+        )
+
+
+@dataclass(frozen=True)
+class LayerRisk(Budget):
+    """`Risk` of one layer or of several together, or of some of its heads, with the curves of all."""
+
+    risk: Risk
+    firsts: tuple[int, ...]  # rows of the plan where the layers' heads, or those of this process, begin
+    heads: int
+    plan: Plan = field(repr=False)
+
+    def __repr__(self) -> str:
+        return repr(self.risk)
+
+    @property
+    def known_heads(self) -> int:  # type: ignore[override]
+        return self.heads
+
+    def for_heads(self, first: int, last: int) -> "LayerRisk":
+        return replace(self, firsts=tuple(row + first for row in self.firsts), heads=last - first)
+
+    @property
+    def limit(self) -> int:
+        return self.risk.limit
+
+    def together(self, budgets: Sequence[Budget]) -> Budget | None:
+        same = [each for each in budgets if isinstance(each, LayerRisk) and each.plan is self.plan]
+        if len(same) < len(budgets) or any(each.heads != self.heads for each in same):
+            return None
+        return replace(self, firsts=tuple(row for each in same for row in each.firsts))
+
+    def fixed_total(self, heads: int, length: int, protected: int) -> int:
+        """As `Budget.fixed_total`: the most at any length up to this one, since a layer's share moves with it."""
+        counts = self.plan.at_lengths(self.risk, length, protected)
+        each = torch.stack([counts[:, first : first + self.heads] for first in self.firsts])
+        return math.ceil(int(each.sum(-1).max()) * ROOM_SPARE)
+
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        return self.plan.on(device).tensors()
+
+    def totals(self, tokens: Tensor, protected: Tensor) -> Tensor:
+        """Counts of heads, int64 `[L * B, H]`, for sequences of `tokens [B]` with `protected [B]` a head."""
+        counts = self.plan.on(tokens.device).totals(self.risk, tokens, protected)
+        each = [counts[:, first : first + self.heads] for first in self.firsts]
+        return each[0] if len(each) == 1 else torch.cat(each)
+
+    def counts(self, ranking: Ranking) -> Tensor:
+        protected = ranking.per_head(ranking.num_protected)  # the same in every head and layer
+        batch = protected.shape[0] // len(self.firsts)
+        return (self.totals(ranking.observation.context[:batch], protected[:batch, 0]) - protected).flatten()

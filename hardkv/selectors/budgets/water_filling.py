@@ -1,0 +1,101 @@
+"""Water-filling: tokens go where the risk curves fall most, exactly and at once."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hardkv.selectors.budgets.curves import RiskCurves, middles, reach
+
+if TYPE_CHECKING:
+    from hardkv.selectors.budgets.risk import Risk
+
+
+# A layer's share of the total is looked at for lengths that are this factor apart, and closer just above n, where it
+# moves fastest; in between it is taken to be larger by no more than the second.
+ROOM_STEP, ROOM_SPARE = 1.02, 1.02
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pieces of all rows' curves, for water-filling; S = rows * (K' - 1), piece-major, so that ties spread."""
+
+    rows: int
+    length: int  # up to which the curves were measured
+    start: Tensor  # int64 [S], count at which a piece begins
+    stop: Tensor  # int64 [S]
+    middle: Tensor  # float64 [S]
+    gains: Tensor  # float64 [S], as measured, for contexts up to `length`
+    tail: Tensor  # float64 [S], of longer ones, before `reach`
+    copies: "dict[torch.device, Plan]" = field(default_factory=dict, repr=False, compare=False)
+    rooms: "dict[tuple[Risk, int, int], Tensor]" = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, curves: RiskCurves, continued: tuple[Tensor, Tensor], layers: slice) -> "Plan":
+        """A plan for some layers; `continued` is `curves.continued()`, worked out once for all plans."""
+        counts, tail = continued
+        gains = torch.nn.functional.pad(curves.gains, (0, tail.shape[2] - curves.gains.shape[2]))
+        rows = tail[layers].flatten(0, 1).shape[0]
+        start, middle = counts[:-1].clone(), middles(counts)
+        start[0] = 0  # what a row may hold less than the first measured count belongs to its first piece
+
+        def by_piece(per_row: Tensor) -> Tensor:
+            return per_row[layers].flatten(0, 1).T.flatten()
+
+        start, stop, middle = (t.repeat_interleave(rows) for t in (start, counts[1:], middle))
+        return cls(rows, curves.length, start, stop, middle, by_piece(gains), by_piece(tail))
+
+    def on(self, device: torch.device) -> "Plan":
+        """The plan on a device, moved once for all layers."""
+        if self.start.device == device:
+            return self
+        if device not in self.copies:
+            real = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+            start, stop = self.start.to(device), self.stop.to(device)
+            middle, gains, tail = (t.to(device, real) for t in (self.middle, self.gains, self.tail))
+            self.copies[device] = Plan(self.rows, self.length, start, stop, middle, gains, tail)
+        return self.copies[device]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.start, self.stop, self.middle, self.gains, self.tail]
+
+    def totals(self, risk: "Risk", tokens: Tensor, protected: Tensor) -> Tensor:
+        """Counts of all rows, int64 `[B, rows]`, for sequences of `tokens [B]` with `protected [B]` a row."""
+        n, floor, cap = risk.n, risk.floor, risk.cap
+        if isinstance(floor, float):
+            low = protected + (floor * (n - protected).clamp_min(0)).long()
+        else:
+            low = protected.clamp_min(floor)
+        high = tokens if cap is None else tokens.minimum(protected.clamp_min(cap))
+        return self.counts(n * self.rows, tokens, low, high)
+
+    def at_lengths(self, risk: "Risk", length: int, protected: int) -> Tensor:
+        """`totals` at lengths up to `length`, `[lengths, rows]`; kept, as every layer asks for the same."""
+        asked = risk, length, protected
+        found = self.rooms.get(asked)
+        if found is None:
+            lengths, step = [length, min(risk.n, length)], 1.0  # up to n tokens all are kept
+            while risk.n + step < length:
+                lengths.append(round(risk.n + step))
+                step += min(step / 2, (risk.n + step) * (ROOM_STEP - 1))
+            tokens = self.start.new_tensor(sorted(set(lengths)))
+            found = torch.cat([self.totals(risk, each, each.clamp_max(protected)) for each in tokens.split(32)])
+            self.rooms.clear()
+            self.rooms[asked] = found
+        return found
+
+    def counts(self, total: int, context: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Water-filling: tokens of every row, int64 `[B, rows]`, at least `low [B]`, at most `high [B]`.
+
+        They sum to `total`, or to what the bounds allow. `context [B]`: tokens of the sequences so far.
+        """
+        low = low.minimum(high)
+        longer = self.tail * reach(self.middle, context[:, None])
+        gains = torch.where(context[:, None] > self.length, longer, self.gains)  # [B, S]
+        order = gains.argsort(dim=1, descending=True, stable=True)
+        width = (self.stop.minimum(high[:, None]) - self.start.maximum(low[:, None])).clamp_min(0).gather(1, order)
+        before = width.cumsum(1) - width
+        taken = ((total - self.rows * low)[:, None] - before).clamp_min(0).minimum(width)
+        counts = low[:, None].expand(-1, self.rows).contiguous()
+        return counts.scatter_add_(1, order % self.rows, taken)
