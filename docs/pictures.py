@@ -17,6 +17,7 @@ from torch import Tensor
 
 from docs.tables import NEEDLE, read
 from hardkv import HardKVCache, Trace, calibrate
+from hardkv.cache.argument import CACHE
 from hardkv.demo import load
 from hardkv.selectors import RKV, AdaKV, Attention, Risk, SnapKV, TopK
 
@@ -31,7 +32,7 @@ def read_text(model: Any, ids: Tensor, **settings: Any) -> HardKVCache:
     cache = HardKVCache(config=model.config, scorer="attention", budget=settings.pop("budget", BUDGET), **settings)
     with torch.no_grad():
         for chunk in ids.split(INTERVAL, 1):
-            model(chunk, past_key_values=cache)
+            model(chunk, **{CACHE: cache})
     return cache
 
 
@@ -69,7 +70,7 @@ def tiers(model: Any, ids: Tensor) -> None:
     held = torch.zeros(columns // step, columns)
     with torch.no_grad():
         for row, tokens in zip(held, ids[:, :columns].split(step, 1), strict=True):
-            model(tokens, past_key_values=cache)
+            model(tokens, **{CACHE: cache})
             now = Trace.of(cache).tiers(layer_idx)[0, 0]
             row[: now.shape[0]] = now
     names = {"condensed": BLUE, "sparse (on probation)": ORANGE, "dense": GREEN}
@@ -90,7 +91,7 @@ def scorers(model: Any, ids: Tensor) -> None:
     """What three scorers say of the same tokens."""
     cache = HardKVCache(config=model.config, budget=1024)  # keeps all
     with torch.no_grad():
-        model(ids[:, :512], past_key_values=cache)
+        model(ids[:, :512], **{CACHE: cache})
     observation, head = cache.observe(12), 0
     figure, axes = plt.subplots(3, 1, figsize=(9, 5), layout="constrained", sharex=True)
     for axis, (name, scorer) in zip(

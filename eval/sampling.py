@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 
 # Steps between two looks at what the cache holds; always the same ones, whatever ends when.
 LOOK_EVERY = 16
@@ -217,7 +218,7 @@ def answer_batch(
     start = time.perf_counter()
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=max_new_tokens,
         do_sample=False,  # the processor above has drawn
         temperature=None,

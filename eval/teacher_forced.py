@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import argument_of
 
 
 @dataclass
@@ -73,7 +74,7 @@ def teacher_forced(
 def _log_softmax(model: Any, chunk: Tensor, cache: Any, whole: bool) -> Tensor:
     """Float32 log-probabilities of the next tokens, `[B, q, V]`, or of the last one only."""
     keep = 0 if whole else 1
-    logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    logits = model(input_ids=chunk, **{argument_of(model): cache}, use_cache=True, logits_to_keep=keep).logits
     return logits.float().log_softmax(-1)
 
 

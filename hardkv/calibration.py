@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hardkv.cache.argument import argument_of
 from hardkv.calibration_file import FORMAT, Calibration, config_hash, describe_scorer, geometry, model_name
 from hardkv.config import HardKVConfig
 from hardkv.selectors.checks import check_count, check_fraction, check_name
@@ -124,7 +125,7 @@ def calibrate(
         raise ValueError(f"no layer of {type(model).__name__} uses full attention: there is nothing to calibrate")
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    arguments: dict[str, Any] = {"use_cache": True}
+    arguments: dict[str, Any] = {argument_of(model): cache, "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = 1
     try:
@@ -133,7 +134,7 @@ def calibrate(
             for ids in batches:
                 cache.begin(ids.shape[1])
                 for chunk in ids.split(interval, 1):
-                    model(input_ids=chunk, past_key_values=cache, **arguments)
+                    model(input_ids=chunk, **arguments)
                     cache.restack()
                     bar.update(chunk.numel())
             cache.reset()

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.generation.streamers import BaseStreamer
 
 from hardkv.cache import HardKVCache
+from hardkv.cache.argument import CACHE
 from hardkv.cache.stats import format_bytes
 from hardkv.cli import InputError
 from hardkv.config import HardKVConfig
@@ -133,7 +134,7 @@ def generate(model: Any, inputs: dict[str, Tensor], cache: Cache, max_new_tokens
     """The greedy answers' tokens `[batch, new]`."""
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         temperature=None,  # a checkpoint's sampling defaults would only raise warnings

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from hardkv.cache.argument import CACHE, take
 from hardkv.cache.cache import HardKVCache
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
@@ -31,7 +32,9 @@ STEPPED = (HardKVLayer, HybridLayer, DynamicSlidingWindowLayer, LinearAttentionL
 
 
 def generate(model: Any, *args: Any, compile: bool = False, tokenizer: Any = None, **kwargs: Any) -> Any:
-    """`model.generate(...)` by `graphed`, with a new HardKVCache unless `past_key_values` is given.
+    """`model.generate(...)` by `graphed`, with a new HardKVCache unless one is given.
+
+    It is `cache` or `past_key_values`, which are two names of one argument with every version of transformers.
 
     Args:
         model: a transformers model that generates.
@@ -44,10 +47,10 @@ def generate(model: Any, *args: Any, compile: bool = False, tokenizer: Any = Non
 
     Raises:
         ValueError: `stop_strings` without a tokenizer.
-        TypeError, NotImplementedError: see `graphed`.
+        TypeError: two caches; see `graphed` for this and NotImplementedError.
     """
-    if kwargs.get("past_key_values") is None:
-        kwargs["past_key_values"] = HardKVCache(config=model.config)
+    cache = take(kwargs)
+    kwargs[CACHE] = HardKVCache(config=model.config) if cache is None else cache
     strings = kwargs.pop("stop_strings", None)  # generate() keeps the tokenizer to itself
     if strings is not None:
         if tokenizer is None:
@@ -70,14 +73,15 @@ def graphed(
 ) -> "GenerateDecoderOnlyOutput | Tensor":
     """Greedy search and sampling as `generate()` does them, with a captured decode step.
 
-    For `model.generate(..., past_key_values=HardKVCache(...), custom_generate=graphed)`; with `compile=True` there, the
-    `torch.compile`d forward is captured, whose logits differ by rounding. It reads the weights of linear layers with
-    one input (query, key and value; gate and up) as one, for which they are moved next to each other in memory, values
-    unchanged: let no other thread use the model the first time. Where inductor autotunes (`max_autotune`) it reads each
-    by itself, and a warning says so. The prefill runs as always. A cache that is used again, after `reset()` or for
-    another turn, keeps its graph, and a new one needs a new capture. Where there is no CUDA the same steps run
-    uncaptured, and `stats()` says so. The state of a linear attention cannot go back a step: with such layers the host
-    waits for every token before the next step, and a step that dies leaves the cache unusable until `reset()`.
+    For `model.generate(..., past_key_values=HardKVCache(...), custom_generate=graphed)`, or `cache=` from transformers
+    5.24 on. With `compile=True` there, the `torch.compile`d forward is captured, whose logits differ by rounding. It reads
+    the weights of linear layers with one input (query, key and value; gate and up) as one, for which they are moved
+    next to each other in memory, values unchanged: let no other thread use the model the first time. Where inductor
+    autotunes (`max_autotune`) it reads each by itself, and a warning says so. The prefill runs as always. A cache that
+    is used again, after `reset()` or for another turn, keeps its graph, and a new one needs a new capture. Where there
+    is no CUDA the same steps run uncaptured, and `stats()` says so. The state of a linear attention cannot go back a
+    step: with such layers the host waits for every token before the next step, and a step that dies leaves the cache
+    unusable until `reset()`.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs: what
@@ -88,11 +92,11 @@ def graphed(
         What `model.generate` returns: token ids `[B, n + new]`, or its output object with `return_dict_in_generate`.
 
     Raises:
-        TypeError: `past_key_values` is no HardKVCache.
+        TypeError: the cache is no HardKVCache.
         NotImplementedError: beams and the like, a model or a cache whose steps cannot be captured, or a forward that
             cannot be compiled as a whole (latent attention, for one).
     """
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     _refuse(model, cache, generation_config, synced_gpus)
     assert isinstance(cache, HardKVCache)
     if cache.steps is None or not cache.steps.of(model, compile):
@@ -109,7 +113,7 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool) -> None:
     what = type(model).__name__
     if not isinstance(cache, HardKVCache):
         got = type(cache).__name__
-        raise TypeError(f"custom_generate=graphed needs past_key_values=HardKVCache(config=model.config), got {got}")
+        raise TypeError(f"custom_generate=graphed needs {CACHE}=HardKVCache(config=model.config), got {got}")
     layers = {type(layer).__name__ for layer in cache.layers if type(layer) not in STEPPED}
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     devices = {parameter.device for parameter in model.parameters()}
@@ -232,7 +236,7 @@ class _Loop:
             sequences=ids,  # type: ignore[arg-type]  # here and below, transformers' annotations are too narrow
             scores=tuple(self.scores) if self.config.output_scores else None,  # type: ignore[arg-type]
             logits=tuple(self.logits) if self.config.output_logits else None,  # type: ignore[arg-type]
-            past_key_values=cache,
+            **{CACHE: cache},  # type: ignore[arg-type]
         )
 
     def _draw(self, logits: Tensor, ids: Tensor, unfinished: Tensor) -> tuple[Tensor, Tensor, Tensor]:

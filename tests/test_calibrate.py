@@ -23,6 +23,7 @@ from transformers import (
 import hardkv.calibration
 import hardkv.survey
 from hardkv import Calibration, HardKVCache, calibrate
+from hardkv.cache.argument import CACHE
 from hardkv.calibration_file import describe_scorer, geometry
 from hardkv.selectors import Adaptive, Risk, TopP, fit_temperatures, get_scorer
 from hardkv.survey import restack, squared_attention
@@ -691,7 +692,7 @@ class TestTemperaturesReachTheBudget:
         ):
             cache = HardKVCache(config=model.config, scorer=scorer, budget=budget, **more, **SIZES)
             with torch.no_grad():
-                model(input_ids=torch.stack(prompts), past_key_values=cache)
+                model(input_ids=torch.stack(prompts), **{CACHE: cache})
             assert cache.stats().temperatures == ([[row, row] for row in temperatures.tolist()] if more else [])
             for layer, row in zip(layers, temperatures.tolist(), strict=True):
                 for b, record in enumerate(recorded):
@@ -707,12 +708,12 @@ class TestTemperaturesReachTheBudget:
         cache = HardKVCache(config=model.config, scorer="snapkv", budget=Adaptive(20), calibration=calibration, **SIZES)
         with torch.no_grad():
             for chunk in texts[1][None].split(12, 1):
-                model(input_ids=chunk, past_key_values=cache)
+                model(input_ids=chunk, **{CACHE: cache})
                 assert cache.stats().temperatures == [[row] for row in calibration.temperatures.tolist()]
         cache = HardKVCache(config=model.config, scorer="snapkv", budget=20, calibration=calibration, **SIZES)
         assert cache.settings.budget == Risk(20)
         with torch.no_grad():
-            model(input_ids=texts[1][None], past_key_values=cache)
+            model(input_ids=texts[1][None], **{CACHE: cache})
         assert cache.stats().temperatures == []
         wanted = Risk(20).allocation(calibration.curves, 60, 10)
         assert cache.lengths()[:, 0].tolist() == wanted.tolist()

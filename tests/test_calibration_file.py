@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
+from hardkv.cache.argument import CACHE
 from hardkv.calibration_file import config_hash, geometry, model_name
 from hardkv.selectors import AdaKV, Adaptive, Attention, Pyramid, Risk, SnapKV, TopK, TopP
 
@@ -302,7 +303,7 @@ def prefilled(tokens=150, **arguments):
     model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
     cache = HardKVCache(config=model.config, **SETTINGS, **arguments)
     with torch.no_grad():
-        model(torch.arange(tokens)[None] % 90, past_key_values=cache)
+        model(torch.arange(tokens)[None] % 90, **{CACHE: cache})
     return cache.lengths()[:, 0]
 
 

@@ -20,6 +20,7 @@ import hardkv.selectors
 import hardkv.viz
 from docs import tables
 from hardkv import calibration
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import BUDGETS, SCORERS
 from tests.eval import tiny
 
@@ -77,7 +78,7 @@ def test_a_scorer_of_ones_own_decides_what_is_kept(tiny_everything):
     exec(compile(block, "your-own.md", "exec"), scope)
     cache = scope["cache"]
     assert cache.settings.to_dict()["scorer"] == {"name": "value-attention"}
-    scope["model"](tiny.tokenizer()("ab cd" * 80, return_tensors="pt").input_ids, past_key_values=cache)
+    scope["model"](tiny.tokenizer()("ab cd" * 80, return_tensors="pt").input_ids, **{CACHE: cache})
     assert cache.lengths().unique().tolist() == [256]
 
 

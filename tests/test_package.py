@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import hardkv
+from hardkv.cache.argument import CACHE
 
 # Run in a fresh interpreter, where nothing has imported hardkv yet.
 CHILD = """
@@ -19,6 +20,7 @@ import transformers.cache_utils, transformers.generation, transformers.masking_u
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
+CACHE = sys.argv[1]  # what this version calls a cache
 
 def outputs():
     found = []
@@ -34,7 +36,7 @@ def outputs():
         mask[0, :4] = 0
         for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=16), None):
             out = model.generate(
-                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False,
+                ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=5, do_sample=False,
                 return_dict_in_generate=True, output_logits=True, output_attentions=attn == "eager",
             )
             found += [out.sequences, *out.logits]
@@ -74,7 +76,7 @@ print(json.dumps(result))
 @pytest.fixture(scope="module")
 def child():
     """What `import hardkv` did in a fresh interpreter."""
-    run = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=240, check=False)
+    run = subprocess.run([sys.executable, "-c", CHILD, CACHE], capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -47,6 +47,7 @@ from eval.speed.inputs import Setting, make_tiers
 from eval.speed.kernel_time import Profiler
 from eval.speed.timing import CudaTimer, copy_bandwidth, describe
 from hardkv import Calibration, HardKVCache, graphed
+from hardkv.cache.argument import CACHE
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import storage_nbytes
 from hardkv.calibration_file import geometry
@@ -293,7 +294,7 @@ class Bench:
         self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=clock.steps + 1,
             do_sample=False,
             eos_token_id=None,
@@ -307,8 +308,8 @@ class Bench:
         """One token after a prompt."""
         dense = method == "dynamic"
         cache = DynamicCache(config=self.config) if dense else self.hardkv_cache("topk", 2048, scorer)
-        options = METHODS[method][1]
-        self.model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False, pad_token_id=0, **options)
+        options = {CACHE: cache} | METHODS[method][1]
+        self.model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0, **options)
         self._wait()
 
     def _forget(self, kind: str) -> None:

@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 )
 
 from hardkv.cache import siblings
+from hardkv.cache.argument import NAMES, argument_of
 from hardkv.cache.handles import KVHandle, LatentHandle
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.static import StaticDecoding, StaticTokens
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 # Inputs of a step: those that change as we know, those that stay as they are, and those that the pools stand for.
 MOVING = ("input_ids", "position_ids")
 CONSTANT = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-REPLACED = ("past_key_values", "attention_mask")
+REPLACED = (*NAMES, "attention_mask")
 # Batch sizes that a model may be compiled for.
 MAX_SHAPES = 64
 
@@ -105,6 +106,7 @@ class DecodeSteps:
 
     def __init__(self, model: Any, compiled: bool):
         self._model = weakref.ref(model)
+        self._argument = argument_of(model)
         self.compiled = compiled
         self.decoding: StaticDecoding | None = None
         self.captures = self.replays = 0
@@ -242,7 +244,7 @@ class DecodeSteps:
         with decoding.step(), watching:
             try:
                 with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
-                    out = forward(**self._inputs, past_key_values=Cache(layers=layers), return_dict=True)
+                    out = forward(**self._inputs, **{self._argument: Cache(layers=layers)}, return_dict=True)
             except torch._dynamo.exc.Unsupported as error:
                 raise NotImplementedError(
                     f"the forward of {type(model).__name__} cannot be compiled as a whole: leave out compile=True"

@@ -29,6 +29,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hardkv.cache.argument import CACHE
+
 VOCABULARY = 98
 PAD = 0
 
@@ -130,7 +132,7 @@ def generate_logits(model: PreTrainedModel, cache: Any, inputs: dict[str, Tensor
     """Tokens `[B, columns]` and logits `[new, B, V]` of `model.generate` with a cache, greedy unless told otherwise."""
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=new,
         return_dict_in_generate=True,
         output_logits=True,
@@ -158,7 +160,7 @@ def feed(
                 input_ids=input_ids[:, new],
                 attention_mask=attention_mask[:, : new.stop],
                 position_ids=position_ids[:, new],
-                past_key_values=cache,
+                **{CACHE: cache},
             )
         yield new.start, new.stop, out.logits
         start = new.stop

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hardkv.cache.argument import CACHE
 from tests.cache.conftest import ORACLE, Visibility, make_model
 
 
@@ -79,7 +80,7 @@ class Follower:
     # ------------------------------------------------------------------ a forward
 
     def _compare(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if kwargs.get("past_key_values") is not self.cache:
+        if kwargs.get(CACHE) is not self.cache:
             return
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:

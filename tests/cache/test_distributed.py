@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hardkv import HardKVCache, calibrate, graphed
+from hardkv.cache.argument import CACHE
 from hardkv.cache.shards import local_heads
 from hardkv.selectors import AdaKV, Pyramid, Risk, TopK, TopP
 from tests.cache.conftest import make_model, make_prompts
@@ -150,7 +151,7 @@ def test_heads_that_do_not_fit_the_calibration(settings, tmp_path, tiny_prompts)
         torch.no_grad(),
         pytest.raises(ValueError, match="brings 2 KV heads.*has 4.*calibration=None"),
     ):
-        part(**tiny_prompts(1), past_key_values=cache)
+        part(**tiny_prompts(1), **{CACHE: cache})
     assert cache.get_seq_length() == cache.nbytes() == 0
 
 
@@ -177,7 +178,7 @@ with state.split_between_processes(prompts) as mine:
     assert len(mine) == 2
     for ids in mine:
         cache = HardKVCache(config=model.config, budget=8, window=4, sinks=1, interval=3)
-        out = model.generate(torch.tensor([ids]), past_key_values=cache, max_new_tokens=9, do_sample=False)
+        out = model.generate(torch.tensor([ids]), **{CACHE: cache}, max_new_tokens=9, do_sample=False)
         texts.append((ids, out[0].tolist(), cache.stats().events, state.process_index))
 texts = gather_object(texts)
 if state.is_main_process:

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from hardkv.cache.layer import HardKVLayer
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, TopK, TopP
 
@@ -166,7 +167,7 @@ def test_static_cache_compiles_in_one_graph_through_the_wrapped_registry(attn, t
         position = torch.arange(tokens.shape[1])[None]
         for _ in range(4):
             with torch.no_grad():
-                logits.append(forward(tokens, position_ids=position, past_key_values=cache).logits[:, -1])
+                logits.append(forward(tokens, position_ids=position, **{CACHE: cache}).logits[:, -1])
             tokens, position = logits[-1].argmax(-1, keepdim=True), position[:, -1:] + 1
         return torch.stack(logits)
 

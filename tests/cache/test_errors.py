@@ -18,6 +18,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, HardKVConfig, UnroutedKVError
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import (
     RKV,
     SCORERS,
@@ -46,7 +47,7 @@ def no_grad():
 def step(model, cache, token: int = 5, batch: int = 1, mask: Tensor | None = None) -> Tensor:
     """Logits `[B, V]` after one more token in every row."""
     ids = torch.full((batch, 1), token)
-    return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
+    return model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits[:, -1]
 
 
 def step_or_refusal(model, cache, token: int = 5) -> Tensor | None:
@@ -219,7 +220,7 @@ def filled(request, tiny_model, tiny_prompts):
     """A model and its cache after a prompt and two tokens; gemma3 starts with a sliding-window layer, not with ours."""
     model = tiny_model(request.param, "sdpa")
     cache = HardKVCache(config=model.config, **EVICT)
-    model(**tiny_prompts(1), past_key_values=cache)
+    model(**tiny_prompts(1), **{CACHE: cache})
     for token in (20, 21):
         step(model, cache, token)
     return request.param, model, cache
@@ -271,7 +272,7 @@ def test_another_model_of_another_shape(filled, tiny_model):
 
 def test_another_dtype(tiny_model, tiny_prompts):
     cache = HardKVCache(**EVICT)
-    tiny_model("llama", "sdpa")(**tiny_prompts(1), past_key_values=cache)
+    tiny_model("llama", "sdpa")(**tiny_prompts(1), **{CACHE: cache})
     before = held(cache)
     with pytest.raises(ValueError, match=r"float32 and gets .*float64"):
         step(tiny_model("llama", "sdpa", dtype=torch.float64), cache)
@@ -281,13 +282,13 @@ def test_another_dtype(tiny_model, tiny_prompts):
 def test_a_config_with_fewer_layers_than_the_model(tiny_model, tiny_prompts):
     cache = HardKVCache(config=tiny_model("llama", "sdpa", num_hidden_layers=2).config)
     with pytest.raises(RuntimeError, match=r"layer 2 asks for a cache of 2 layers.*HardKVCache\(config=model.config\)"):
-        tiny_model("llama", "sdpa")(**tiny_prompts(1), past_key_values=cache)
+        tiny_model("llama", "sdpa")(**tiny_prompts(1), **{CACHE: cache})
 
 
 def test_a_handle_of_an_earlier_forward(tiny_model, tiny_prompts):
     model = tiny_model("llama", "sdpa")
     cache = HardKVCache(config=model.config, **EVICT)
-    model(**tiny_prompts(1), past_key_values=cache)
+    model(**tiny_prompts(1), **{CACHE: cache})
     module, attend = model.model.layers[0].self_attn, ALL_ATTENTION_FUNCTIONS["sdpa"]
     new = torch.randn(1, 2, 1, 8)
     query = torch.randn(1, 4, 1, 8)
@@ -320,7 +321,7 @@ def encoder_decoder(model_type: str, attn: str = "sdpa") -> PreTrainedModel:
 def decode(model, inputs, cache, **options) -> Any:
     return model.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE: cache},
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
@@ -365,7 +366,7 @@ def test_latent_attention_needs_the_config(tiny_prompts):
     model = make_model("deepseek_v3")
     cache = HardKVCache()
     with pytest.raises(UnroutedKVError, match=r"'linear'.*HardKVCache\(config=model.config\)"):
-        model(**tiny_prompts(3), past_key_values=cache)
+        model(**tiny_prompts(3), **{CACHE: cache})
     assert cache.get_seq_length() == 0
 
 
@@ -417,7 +418,7 @@ def test_latents_that_a_model_lays_out_in_its_own_way(monkeypatch, tiny_prompts)
     expand = attention.expand_kv
     monkeypatch.setattr(attention, "expand_kv", expand_kv)
     with pytest.raises(UnroutedKVError, match="lays keys and values out in another way.*use DynamicCache"):
-        model(**tiny_prompts(3), past_key_values=HardKVCache(config=model.config))
+        model(**tiny_prompts(3), **{CACHE: HardKVCache(config=model.config)})
 
 
 @pytest.mark.parametrize("name", ["position_bias", "indices", "block_indices"])
@@ -442,7 +443,7 @@ def test_bidirectional_attention_is_refused(how, tiny_model, tiny_prompts):
     else:
         options["is_causal"] = False
     with pytest.raises(NotImplementedError, match="needs causal self-attention, and LlamaAttention is not"):
-        model(**inputs, past_key_values=cache, **options)
+        model(**inputs, **{CACHE: cache}, **options)
     assert cache.get_seq_length() == 0
 
 
@@ -450,7 +451,7 @@ def test_bidirectional_attention_is_refused(how, tiny_model, tiny_prompts):
 def test_a_sliding_window_without_a_config(name, tiny_model, tiny_prompts):
     model, cache = tiny_model(name, "sdpa", sliding_window=6), HardKVCache(**EVICT)
     with pytest.raises(ValueError, match=r"sliding window of 6 tokens.*HardKVCache\(config=model.config\)"):
-        model(**tiny_prompts(1), past_key_values=cache)
+        model(**tiny_prompts(1), **{CACHE: cache})
     assert cache.get_seq_length() == 0
 
 
@@ -459,7 +460,7 @@ def test_a_sliding_window_that_the_config_does_not_mark(tiny_model, tiny_prompts
     model = tiny_model("mistral", "sdpa", sliding_window=6)
     cache = HardKVCache(config=tiny_model("mistral", "sdpa").config)
     with pytest.raises(NotImplementedError, match="sliding window of 6 tokens.*use DynamicCache"):
-        model(**tiny_prompts(1), past_key_values=cache)
+        model(**tiny_prompts(1), **{CACHE: cache})
     assert cache.get_seq_length() == 0
 
 
@@ -494,10 +495,10 @@ def test_a_pinned_prompt_larger_than_the_budget(pin_prompt, tiny_model, tiny_pro
     model = tiny_model("llama", "sdpa")
     cache = HardKVCache(config=model.config, pin_prompt=pin_prompt, **(EVICT | {"budget": 16}))
     if not pin_prompt:
-        assert model(**tiny_prompts(1), past_key_values=cache).logits.isfinite().all()
+        assert model(**tiny_prompts(1), **{CACHE: cache}).logits.isfinite().all()
         return
     with pytest.raises(ValueError, match=r"pin_prompt=True: the prompt has 13 tokens.*16 tokens.*raise the budget"):
-        model(**tiny_prompts(1), past_key_values=cache)
+        model(**tiny_prompts(1), **{CACHE: cache})
     assert cache.get_seq_length() == 0
     assert cache.nbytes() == 0
 
@@ -517,10 +518,10 @@ def test_a_pinned_prompt_that_just_fits(tiny_model, tiny_prompts):
 def test_a_pinned_prompt_that_outgrows_the_budget_in_chunks(tiny_model, tiny_prompts):
     model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
     cache = HardKVCache(config=model.config, pin_prompt=True, **(EVICT | {"budget": 16}))
-    model(input_ids=inputs["input_ids"][:, :10], past_key_values=cache)
+    model(input_ids=inputs["input_ids"][:, :10], **{CACHE: cache})
     before = held(cache)
     with pytest.raises(ValueError, match=r"pin_prompt=True: the prompt has 13 tokens"):
-        model(input_ids=inputs["input_ids"][:, 10:], past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, 10:], **{CACHE: cache})
     assert held(cache) == before
 
 
@@ -552,10 +553,10 @@ def test_a_forward_that_dies_between_layers(name, path, when, tiny_model, tiny_p
     model, inputs = tiny_model(name.split()[0], "sdpa"), tiny_prompts(1)
     cache = HardKVCache(config=None if "without" in name else model.config, **EVICT)
     if when == "later":
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     hook = fail_after(model, path, MemoryError("out of memory"))
     with pytest.raises(MemoryError, match="out of memory"):
-        step(model, cache) if when == "later" else model(**inputs, past_key_values=cache)
+        step(model, cache) if when == "later" else model(**inputs, **{CACHE: cache})
     hook.remove()
     for _ in range(2):  # and stays so
         with pytest.raises(RuntimeError, match=r"earlier forward pass stopped between layers.*reset\(\)"):
@@ -564,7 +565,7 @@ def test_a_forward_that_dies_between_layers(name, path, when, tiny_model, tiny_p
         cache.crop(-1)
     cache.reset()
     fresh = HardKVCache(config=model.config, **EVICT)
-    assert torch.equal(model(**inputs, past_key_values=cache).logits, model(**inputs, past_key_values=fresh).logits)
+    assert torch.equal(model(**inputs, **{CACHE: cache}).logits, model(**inputs, **{CACHE: fresh}).logits)
     for token in range(5):
         assert torch.equal(step(model, cache, token), step(model, fresh, token))
     assert held(cache) == held(fresh)
@@ -575,7 +576,7 @@ def test_a_forward_that_dies_after_all_layers_is_whole(tiny_model, tiny_prompts)
     model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
     cache, fresh = (HardKVCache(config=model.config, **EVICT) for _ in range(2))
     for past in (cache, fresh):
-        model(**inputs, past_key_values=past)
+        model(**inputs, **{CACHE: past})
     hook = fail_after(model, "lm_head", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         step(model, cache, 20)
@@ -615,10 +616,10 @@ def test_an_event_that_raises(patience, event, layer, error, tiny_model, tiny_pr
     fresh = HardKVCache(config=model.config, scorer="attention", patience=patience, **EVICT)
     if event == 0:
         with pytest.raises(type(error)):
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **{CACHE: cache})
     else:
         for past in (cache, fresh):
-            model(**inputs, past_key_values=past)
+            model(**inputs, **{CACHE: past})
             for token in range(3 * event - 1):
                 step(model, past, token)
         with pytest.raises(type(error)):
@@ -636,7 +637,7 @@ def test_an_event_that_raises(patience, event, layer, error, tiny_model, tiny_pr
         step(model, fresh, 20)
     if cache.get_seq_length() == 0:
         for past in (cache, fresh):
-            model(**inputs, past_key_values=past)
+            model(**inputs, **{CACHE: past})
     for token in range(60, 68):
         torch.testing.assert_close(step(model, cache, token), step(model, fresh, token), rtol=0, atol=1e-6)
     assert held(cache)[:3] == held(fresh)[:3]
@@ -648,9 +649,9 @@ def test_a_held_event_that_raises_in_crop(layer, tiny_model, tiny_prompts):
     cache = HardKVCache(config=model.config, scorer=Failing(3 + layer), **EVICT)
     fresh = HardKVCache(config=model.config, scorer="attention", **EVICT)
     for past in (cache, fresh):
-        model(**tiny_prompts(1), past_key_values=past)
+        model(**tiny_prompts(1), **{CACHE: past})
         past.activate_past_recording()
-        model(input_ids=torch.full((1, 5), 9), past_key_values=past)
+        model(input_ids=torch.full((1, 5), 9), **{CACHE: past})
     with pytest.raises(MemoryError):
         cache.crop(-1)
     fresh.crop(-1)
@@ -672,7 +673,7 @@ def test_storing_that_raises_is_not_done_twice(monkeypatch, tiny_model, tiny_pro
     model = tiny_model("llama", "sdpa")
     cache, fresh = (HardKVCache(config=model.config, **EVICT) for _ in range(2))
     for past in (cache, fresh):
-        model(**tiny_prompts(1), past_key_values=past)
+        model(**tiny_prompts(1), **{CACHE: past})
     with monkeypatch.context() as patch:
         patch.setattr(QueryRing, "append", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
         with pytest.raises(MemoryError):
@@ -732,7 +733,7 @@ def test_a_scorer_that_returns_nonsense(function, match, scorer_of, tiny_model, 
     model = tiny_model("llama", "sdpa")
     cache = HardKVCache(config=model.config, scorer=scorer_of(function), **EVICT)
     with pytest.raises(ValueError, match=rf"scorer .*Mine.*{match}"):
-        model(**tiny_prompts(1), past_key_values=cache)
+        model(**tiny_prompts(1), **{CACHE: cache})
     assert cache.get_seq_length() == 0
     assert cache.nbytes() == 0
 

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 import hardkv.cache
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV
 from tests.models.tiny import tiny_model as make_model
 
@@ -99,7 +100,7 @@ def feed(model, cache, tokens: list[int]) -> Tensor:
         elif getattr(layer, "keys", None) is not None:
             rows = len(layer.keys)
     ids = torch.tensor(tokens) + torch.arange(rows)[:, None]
-    return model(input_ids=ids, past_key_values=cache).logits
+    return model(input_ids=ids, **{CACHE: cache}).logits
 
 
 Action = Callable[[Any, HardKVCache], Any]
@@ -178,7 +179,7 @@ def refuses(model, cache) -> bool:
     """Whether the cache calls itself unusable; if so, that it says so again and that reset() helps."""
 
     def forward(past):
-        model(input_ids=torch.full((2, 1), 7), past_key_values=past)
+        model(input_ids=torch.full((2, 1), 7), **{CACHE: past})
 
     try:
         forward(copy.deepcopy(cache))

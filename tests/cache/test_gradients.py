@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from tests.models.tiny import tiny_model as make_model
 
 EVICT = {"budget": 8, "window": 4, "sinks": 1, "interval": 3}
@@ -12,7 +13,7 @@ MODELS = [("llama", "sdpa"), ("qwen3", "eager"), ("gpt2", "sdpa"), ("gemma3", "s
 
 
 def loss_of(model, inputs, cache):
-    return model(**inputs, labels=inputs["input_ids"], past_key_values=cache, use_cache=True).loss
+    return model(**inputs, labels=inputs["input_ids"], **{CACHE: cache}, use_cache=True).loss
 
 
 def gradients(model, loss):
@@ -42,14 +43,14 @@ def test_the_first_forward_has_the_gradients_of_dynamic_cache(name, attn, tiny_m
 def test_later_forwards_run_and_refuse_backward(name, attn, tiny_model, tiny_prompts):
     model, inputs = tiny_model(name, attn), tiny_prompts(1)
     plain, cache = (HardKVCache(config=model.config, **EVICT) for _ in range(2))
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     with torch.no_grad():
-        model(**inputs, past_key_values=plain)
+        model(**inputs, **{CACHE: plain})
     for size in (1, 1, 1, 3, 1):  # through events
         ids = torch.full((1, size), 9)
-        logits = model(ids, past_key_values=cache).logits
+        logits = model(ids, **{CACHE: cache}).logits
         with torch.no_grad():
-            assert torch.equal(logits, model(ids, past_key_values=plain).logits)
+            assert torch.equal(logits, model(ids, **{CACHE: plain}).logits)
         assert stored(cache)
         assert not any(tensor.requires_grad for tensor in stored(cache))
         with pytest.raises(RuntimeError, match="keeps no graph of past keys.*use_cache=False"):
@@ -60,8 +61,8 @@ def test_nothing_to_refuse_without_a_graph(tiny_model, tiny_prompts):
     """Frozen models, as most that generate."""
     model = tiny_model("llama").requires_grad_(False)
     cache = HardKVCache(config=model.config, **EVICT)
-    model(**tiny_prompts(1), past_key_values=cache)
-    logits = model(torch.tensor([[9]]), past_key_values=cache).logits
+    model(**tiny_prompts(1), **{CACHE: cache})
+    logits = model(torch.tensor([[9]]), **{CACHE: cache}).logits
     assert not logits.requires_grad
     head = torch.nn.Linear(98, 1)  # trained on what a frozen model says
     head(logits).sum().backward()
@@ -72,8 +73,8 @@ def test_a_gradient_to_the_models_sinks_alone_is_refused(tiny_prompts):
     model = make_model("gpt_oss", attn="eager").requires_grad_(False)
     model.model.layers[1].self_attn.sinks.requires_grad_(True)
     cache = HardKVCache(config=model.config, **EVICT)
-    model(**tiny_prompts(1), past_key_values=cache)
-    logits = model(torch.tensor([[9]]), past_key_values=cache).logits
+    model(**tiny_prompts(1), **{CACHE: cache})
+    logits = model(torch.tensor([[9]]), **{CACHE: cache}).logits
     assert not any(tensor.requires_grad for tensor in stored(cache))
     with pytest.raises(RuntimeError, match="keeps no graph"):
         logits.sum().backward()

@@ -24,6 +24,7 @@ import hardkv
 import hardkv.cache.layer as layer_module
 import hardkv.generation as module
 from hardkv import Calibration, HardKVCache, HardKVConfig
+from hardkv.cache.argument import CACHE
 from hardkv.cache.handles import KVHandle, UnroutedKVError
 from hardkv.cache.pool import GROWTH, Pool
 from hardkv.cache.siblings import adjacent
@@ -201,7 +202,7 @@ def test_streamer(model, ours, stop):
         custom_generate=graphed, **kw)):  # fmt: skip
         tapes.append(Tape())
         cache = HardKVCache(config=model.config, **EVICT)
-        way(**inputs, **options, past_key_values=cache, max_new_tokens=NEW, do_sample=False, streamer=tapes[-1])
+        way(**inputs, **options, **{CACHE: cache}, max_new_tokens=NEW, do_sample=False, streamer=tapes[-1])
     assert tapes[0].pieces == tapes[1].pieces
     assert tapes[0].ended
     assert tapes[1].ended
@@ -214,12 +215,12 @@ def test_scores_and_plain_tokens(model):
     for extra in ({}, {"custom_generate": graphed}):
         cache = HardKVCache(config=model.config, **EVICT)
         out = model.generate(
-            **inputs, **options, **extra, past_key_values=cache, return_dict_in_generate=True, output_scores=True
+            **inputs, **options, **extra, **{CACHE: cache}, return_dict_in_generate=True, output_scores=True
         )
-        assert out.past_key_values is cache
+        assert out[CACHE] is cache
         assert out.logits is None
         results.append(torch.stack(out.scores))
-        plain = model.generate(**inputs, **options, **extra, past_key_values=HardKVCache(config=model.config, **EVICT))
+        plain = model.generate(**inputs, **options, **extra, **{CACHE: HardKVCache(config=model.config, **EVICT)})
         assert torch.equal(plain, out.sequences)
     torch.testing.assert_close(*results, atol=2e-6, rtol=1e-5)
 
@@ -247,7 +248,7 @@ def test_prefill_in_chunks_and_further_turns(model, chunk):
             tokens[i] = model.generate(
                 tokens[i],
                 attention_mask=mask,
-                past_key_values=caches[i],
+                **{CACHE: caches[i]},
                 max_new_tokens=11 + turn,
                 do_sample=False,
                 prefill_chunk_size=None if turn else chunk,  # transformers 5.17 loses the mask of later ones
@@ -274,7 +275,7 @@ def test_a_reset_cache_fills_its_pools_at_once(model):
     assert cache.nbytes() == held
     cache.reset()
     with decoding.placing():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     for idx, pool in decoding.pools.items():
         tiers = cache.layers[idx].tiers
         assert tiers.condensed.keys.data_ptr() == pool.tokens[0].data_ptr()
@@ -290,7 +291,7 @@ def test_what_follows_without_static_steps(model):
     mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
     with torch.no_grad():
         for _ in range(7):
-            logits = [model(more, attention_mask=mask, past_key_values=cache).logits for cache in caches]
+            logits = [model(more, attention_mask=mask, **{CACHE: cache}).logits for cache in caches]
             torch.testing.assert_close(*logits, atol=2e-6, rtol=1e-5)
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
     for cache in caches:
@@ -301,7 +302,7 @@ def test_what_follows_without_static_steps(model):
         warnings.simplefilter("ignore")
         ids = torch.randint(2, 40, (3, mask.shape[1] - 2 + 3))
         outs = [
-            model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False, **extra)
+            model.generate(ids, **{CACHE: cache}, max_new_tokens=8, do_sample=False, **extra)
             for cache, extra in zip(caches, ({}, {"custom_generate": graphed}), strict=True)
         ]
     assert torch.equal(*outs)
@@ -452,13 +453,14 @@ def test_any_lengths(batch, length, new, budget, interval, data):
         ({"num_beams": 2}, NotImplementedError, "beams"),
         ({"prompt_lookup_num_tokens": 2}, NotImplementedError, "assisted"),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, NotImplementedError, "output_hidden_states"),
-        ({"past_key_values": None}, TypeError, "past_key_values=HardKVCache"),
-        ({"cache": {"offload": True}}, NotImplementedError, "offload"),
+        ({CACHE: None}, TypeError, f"{CACHE}=HardKVCache"),
+        ({"settings": {"offload": True}}, NotImplementedError, "offload"),
     ],
 )
 def test_refusals(model, arguments, error, message):
-    cache = HardKVCache(config=model.config, **(EVICT | arguments.get("cache", {})))
-    arguments = {"past_key_values": cache} | {name: each for name, each in arguments.items() if name != "cache"}
+    arguments = dict(arguments)
+    cache = HardKVCache(config=model.config, **(EVICT | arguments.pop("settings", {})))
+    arguments = {CACHE: cache} | arguments
     with pytest.raises(error, match=message):
         model.generate(**make_prompts(2), max_new_tokens=4, custom_generate=graphed, **arguments)
     assert cache.get_seq_length() == 0
@@ -473,9 +475,9 @@ def test_lengths_that_a_model_computes_with(model, monkeypatch, positions_from):
     """Positions from the cache's length would be captured as they were in the first step."""
     forward = model.model.forward
 
-    def own_positions(*args, past_key_values, position_ids=None, input_ids, **kwargs):
-        positions = positions_from(past_key_values.get_seq_length(), input_ids.shape[1])[None]
-        return forward(*args, past_key_values=past_key_values, position_ids=positions, input_ids=input_ids, **kwargs)
+    def own_positions(*args, position_ids=None, input_ids, **kwargs):
+        positions = positions_from(kwargs[CACHE].get_seq_length(), input_ids.shape[1])[None]
+        return forward(*args, position_ids=positions, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(model.model, "forward", own_positions)
     with pytest.raises(NotImplementedError, match="length of its cache"):

@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 import hardkv.generation as module
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.windows import StaticWindow
 from hardkv.generation import graphed
@@ -101,7 +102,7 @@ def test_turns_with_pads_between(name):
                 tokens[i] = model.generate(
                     tokens[i],
                     attention_mask=mask,
-                    past_key_values=caches[i],
+                    **{CACHE: caches[i]},
                     max_new_tokens=new,
                     do_sample=False,
                     **(extra if turn != 1 else {}),
@@ -170,7 +171,7 @@ def test_a_step_that_fails(name):
         alike(other, cache)
         return
     with pytest.raises(RuntimeError, match="midway"):
-        model(inputs["input_ids"], past_key_values=cache)
+        model(inputs["input_ids"], **{CACHE: cache})
     cache.reset()
     tokens, _ = generate_logits(model, other, inputs, 12)
     assert torch.equal(generate_logits(model, cache, inputs, 12, custom_generate=graphed)[0], tokens)

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.integrations import hub_kernels
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV, Adaptive
 from tests.cache.test_routing import (
     EVICT,
@@ -175,10 +176,10 @@ def test_flex_attention(uncompiled, tiny_model, tiny_prompts):
     assert_same_logits(generate(model, tiny_prompts(3), cache, max_new_tokens=4), expected)
     # a block mask cannot be read: chunks are refused, and nothing is stored
     cache = HardKVCache(config=model.config, **HOLD_ALL)
-    model(**tiny_prompts(3), past_key_values=cache)
+    model(**tiny_prompts(3), **{CACHE: cache})
     attention_mask = torch.cat([tiny_prompts(3)["attention_mask"], torch.ones(3, 2, dtype=torch.long)], 1)
     with pytest.raises(NotImplementedError, match="BlockMask.*attn_implementation='sdpa'"):
-        model(torch.full((3, 2), 5), attention_mask=attention_mask, past_key_values=cache)
+        model(torch.full((3, 2), 5), attention_mask=attention_mask, **{CACHE: cache})
     assert cache.get_seq_length() == 13
 
 
@@ -303,8 +304,8 @@ def test_a_compiled_model(tiny_model, tiny_prompts):
     whole = torch.cat([inputs["attention_mask"], torch.ones(3, 2, dtype=torch.long)], 1)
     for ids in (inputs["input_ids"], torch.full((3, 1), 5), torch.full((3, 1), 6)):
         attention_mask = whole[:, : cache.get_seq_length() + ids.shape[1]]
-        actual = compiled(input_ids=ids, attention_mask=attention_mask, past_key_values=cache).logits
-        expected = model(input_ids=ids, attention_mask=attention_mask, past_key_values=twin).logits
+        actual = compiled(input_ids=ids, attention_mask=attention_mask, **{CACHE: cache}).logits
+        expected = model(input_ids=ids, attention_mask=attention_mask, **{CACHE: twin}).logits
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
     assert cache.stats().events == twin.stats().events == 3
     assert cache.lengths().equal(twin.lengths())
@@ -325,13 +326,13 @@ def test_graph_breaks_of_a_compiled_model(layers, tiny_model, tiny_prompts):
     model, inputs = tiny_model("qwen3", "sdpa", num_hidden_layers=layers), tiny_prompts(3)
     compiled = torch.compile(model, backend="eager")
     cache, mask = HardKVCache(config=model.config, **EVICT), inputs["attention_mask"]
-    compiled(**inputs, past_key_values=cache)
+    compiled(**inputs, **{CACHE: cache})
     # three a forward: masks, update, attention; counted again in each frame around them, which layers share
     assert 0 < breaks_and_graphs()[0] <= 9 + layers
     counted = []
     for _ in range(6):  # through two events
         mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
-        compiled(input_ids=torch.full((3, 1), 5), attention_mask=mask, past_key_values=cache)
+        compiled(input_ids=torch.full((3, 1), 5), attention_mask=mask, **{CACHE: cache})
         counted.append(breaks_and_graphs())
     assert cache.stats().events == 3
     assert counted[1:] == [counted[1]] * 5

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, Stats
+from hardkv.cache.argument import CACHE
 from hardkv.cache.stats import format_bytes
 from hardkv.cache.tiers import storage_nbytes
 from hardkv.selectors import RKV, AdaKV, SnapKV
@@ -26,7 +27,7 @@ def no_grad():
 def run(model, inputs, new: int = 6, **settings: Any) -> HardKVCache:
     """A cache after a generation of `new` tokens, the last of which is not in it."""
     cache = HardKVCache(config=model.config, **(EVICT | settings))
-    model.generate(**inputs, past_key_values=cache, max_new_tokens=new, do_sample=False)
+    model.generate(**inputs, **{CACHE: cache}, max_new_tokens=new, do_sample=False)
     return cache
 
 
@@ -100,7 +101,7 @@ def test_dense_bytes_are_those_of_dynamic_cache(tiny_model, tiny_prompts):
     for name in ("llama", "gemma3"):
         model = tiny_model(name, "sdpa")
         dense = DynamicCache(config=model.config)
-        model.generate(**tiny_prompts(3), past_key_values=dense, max_new_tokens=6, do_sample=False)
+        model.generate(**tiny_prompts(3), **{CACHE: dense}, max_new_tokens=6, do_sample=False)
         held = sum(tensor.untyped_storage().nbytes() for layer in dense.layers for tensor in (layer.keys, layer.values))
         assert run(model, tiny_prompts(3)).dense_nbytes() == held
 

@@ -24,6 +24,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV, TopK
 from hardkv.selectors.budgets import Budget
 from tests.cache.plain import DIM, GROUP, HEADS, LAYERS, SCALE, Columns, Observed, Plain, best_of_all, evenly
@@ -99,7 +100,7 @@ def attend(cache: HardKVCache, new: Columns, exists: Tensor | None) -> list[Tens
     """
     batch, count = new.exists.shape
     embeds = torch.empty(batch, count, 1)
-    mask = create_causal_mask(config=CONFIG, inputs_embeds=embeds, attention_mask=exists, past_key_values=cache)
+    mask = create_causal_mask(config=CONFIG, inputs_embeds=embeds, attention_mask=exists, **{CACHE: cache})
     out = []
     for module, query, key, value in zip(MODULES, new.queries, new.keys, new.values, strict=True):
         key, value = cache.update(key.float(), value.float(), module.layer_idx)

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from hardkv import HardKVCache
 from hardkv.cache import together
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, TopK, TopP
 
 SIZES = {"window": 8, "sinks": 2, "interval": 12}
@@ -219,7 +220,7 @@ def test_prefill_holds_no_more_uncompressed_layers_than_may_wait(wait, padded, m
     for layer in model.model.layers:
         layer.self_attn.v_proj.register_forward_hook(watch)  # what the cache gets is a view of this
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     # before a layer's keys go to the cache; a layer alone has nothing to wait for
     assert uncompressed == ([0, *((idx % wait) + 1 for idx in range(3))] if wait > 1 else [0] * 4)
     assert alive == ([0] * 4 if padded else uncompressed)  # pads are left out of a copy

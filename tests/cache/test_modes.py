@@ -10,6 +10,7 @@ from transformers import DynamicCache, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 
 HOLD_ALL = {"budget": 1000, "window": 4, "sinks": 1, "interval": 3}  # an event every 3 tokens, and nothing is lost
 EVICT = {"budget": 8, "window": 4, "sinks": 1, "interval": 3}
@@ -67,7 +68,7 @@ def check_invariants(cache: HardKVCache, attention_mask: Tensor | None = None) -
 def step(model, cache, token: int | list[int], attention_mask: Tensor | None = None) -> Tensor:
     """Logits `[B, V]` after one more token in every row."""
     tokens = torch.tensor([token] if isinstance(token, int) else token)
-    return model(input_ids=tokens[:, None], attention_mask=attention_mask, past_key_values=cache).logits[:, -1]
+    return model(input_ids=tokens[:, None], attention_mask=attention_mask, **{CACHE: cache}).logits[:, -1]
 
 
 # ---------------------------------------------------------------------------------------------- generate()
@@ -75,7 +76,7 @@ def step(model, cache, token: int | list[int], attention_mask: Tensor | None = N
 
 def greedy(model, inputs, cache, **options) -> Tensor:
     defaults = {"max_new_tokens": 10, "do_sample": False}
-    return model.generate(**inputs, past_key_values=cache, **(defaults | options))
+    return model.generate(**inputs, **{CACHE: cache}, **(defaults | options))
 
 
 def sampling(model, inputs, cache):
@@ -127,11 +128,11 @@ def inputs_embeds(model, inputs, cache):
 
 def forward_by_forward(model, inputs, cache):
     """No generate(): tokens are given, one chunk of several among them."""
-    outputs, mask = [model(**inputs, past_key_values=cache).logits[:, -1]], inputs["attention_mask"]
+    outputs, mask = [model(**inputs, **{CACHE: cache}).logits[:, -1]], inputs["attention_mask"]
     for step, count in enumerate([1, 1, 3, 1, 5, 1, 1]):
         mask = torch.cat([mask, mask.new_ones(len(mask), count)], 1)
         ids = torch.full((len(mask), count), 10 + step)
-        outputs.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
+        outputs.append(model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits[:, -1])
     return torch.stack(outputs).argmax(-1)
 
 
@@ -262,12 +263,12 @@ def test_text_generation_pipeline(tiny_model):
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     prompt = " ".join(f"w{index}" for index in range(5, 25))
     options = {"max_new_tokens": 8, "do_sample": False}
-    expected = generator(prompt, past_key_values=DynamicCache(config=model.config), **options)
+    expected = generator(prompt, **{CACHE: DynamicCache(config=model.config)}, **options)
     cache = HardKVCache(config=model.config, **HOLD_ALL)
-    assert generator(prompt, past_key_values=cache, **options) == expected
+    assert generator(prompt, **{CACHE: cache}, **options) == expected
     assert cache.get_seq_length() == 27
     cache = HardKVCache(config=model.config, **EVICT)
-    assert generator(prompt, past_key_values=cache, **options)[0]["generated_text"].startswith(prompt)
+    assert generator(prompt, **{CACHE: cache}, **options)[0]["generated_text"].startswith(prompt)
     check_invariants(cache)
 
 

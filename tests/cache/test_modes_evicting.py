@@ -6,6 +6,7 @@ import transformers
 from transformers import DynamicCache, pipeline
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV, Adaptive
 from tests.cache.following import Follower
 from tests.cache.test_modes import (
@@ -134,7 +135,7 @@ def test_scores_and_the_returned_cache(tiny_model, tiny_prompts, run_feed):
     cache, _ = followed(model, "llama")
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     out = greedy(model, inputs, cache, temperature=0.5, do_sample=True, top_k=0, **options)
-    assert out.past_key_values is cache
+    assert out[CACHE] is cache
     for scores, logits in zip(out.scores, out.logits, strict=True):
         torch.testing.assert_close(scores, logits / 0.5)
     turn = extended(inputs, out.sequences, [9, 10])
@@ -142,7 +143,7 @@ def test_scores_and_the_returned_cache(tiny_model, tiny_prompts, run_feed):
     for _ in run_feed(model, twin, fed, turn["attention_mask"][:, : fed.shape[1]], [13] + [1] * (fed.shape[1] - 13)):
         pass
     expected = greedy(model, turn, twin, max_new_tokens=6)
-    assert torch.equal(greedy(model, turn, out.past_key_values, max_new_tokens=6), expected)
+    assert torch.equal(greedy(model, turn, out[CACHE], max_new_tokens=6), expected)
 
 
 def test_a_pipeline_with_a_batch(tiny_model):
@@ -150,11 +151,11 @@ def test_a_pipeline_with_a_batch(tiny_model):
     generator = pipeline("text-generation", model=model, tokenizer=word_tokenizer(padding_side="left"), device="cpu")
     prompts = [" ".join(f"w{index}" for index in range(start, stop)) for start, stop in [(5, 25), (30, 37), (40, 52)]]
     options = {"max_new_tokens": 12, "do_sample": False, "batch_size": 3}
-    expected = generator(prompts, past_key_values=DynamicCache(config=model.config), **options)
+    expected = generator(prompts, **{CACHE: DynamicCache(config=model.config)}, **options)
     ample = HardKVCache(config=model.config, **(EVICT | {"budget": 1000}))
-    assert generator(prompts, past_key_values=ample, **options) == expected
+    assert generator(prompts, **{CACHE: ample}, **options) == expected
     cache, follower = followed(model, "llama")
-    generator(prompts, past_key_values=cache, **options)
+    generator(prompts, **{CACHE: cache}, **options)
     assert cache.stats().batch_size == 3
     assert follower.evicted >= 11
 
@@ -168,7 +169,7 @@ def test_use_cache_false_is_refused_with_the_way_out(tiny_model, tiny_prompts):
     with pytest.raises(ValueError, match="columns.*use_cache=False"):
         greedy(model, inputs, HardKVCache(config=model.config), use_cache=False)
     cache, follower = followed(model, "llama")
-    model(**inputs, past_key_values=cache, use_cache=False)
+    model(**inputs, **{CACHE: cache}, use_cache=False)
     assert cache.get_seq_length() == 13  # as DynamicCache: one forward uses what it is given
     assert follower.forwards == 1
 
@@ -178,7 +179,7 @@ def test_cache_implementation_beside_the_cache_is_refused(implementation, tiny_m
     """By transformers, before anything ran."""
     model = tiny_model("llama")
     cache = HardKVCache(config=model.config)
-    with pytest.raises(ValueError, match="Passing both `cache_implementation`.*and `past_key_values`"):
+    with pytest.raises(ValueError, match=f"Passing both `cache_implementation`.*and `{CACHE}`"):
         greedy(model, tiny_prompts(1), cache, cache_implementation=implementation)
     assert cache.get_seq_length() == 0
 
@@ -200,7 +201,7 @@ def test_contrastive_steps(name, patience, tiny_model, tiny_prompts):
     model, inputs = tiny_model(name), tiny_prompts(3)
     cache, follower = followed(model, name, budget=AdaKV(9), patience=patience)
     mask, candidates = inputs["attention_mask"], 3
-    logits = model(**inputs, past_key_values=cache).logits[:, -1]
+    logits = model(**inputs, **{CACHE: cache}).logits[:, -1]
     for index in range(8):
         mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
         cache.batch_repeat_interleave(candidates)
@@ -218,7 +219,7 @@ def test_rows_selected_between_events(indices, tiny_model, tiny_prompts):
     model, inputs = tiny_model("llama"), tiny_prompts(3)
     cache, follower = followed(model, "llama", budget=AdaKV(9), patience=2, scorer="snapkv")
     mask = inputs["attention_mask"]
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     for index in range(10):
         if index in (2, 5):
             cache.batch_select_indices(indices if index == 2 else torch.arange(len(mask)).flip(0))
@@ -232,7 +233,7 @@ def test_crop_after_events(tiny_model, tiny_prompts):
     """Tokens taken back are gone, those before them are what was held; the next event scores with the right queries."""
     model = tiny_model("qwen3")
     cache, follower = followed(model, "qwen3", scorer="snapkv")
-    model(**tiny_prompts(1), past_key_values=cache)
+    model(**tiny_prompts(1), **{CACHE: cache})
     for index, remove in enumerate([0, 2, 1, 3, 0, 4, 1]):
         for token in range(4):
             step(model, cache, [20 + 5 * index + token])

@@ -15,6 +15,7 @@ import torch
 
 from hardkv import HardKVCache, HardKVConfig
 from hardkv.cache import offload
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV
 from tests.cache.following import Follower
 from tests.cache.test_modes import EVICT, MODELS, MODES, extended, greedy, held, look_up, repetitive, step
@@ -95,7 +96,7 @@ def test_when_layers_come_and_go(patience, transfers, tiny_model, tiny_prompts):
     """A step brings each layer's two tiers once and takes nothing back; an event takes each layer's once."""
     model = tiny_model("qwen3")
     cache, _ = offloading(model, "qwen3", patience=patience)
-    model(**tiny_prompts(1), past_key_values=cache)
+    model(**tiny_prompts(1), **{CACHE: cache})
     layers, tensors = 3, 2 * 2  # keys and values of the condensed and the sparse tier
     assert (transfers.out, transfers.back) == (layers * tensors, 0)
     for index in range(1, 10):
@@ -111,7 +112,7 @@ def test_when_layers_come_and_go(patience, transfers, tiny_model, tiny_prompts):
 def test_the_next_layer_is_on_its_way_while_one_computes(transfers, tiny_model, tiny_prompts):
     model, seen = tiny_model("qwen3"), []
     cache, _ = offloading(model, "qwen3")
-    model(**tiny_prompts(1), past_key_values=cache)
+    model(**tiny_prompts(1), **{CACHE: cache})
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda *args: seen.append(transfers.staying))
     step(model, cache, [20])
@@ -126,7 +127,7 @@ def test_held_events_crop_and_drafts(transfers, tiny_model):
     assert follower.evicted >= 11
     assert transfers.staying == 0
     cache, follower = offloading(model, "qwen3", scorer="snapkv")
-    model(**repetitive(), past_key_values=cache)
+    model(**repetitive(), **{CACHE: cache})
     for index in range(12):
         step(model, cache, [20 + index])
         if index % 4 == 3:
@@ -169,7 +170,7 @@ def test_copies(how, transfers, tiny_model, tiny_prompts):
 def test_rows_move_at_home(transfers, tiny_model, tiny_prompts):
     model, inputs = tiny_model("llama"), tiny_prompts(3)
     cache, follower = offloading(model, "llama", budget=AdaKV(9))
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([5, 0, 3]))
     mask = inputs["attention_mask"][[2, 0, 1]]
@@ -185,7 +186,7 @@ def test_a_step_that_fails_leaves_its_layer_at_home(transfers, monkeypatch, tiny
 
     model = tiny_model("llama")
     cache, _ = offloading(model, "llama")
-    model(**tiny_prompts(1), past_key_values=cache)
+    model(**tiny_prompts(1), **{CACHE: cache})
     monkeypatch.setattr(module, "attend_tiers", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError("full")))
     with pytest.raises(MemoryError, match="full"):
         step(model, cache, [20])
@@ -197,7 +198,7 @@ def test_a_step_that_fails_leaves_its_layer_at_home(transfers, monkeypatch, tiny
         step(model, cache, [20])
     cache.reset()
     assert transfers.staying == 0
-    model(**tiny_prompts(1), past_key_values=cache)
+    model(**tiny_prompts(1), **{CACHE: cache})
     step(model, cache, [20])
     assert transfers.staying == 0
 
@@ -261,7 +262,7 @@ def test_the_host_does_not_wait_for_what_leaves(tiny_model, tiny_prompts):
     """And a copy of the cache is whole all the same."""
     model, inputs = tiny_model("llama").cuda(), {name: tensor.cuda() for name, tensor in tiny_prompts(3).items()}
     cache = HardKVCache(config=model.config, offload=True, **EVICT)
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     layer = cache.layers[0]
     layer.tiers = layer.offloading.arrive(0, layer.tiers, layer.device)
     here = layer.tiers.condensed
@@ -310,7 +311,7 @@ def test_the_order_on_streams(monkeypatch, tiny_model, tiny_prompts):
     monkeypatch.setattr(offload, "to_device", lambda tensor, device: log.append(f"copy on {inside}") or tensor.clone())
     model, device = tiny_model("llama"), torch.device("cuda", 0)
     cache = HardKVCache(config=model.config, **EVICT)
-    model(**tiny_prompts(1), past_key_values=cache)
+    model(**tiny_prompts(1), **{CACHE: cache})
     moves, tiers = offload.Offload(), [layer.tiers for layer in cache.layers]
     moves.fetch(0, tiers[0], device)
     moves.fetch(1, tiers[1], device)

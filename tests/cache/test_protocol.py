@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from hardkv import HardKVCache, calibrate
+from hardkv.cache.argument import CACHE
 from tests.cache.test_modes import EVICT, HOLD_ALL, greedy, held, step
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -31,7 +32,7 @@ def test_repeating_and_selecting_rows(name, indices, tiny_model, tiny_prompts):
     mask = inputs["attention_mask"].repeat_interleave(2, 0)[rows]
     caches = [HardKVCache(config=model.config, **HOLD_ALL), DynamicCache(config=model.config)]
     for cache in caches:
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(indices)
     for token in range(4):  # past the next event
@@ -77,7 +78,7 @@ def test_rows_shorter_than_the_window(chunk, tiny_model, tiny_prompts):
 def test_selecting_rows_by_a_boolean(tiny_model, tiny_prompts):
     model = tiny_model("qwen3", "sdpa")
     cache = HardKVCache(config=model.config, **EVICT)
-    model(**tiny_prompts(3), past_key_values=cache)
+    model(**tiny_prompts(3), **{CACHE: cache})
     kept = cache.kept(0)
     cache.batch_select_indices(torch.tensor([True, False, True]))
     assert [len(heads) for heads in cache.kept(0)] == [2, 2]
@@ -91,7 +92,7 @@ def test_rows_of_an_empty_cache(tiny_model, tiny_prompts):
     cache.batch_select_indices(torch.tensor([0]))
     cache.reorder_cache(torch.tensor([0]))
     cache.crop(0)
-    assert model(**tiny_prompts(3), past_key_values=cache).logits.shape[0] == 3
+    assert model(**tiny_prompts(3), **{CACHE: cache}).logits.shape[0] == 3
 
 
 # ---------------------------------------------------------------------------------------------- crop
@@ -100,7 +101,7 @@ def test_rows_of_an_empty_cache(tiny_model, tiny_prompts):
 def filled(model, inputs, tokens: int = 0, **settings: Any) -> HardKVCache:
     """A cache after a prompt and `tokens` further ones."""
     cache = HardKVCache(config=model.config, **(EVICT | settings))
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     for index in range(tokens):
         step(model, cache, [20 + index])
     return cache
@@ -109,7 +110,7 @@ def filled(model, inputs, tokens: int = 0, **settings: Any) -> HardKVCache:
 def test_crop_equals_dynamic_cache(tiny_model, tiny_prompts):
     model, inputs = tiny_model("qwen3", "sdpa"), tiny_prompts(1)
     cache, dense = filled(model, inputs, 2, **HOLD_ALL), DynamicCache(config=model.config)
-    model(**inputs, past_key_values=dense)
+    model(**inputs, **{CACHE: dense})
     for index in range(2):
         step(model, dense, [20 + index])
     for remove in (2, 0, 3):  # back over the prompt's last tokens
@@ -125,7 +126,7 @@ def test_crop_of_left_padded_rows(tiny_model, tiny_prompts):
     model, inputs = tiny_model("qwen3", "sdpa"), tiny_prompts(3)
     cache, dense = HardKVCache(config=model.config, **HOLD_ALL), DynamicCache(config=model.config)
     for past in (cache, dense):
-        model(**inputs, past_key_values=past)
+        model(**inputs, **{CACHE: past})
         past.crop(-3)
     mask = inputs["attention_mask"][:, :10]
     for index in range(5):
@@ -174,7 +175,7 @@ def test_crop_to_nothing_empties_the_cache(remove, tiny_model, tiny_prompts):
     assert cache.get_seq_length() == 0
     assert cache.nbytes() == 0
     expected = filled(model, inputs, 4)
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     for index in range(4):
         step(model, cache, [20 + index])
     assert held(cache) == held(expected)
@@ -197,7 +198,7 @@ def test_recording_holds_events_until_crop(tiny_model, tiny_prompts):
     model = tiny_model("qwen3", "sdpa")
     cache = filled(model, tiny_prompts(1))
     cache.activate_past_recording()
-    model(input_ids=torch.full((1, 5), 9), past_key_values=cache)  # more than an interval
+    model(input_ids=torch.full((1, 5), 9), **{CACHE: cache})  # more than an interval
     assert cache.stats().events == 1
     assert all(len(head) == 8 + 5 for head in cache.kept(0)[0])
     cache.crop(-1)
@@ -212,7 +213,7 @@ def test_recording_with_everything_taken_back(tiny_model, tiny_prompts):
     cache = filled(model, tiny_prompts(1), 1)
     cache.activate_past_recording()
     before = held(cache)[:3]
-    model(input_ids=torch.full((1, 6), 9), past_key_values=cache)
+    model(input_ids=torch.full((1, 6), 9), **{CACHE: cache})
     cache.crop(-6)
     assert held(cache)[:3] == before
     assert cache.stats().events == 1
@@ -238,13 +239,13 @@ def test_drafts_taken_back_leave_no_trace(name, scorer, longest, tiny_model, tin
     plain = HardKVCache(config=model.config, scorer=scorer, **EVICT)
     drafted = HardKVCache(config=model.config, scorer=scorer, **EVICT)
     for cache in (plain, drafted):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     drafted.activate_past_recording()
     for index in range(12):
         expected = step(model, plain, [20 + index])
         rejected = index % (longest + 1)
         draft = torch.tensor([[20 + index, *range(60, 60 + rejected)]])
-        actual = model(input_ids=draft, past_key_values=drafted).logits[:, 0]
+        actual = model(input_ids=draft, **{CACHE: drafted}).logits[:, 0]
         drafted.crop(-rejected)
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
         assert held(drafted)[:3] == held(plain)[:3]
@@ -260,7 +261,7 @@ def test_a_draft_taken_back_from_the_first_forward_leaves_no_trace(rejected, tin
     drafted = HardKVCache(config=model.config, **EVICT)
     drafted.activate_past_recording()
     ids = torch.cat([inputs["input_ids"], torch.full((1, rejected), 60)], 1)
-    model(input_ids=ids, past_key_values=drafted)
+    model(input_ids=ids, **{CACHE: drafted})
     assert drafted.stats().events == 0
     drafted.crop(-rejected)
     assert drafted.stats().events == 1
@@ -272,11 +273,11 @@ def test_taking_everything_back_goes_on_recording(tiny_model, tiny_prompts):
     model, inputs = tiny_model("qwen3", "sdpa"), tiny_prompts(1)
     cache, fresh = (HardKVCache(config=model.config, **EVICT) for _ in range(2))
     cache.activate_past_recording()
-    model(input_ids=torch.full((1, 5), 9), past_key_values=cache)
+    model(input_ids=torch.full((1, 5), 9), **{CACHE: cache})
     cache.crop(-5)
     fresh.activate_past_recording()
     for past in (cache, fresh):
-        model(**inputs, past_key_values=past)
+        model(**inputs, **{CACHE: past})
         assert past.stats().events == 0
         past.crop(-2)
     assert held(cache) == held(fresh)
@@ -290,7 +291,7 @@ def test_at_most_one_event_a_forward(chunks, tiny_model, tiny_prompts):
     since = 0
     for count in chunks:
         events = cache.stats().events
-        model(input_ids=torch.full((1, count), 9), past_key_values=cache)
+        model(input_ids=torch.full((1, count), 9), **{CACHE: cache})
         since += count
         due = since >= EVICT["interval"]
         assert {layer.events for layer in cache.layers} == {events + due}
@@ -304,12 +305,12 @@ def test_a_shared_prefix(tiny_model, tiny_prompts):
     """deepcopy after the prompt: continuations are those of separate runs, whatever runs in between."""
     model, inputs = tiny_model("qwen3", "sdpa"), tiny_prompts(3)
     prefix = HardKVCache(config=model.config, **EVICT)
-    model(**inputs, past_key_values=prefix)
+    model(**inputs, **{CACHE: prefix})
     before, mask = held(prefix), inputs["attention_mask"]
     alone = [HardKVCache(config=model.config, **EVICT) for _ in range(2)]
     copies = [copy.deepcopy(prefix) for _ in range(2)]
     for cache in alone:
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     for index in range(7):
         mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
         for which in range(2):
@@ -326,7 +327,7 @@ def test_a_shared_prefix(tiny_model, tiny_prompts):
 def test_saved_and_loaded(name, tiny_model, tiny_prompts):
     model = tiny_model(name, "sdpa")
     cache = HardKVCache(config=model.config, scorer="snapkv", patience=1, **EVICT)
-    model(**tiny_prompts(1), past_key_values=cache)
+    model(**tiny_prompts(1), **{CACHE: cache})
     for index in range(4):
         step(model, cache, [20 + index])
     buffer = io.BytesIO()
@@ -348,7 +349,7 @@ def test_an_empty_cache_is_copied_and_saved(tiny_model, tiny_prompts):
     torch.save(cache, buffer)
     buffer.seek(0)
     for twin in (copy.deepcopy(cache), torch.load(buffer, weights_only=False)):
-        assert model(**tiny_prompts(3), past_key_values=twin).logits.isfinite().all()
+        assert model(**tiny_prompts(3), **{CACHE: twin}).logits.isfinite().all()
 
 
 class Newest:

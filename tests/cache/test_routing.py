@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, UnroutedKVError
+from hardkv.cache.argument import CACHE
 from tests.models.tiny import random_normal, randomize, tiny_arguments
 
 VOCABULARY = 98
@@ -40,7 +41,7 @@ def no_grad():
 
 def generate(model: Any, inputs: dict[str, Tensor], cache: Any, **options: Any) -> Any:
     defaults = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    return model.generate(**inputs, past_key_values=cache, **(defaults | options))
+    return model.generate(**inputs, **{CACHE: cache}, **(defaults | options))
 
 
 def assert_same_logits(actual: Any, expected: Any) -> None:
@@ -115,7 +116,7 @@ def test_an_implementation_registered_after_the_cache_was_built_is_loud(registri
     cache = HardKVCache(config=model.config)
     AttentionInterface.register("sdpa", sdpa_attention_forward)
     with pytest.raises(UnroutedKVError, match=r"HardKVCache\(config=model.config\)"):
-        model(**tiny_prompts(1), past_key_values=cache)
+        model(**tiny_prompts(1), **{CACHE: cache})
     # the next constructor wraps it again
     assert_parity(model, tiny_prompts(1))
 
@@ -124,8 +125,8 @@ def test_a_mask_function_that_is_missing_never_loses_padding_silently(registries
     """Without a mask entry transformers passes no mask at all; a padded batch must not run like that."""
     AttentionInterface.register("maskless", sdpa_attention_forward)
     model = tiny_model("llama", "maskless")
-    expected = model(**tiny_prompts(3), past_key_values=DynamicCache(config=model.config)).logits
-    actual = model(**tiny_prompts(3), past_key_values=HardKVCache(config=model.config)).logits
+    expected = model(**tiny_prompts(3), **{CACHE: DynamicCache(config=model.config)}).logits
+    actual = model(**tiny_prompts(3), **{CACHE: HardKVCache(config=model.config)}).logits
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)  # as wrong as it is without us, not more
 
 
@@ -209,7 +210,7 @@ def test_a_deepcopied_config_of_an_eager_model_is_refused_with_the_way_out(tiny_
     model = tiny_model("llama", "eager")
     cache = HardKVCache(config=copy.deepcopy(model.config))
     with pytest.raises(UnroutedKVError, match=r"model's own config object, HardKVCache\(config=model.config\)"):
-        model(**tiny_prompts(1), past_key_values=cache)
+        model(**tiny_prompts(1), **{CACHE: cache})
     assert cache.get_seq_length() == 0
 
 
@@ -223,7 +224,7 @@ def test_switching_the_implementation_after_the_cache_was_built(tiny_model, tiny
     cache.reset()
     model.set_attn_implementation("eager")
     with pytest.raises(UnroutedKVError, match=r"after the last model.set_attn_implementation"):
-        model(**tiny_prompts(1), past_key_values=cache)
+        model(**tiny_prompts(1), **{CACHE: cache})
 
 
 def test_two_models_that_share_a_config_object(tiny_model, tiny_prompts):
@@ -255,7 +256,7 @@ def mask(tiny_model, tiny_prompts):
     attention.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
     )
-    model(**tiny_prompts(3), past_key_values=HardKVCache(config=model.config))
+    model(**tiny_prompts(3), **{CACHE: HardKVCache(config=model.config)})
     return seen[0]
 
 
@@ -323,7 +324,7 @@ def test_what_a_layer_shows_of_its_keys_and_values(tiny_model, tiny_prompts):
     layer = cache.layers[0]
     assert layer.keys is None
     assert layer.values is None
-    model(**tiny_prompts(3), past_key_values=cache)
+    model(**tiny_prompts(3), **{CACHE: cache})
     for shown in (layer.keys, layer.values):
         assert shown.shape == (3, 2, 13, 8)
         assert shown.numel() == 3 * 2 * 13 * 8
@@ -340,7 +341,7 @@ def test_what_a_layer_shows_of_its_keys_and_values(tiny_model, tiny_prompts):
 def test_a_handle_shows_the_logical_length(tiny_model, tiny_prompts):
     model = tiny_model("llama", "sdpa")
     cache = HardKVCache(config=model.config, **EVICT)
-    model(**tiny_prompts(1), past_key_values=cache)
+    model(**tiny_prompts(1), **{CACHE: cache})
     length = tiny_prompts(1)["input_ids"].shape[1]
     keys = torch.zeros(1, 2, 3, 8)
     assert cache.update(keys, keys, 0)[0].shape == (1, 2, length + 3, 8)
@@ -376,7 +377,7 @@ def prefilled(tiny_model, tiny_prompts):
     model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(3)
     cache, dense = HardKVCache(config=model.config, **HOLD_ALL), DynamicCache(config=model.config)
     for past in (cache, dense):
-        model(**inputs, past_key_values=past)
+        model(**inputs, **{CACHE: past})
     return model, cache, dense, inputs["attention_mask"]
 
 
@@ -384,17 +385,15 @@ def prefilled(tiny_model, tiny_prompts):
 def test_a_4d_mask_of_the_prompt(form, tiny_model, tiny_prompts):
     model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(3)
     attention_mask = inputs["attention_mask"]
-    expected = model(**inputs, past_key_values=DynamicCache(config=model.config)).logits[:, -1]
+    expected = model(**inputs, **{CACHE: DynamicCache(config=model.config)}).logits[:, -1]
     cache = HardKVCache(config=model.config, **EVICT)
     # a padded query must see something, or its softmax is NaN
     mask = causal_4d(attention_mask) | torch.eye(13, dtype=torch.bool)
     position_ids = attention_mask.cumsum(1).sub(1).clamp_min(0)
-    actual = model(
-        inputs["input_ids"], attention_mask=form(mask), position_ids=position_ids, past_key_values=cache
-    ).logits[:, -1]
-    expected = model(**inputs, position_ids=position_ids, past_key_values=DynamicCache(config=model.config)).logits[
+    actual = model(inputs["input_ids"], attention_mask=form(mask), position_ids=position_ids, **{CACHE: cache}).logits[
         :, -1
     ]
+    expected = model(**inputs, position_ids=position_ids, **{CACHE: DynamicCache(config=model.config)}).logits[:, -1]
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
     for row, heads in zip(attention_mask, cache.kept(0), strict=True):
         for kept in heads:
@@ -409,10 +408,10 @@ def test_new_tokens_that_see_each_other_both_ways(form, prefilled):
     mask = causal_4d(attention_mask, start=13)
     mask[..., 1:4, 14:17] = True
     ids = torch.arange(15).view(3, 5) + 20
-    actual = model(ids, attention_mask=form(mask), past_key_values=cache).logits
-    expected = model(ids, attention_mask=form(mask), past_key_values=dense).logits
+    actual = model(ids, attention_mask=form(mask), **{CACHE: cache}).logits
+    expected = model(ids, attention_mask=form(mask), **{CACHE: dense}).logits
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
-    causal = model(ids, attention_mask=causal_4d(attention_mask, 13), past_key_values=dense_copy(dense, 5)).logits
+    causal = model(ids, attention_mask=causal_4d(attention_mask, 13), **{CACHE: dense_copy(dense, 5)}).logits
     assert (causal[:, 1] - expected[:, 1]).abs().max() > 1e-3, "the mask makes no difference here"
 
 
@@ -447,11 +446,11 @@ def test_a_later_4d_mask_that_cannot_be_followed_is_refused(hide, q_len, prefill
     model, cache, _, attention_mask = prefilled
     attention_mask = torch.cat([attention_mask, attention_mask.new_ones(3, q_len)], 1)
     mask = causal_4d(attention_mask, start=13).expand(-1, 4, -1, -1).clone()
-    model(torch.full((3, q_len), 5), attention_mask=mask, past_key_values=copy.deepcopy(cache))  # fine before
+    model(torch.full((3, q_len), 5), attention_mask=mask, **{CACHE: copy.deepcopy(cache)})  # fine before
     hide(mask)
     kept = [[head.tolist() for head in heads] for heads in cache.kept(0)]
     with pytest.raises(NotImplementedError, match="attention mask"):
-        model(torch.full((3, q_len), 5), attention_mask=mask, past_key_values=cache)
+        model(torch.full((3, q_len), 5), attention_mask=mask, **{CACHE: cache})
     assert cache.get_seq_length() == 13
     assert [[head.tolist() for head in heads] for heads in cache.kept(0)] == kept
 
@@ -460,7 +459,7 @@ def single_steps(model, cache, mask: Tensor, count: int) -> None:
     """Steps of one token; `mask` covers the past before the first of them."""
     for _ in range(count):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        model(torch.full((len(mask), 1), 5), attention_mask=mask, past_key_values=cache)
+        model(torch.full((len(mask), 1), 5), attention_mask=mask, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("late", [0, 2])
@@ -469,7 +468,7 @@ def test_a_2d_mask_that_hides_past_tokens_from_single_steps(late, offload, tiny_
     """Attended all the same, as the host does not look; what it reads at the next event tells."""
     model, inputs = tiny_model("llama"), tiny_prompts(3)
     cache = HardKVCache(config=model.config, offload=offload, **EVICT)
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 4, dtype=torch.long)], 1)
     single_steps(model, cache, mask[:, :13], late)
     hiding = mask.clone()
@@ -487,7 +486,7 @@ def test_a_2d_mask_that_hides_past_tokens_from_single_steps(late, offload, tiny_
         single_steps(model, spared, mask[[2, 0], :15], 1)
         assert spared.stats().events == 2
     cache.reset()
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     single_steps(model, cache, inputs["attention_mask"], 4)
     assert cache.stats().events == 2
 
@@ -498,14 +497,14 @@ def test_a_mask_that_adds_biases_is_refused(q_len, prefilled):
     model, cache, _, attention_mask = prefilled
     attention_mask = torch.cat([attention_mask, attention_mask.new_ones(3, q_len)], 1)
     mask = additive(causal_4d(attention_mask, start=13))
-    model(torch.full((3, q_len), 5), attention_mask=mask, past_key_values=copy.deepcopy(cache))  # fine before
+    model(torch.full((3, q_len), 5), attention_mask=mask, **{CACHE: copy.deepcopy(cache)})  # fine before
     with pytest.raises(NotImplementedError, match="adds biases to attention.*use DynamicCache"):
-        model(torch.full((3, q_len), 5), attention_mask=mask - 0.5, past_key_values=cache)
+        model(torch.full((3, q_len), 5), attention_mask=mask - 0.5, **{CACHE: cache})
     assert cache.get_seq_length() == 13
     fresh = HardKVCache(config=model.config)
     biased = additive(causal_4d(attention_mask) | torch.eye(13 + q_len, dtype=torch.bool)) - 0.5
     with pytest.raises(NotImplementedError, match="adds biases"):
-        model(torch.full((3, 13 + q_len), 5), attention_mask=biased, past_key_values=fresh)
+        model(torch.full((3, 13 + q_len), 5), attention_mask=biased, **{CACHE: fresh})
     assert fresh.get_seq_length() == 0
 
 
@@ -514,7 +513,7 @@ def test_a_mask_of_the_wrong_width_later(width, prefilled):
     model, cache, _, _ = prefilled
     held = cache.lengths()
     with pytest.raises(ValueError, match=rf"attention_mask covers {width} columns.*over all 14 columns"):
-        model(torch.full((3, 1), 5), attention_mask=torch.ones(3, width), past_key_values=cache)
+        model(torch.full((3, 1), 5), attention_mask=torch.ones(3, width), **{CACHE: cache})
     assert cache.get_seq_length() == 13
     assert cache.lengths().equal(held)
 
@@ -524,6 +523,6 @@ def test_a_mask_of_the_wrong_width_first(width, tiny_model, tiny_prompts):
     model = tiny_model("llama", "sdpa")
     cache = HardKVCache(config=model.config)
     with pytest.raises(ValueError, match=rf"attention_mask covers {width} columns.*over all 13 columns"):
-        model(tiny_prompts(1)["input_ids"], attention_mask=torch.ones(1, width), past_key_values=cache)
+        model(tiny_prompts(1)["input_ids"], attention_mask=torch.ones(1, width), **{CACHE: cache})
     assert cache.get_seq_length() == 0
     assert cache.nbytes() == 0

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hardkv import HardKVCache
 from hardkv.cache import event
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import RKV, AdaKV, Adaptive, Attention, Pyramid, Risk, RiskCurves, SnapKV, TopK, TopP
 
 SIZES = {"window": 4, "sinks": 1, "interval": 6}
@@ -145,7 +146,7 @@ def test_the_host_waits_as_often_for_eight_layers_as_for_one(padded, tiny_model,
         with torch.no_grad():
             for step in range(SIZES["interval"] + 1):
                 with Waits() as waits:
-                    model(**inputs, past_key_values=cache)
+                    model(**inputs, **{CACHE: cache})
                 ones = torch.ones_like(inputs["input_ids"][:, :1])
                 inputs = {"input_ids": ones, "attention_mask": torch.cat([inputs["attention_mask"], ones], 1)}
                 if step in (0, SIZES["interval"]):  # with events

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from hardkv import HardKVCache, Trace
+from hardkv.cache.argument import CACHE
 from hardkv.generation import graphed
 from hardkv.selectors import Adaptive
 from tests.cache.conftest import feed, generate_logits, make_model, make_prompts
@@ -156,7 +157,7 @@ def test_a_trace_begins_with_what_is_held_and_ends_at_once(model):
         with pytest.raises(RuntimeError, match="recorded already"), cache.record():
             pass
     assert len(trace) == 1
-    model(input_ids=ids[:, 15:], past_key_values=cache)  # not recorded any more
+    model(input_ids=ids[:, 15:], **{CACHE: cache})  # not recorded any more
     assert len(trace) == 1
     assert_shows(trace, 0, before)
     assert_shows(Trace.of(cache), -1, snapshot(cache))
@@ -166,9 +167,9 @@ def test_copies_are_not_recorded(model):
     cache = HardKVCache(config=model.config, **EVICT)
     inputs = make_prompts(1, new=12)
     with cache.record() as trace:
-        model(input_ids=inputs["input_ids"][:, :13], past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, :13], **{CACHE: cache})
         for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-            model(input_ids=inputs["input_ids"][:, 13:], past_key_values=other)
+            model(input_ids=inputs["input_ids"][:, 13:], **{CACHE: other})
             assert len(trace) == 1
             with other.record() as second:
                 pass
@@ -202,7 +203,7 @@ def test_every_snapshot_follows_the_batch(model, change, of):
 def test_beams_end_with_their_own_history(model):
     cache = HardKVCache(config=model.config, **EVICT)
     with cache.record() as trace:
-        model.generate(**make_prompts(1), past_key_values=cache, max_new_tokens=20, num_beams=3, do_sample=False)
+        model.generate(**make_prompts(1), **{CACHE: cache}, max_new_tokens=20, num_beams=3, do_sample=False)
     assert_shows(trace, -1, snapshot(cache))
     assert trace.lengths().shape[2] == 3
 
@@ -219,7 +220,7 @@ def test_cropped_columns_vanish_and_a_reset_begins_anew(model):
         assert same(trace.kept(1, -1), cache.kept(1))
         cache.reset()
         assert len(trace) == 0
-        model(**make_prompts(2, length=9), past_key_values=cache)
+        model(**make_prompts(2, length=9), **{CACHE: cache})
     assert trace.seen.tolist() == [9]
     assert_shows(trace, 0, snapshot(cache))
 
@@ -228,7 +229,7 @@ def test_assisted_decoding(model):
     cache = HardKVCache(config=model.config, **EVICT)
     with cache.record() as trace:
         model.generate(
-            **make_prompts(1), past_key_values=cache, max_new_tokens=24, prompt_lookup_num_tokens=3, do_sample=False
+            **make_prompts(1), **{CACHE: cache}, max_new_tokens=24, prompt_lookup_num_tokens=3, do_sample=False
         )
     assert_shows(trace, -1, snapshot(cache))
     assert len(trace) >= 3
@@ -246,7 +247,7 @@ def test_a_forward_that_dies_between_layers_leaves_whole_snapshots(model, monkey
         list(feed(model, cache, inputs["input_ids"], inputs["attention_mask"], [13, 1]))
         monkeypatch.setattr(model.model.layers[1], "forward", die)
         with pytest.raises(KeyboardInterrupt):
-            model(input_ids=inputs["input_ids"][:, 14:15], past_key_values=cache)
+            model(input_ids=inputs["input_ids"][:, 14:15], **{CACHE: cache})
     assert trace.seen.tolist() == [13]
     assert len(Trace.of(cache)) == 0
 
@@ -256,9 +257,9 @@ def test_without_a_config_it_needs_a_first_forward(model):
     with pytest.raises(ValueError, match="config=model.config"), cache.record():
         pass
     inputs = make_prompts(1, new=12)
-    model(input_ids=inputs["input_ids"][:, :13], past_key_values=cache)
+    model(input_ids=inputs["input_ids"][:, :13], **{CACHE: cache})
     with cache.record() as trace:
-        model(input_ids=inputs["input_ids"][:, 13:], past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, 13:], **{CACHE: cache})
     assert trace.seen.tolist() == [13, 25]
 
 
@@ -273,7 +274,7 @@ def test_what_does_not_exist_is_refused(model, tmp_path):
     assert len(empty) == 0
     with pytest.raises(IndexError, match="has 0"):
         trace.holders()
-    model(**make_prompts(1), past_key_values=cache)
+    model(**make_prompts(1), **{CACHE: cache})
     trace = Trace.of(cache)
     with pytest.raises(ValueError, match=r"layer_idx=7.*\[0, 1, 2\]"):
         trace.kept(7)

@@ -5,6 +5,7 @@ import torch
 
 from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed, importance
 from hardkv import Calibration, HardKVCache, HardKVConfig
+from hardkv.cache.argument import CACHE
 from hardkv.calibration_file import describe_scorer, geometry
 from hardkv.selectors import Observation, Risk, RiskCurves
 from hardkv.selectors.ranking import Ranking
@@ -166,7 +167,7 @@ def run_cache(model, budget, length=160, calibration=None):
     ids = tiny.make_prompts(2, length)["input_ids"].clamp_min(2)
     with torch.no_grad():
         for chunk in ids.split(16, 1):
-            model(input_ids=chunk, past_key_values=cache)
+            model(input_ids=chunk, **{CACHE: cache})
     return cache
 
 

@@ -16,6 +16,7 @@ from eval.budgets import SECTIONS, Entry, Source, Worker, make_budget, make_cach
 from eval.budgets_report import Study, report
 from eval.teacher_forced import teacher_forced
 from hardkv import Calibration, HardKVCache, calibrate
+from hardkv.cache.argument import CACHE
 from hardkv.calibration_file import describe_scorer, geometry
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP, get_scorer
 from tests.cache import conftest as tiny
@@ -123,7 +124,7 @@ def test_every_entry_makes_its_cache(entry, model):
     ids = tiny.make_prompts(1, 384)["input_ids"]
     with torch.no_grad():
         for chunk in ids.split(128, 1):
-            model(input_ids=chunk, past_key_values=cache)
+            model(input_ids=chunk, **{CACHE: cache})
     held = cache.lengths().double()
     if isinstance(budget, TopP):
         assert 36 < held.mean() < 384

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from eval.teacher_forced import Result, teacher_forced
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import TopK
 from tests.cache import conftest as tiny
 
@@ -32,7 +33,7 @@ def stepped(model, ids, cache):
     """Logits `[B, n, V]`, and the cache's bytes after each step."""
     logits, nbytes = [], []
     for chunk in ids.split(STEP, 1):
-        logits.append(model(input_ids=chunk, past_key_values=cache).logits)
+        logits.append(model(input_ids=chunk, **{CACHE: cache}).logits)
         nbytes.append(cache.nbytes())
     return torch.cat(logits, 1), nbytes
 

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import CacheLayerMixin
 
 from hardkv import HardKVCache, graphed
+from hardkv.cache.argument import CACHE
 from hardkv.cache.cache import _tensors
 from hardkv.cache.handles import KVHandle
 from hardkv.cache.hybrid import HybridLayer
@@ -80,7 +81,7 @@ def run(model: PreTrainedModel, cache: Any, **inputs: Any) -> Tensor:
     with torch.no_grad():
         out = model.generate(
             **arguments,
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=NEW,
             do_sample=False,
             return_dict_in_generate=True,

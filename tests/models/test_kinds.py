@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from hardkv import HardKVCache, calibrate
+from hardkv.cache.argument import CACHE
 from hardkv.cache.hybrid import HybridLayer
 from tests.models.probe import EVICT, HOLD_ALL, NEW, PROMPT, Recording, assert_near, oracle_run, run
 from tests.models.tiny import random_ids, tiny_model
@@ -26,7 +27,7 @@ def beams(model, cache):
     """Scores and tokens of beam search, which reorders the cache."""
     ids = random_ids(2, PROMPT)
     return model.generate(
-        input_ids=ids, past_key_values=cache, max_new_tokens=NEW, num_beams=3, do_sample=False
+        input_ids=ids, **{CACHE: cache}, max_new_tokens=NEW, num_beams=3, do_sample=False
     )  # [2, PROMPT + NEW]
 
 
@@ -138,7 +139,7 @@ def test_the_prompt_in_chunks(model_type, chunks):
     ids = random_ids(2, sum(chunks))
     logits = []
     for cache in (DynamicCache(config=model.config), HardKVCache(config=model.config, **HOLD_ALL)):
-        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(chunks, 1)]
+        parts = [model(input_ids=part, **{CACHE: cache}).logits for part in ids.split(chunks, 1)]
         logits.append(torch.cat(parts, 1))
     assert_near(logits[1], logits[0], "chunks")
 
@@ -172,6 +173,6 @@ def test_a_padded_chunk_whose_keys_are_read_twice():
     mask[0, [0, 1, 12]] = 0
     for kind, settings in ((DynamicCache, {}), (HardKVCache, {"budget": 1000})):
         cache = kind(config=model.config, **settings)
-        model(ids[:, :11], attention_mask=mask[:, :11], past_key_values=cache)
-        logits.append(model(ids[:, 11:], attention_mask=mask, past_key_values=cache).logits)
+        model(ids[:, :11], attention_mask=mask[:, :11], **{CACHE: cache})
+        logits.append(model(ids[:, 11:], attention_mask=mask, **{CACHE: cache}).logits)
     torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-5)

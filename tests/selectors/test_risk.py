@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
+from hardkv.cache.argument import CACHE
 from hardkv.calibration_file import describe_scorer, geometry
 from hardkv.selectors import Observation, Pyramid, Risk, RiskCurves, TopK, get_budget, get_scorer
 from hardkv.selectors.budgets import budget_to_dict
@@ -816,7 +817,7 @@ class TestThroughTheCache:
         ids, mask, seen = ids[picked], mask[picked], PROMPT + 1
         for _ in range(8):
             with torch.no_grad():
-                model(input_ids=ids[:, seen : seen + 2], attention_mask=mask[:, : seen + 2], past_key_values=cache)
+                model(input_ids=ids[:, seen : seen + 2], attention_mask=mask[:, : seen + 2], **{CACHE: cache})
             seen += 2
         assert cache.stats().events == 4  # the last one just now
         tokens = mask[:, :seen].sum(1).tolist()

@@ -4,6 +4,7 @@ import torch
 from transformers import DynamicCache
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from tests.models.tiny import random_ids, tiny_model
 from tests.upstream import hardkv_in_place, page, run
 
@@ -13,6 +14,8 @@ import unittest
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from hardkv.cache.argument import CACHE
 
 
 class GenerationTesterMixin:
@@ -29,8 +32,8 @@ class GenerationTesterMixin:
     def test_equal(self):
         ours, dense = self.generated(output_logits=True), self.generated(output_logits=True, use_cache=False)
         torch.testing.assert_close(ours.logits[-1], dense.logits[-1])
-        assert isinstance(ours.past_key_values, DynamicCache)
-        assert ours.past_key_values.layers[1].keys.shape == (1, 2, 11, 4)
+        assert isinstance(ours[CACHE], DynamicCache)
+        assert ours[CACHE].layers[1].keys.shape == (1, 2, 11, 4)
 
     def test_by_hand(self):
         cache, state = DynamicCache(), torch.arange(3.0).view(1, 1, 3, 1)
@@ -84,10 +87,10 @@ def test_states_gathered_from_the_tiers_are_those_of_a_dense_cache():
     padding[1, :2] = 0
     with torch.no_grad():
         for each in (cache, dense):
-            model(ids[:, :5], attention_mask=padding[:, :5], past_key_values=each)
+            model(ids[:, :5], attention_mask=padding[:, :5], **{CACHE: each})
             for column in range(5, 9):
                 step = ids[:, column : column + 1]
-                model(step, attention_mask=padding[:, : column + 1], past_key_values=each)
+                model(step, attention_mask=padding[:, : column + 1], **{CACHE: each})
     assert cache.stats().events == 2
     for ours, theirs in zip(cache.layers, dense.layers, strict=True):
         for name in ("keys", "values"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from tests.cache.conftest import make_model, make_prompts
 
 
@@ -13,5 +14,5 @@ def run():
     model = make_model("gemma3")  # compresses layers 1 and 3
     cache = HardKVCache(config=model.config, budget=12, window=4, interval=5, sinks=1, patience=2, scorer="snapkv")
     with cache.record() as trace, torch.no_grad():
-        model.generate(**make_prompts(2), past_key_values=cache, max_new_tokens=22, do_sample=False)
+        model.generate(**make_prompts(2), **{CACHE: cache}, max_new_tokens=22, do_sample=False)
     return cache, trace

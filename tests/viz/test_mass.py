@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import TopP
 from hardkv.viz import plot_mass
 from tests.cache.conftest import make_model, make_prompts
@@ -16,7 +17,7 @@ def cache():
     model = make_model("qwen3")
     cache = HardKVCache(config=model.config, **SETTINGS)
     with torch.no_grad():
-        model(**make_prompts(2, length=150), past_key_values=cache)
+        model(**make_prompts(2, length=150), **{CACHE: cache})
     return cache
 
 
@@ -62,7 +63,7 @@ def test_a_calibrated_cache_brings_its_own_temperature():
     model = make_model("qwen3")
     cache = HardKVCache(config=model.config, **(SETTINGS | {"budget": TopP(0.7)}), calibration="online")
     with torch.no_grad():
-        model(**make_prompts(2, length=150), past_key_values=cache)
+        model(**make_prompts(2, length=150), **{CACHE: cache})
     temperature = cache.stats().temperatures[2][1][0]
     assert f"scores, T = {temperature:.2g}" in lines(plot_mass(cache, 2, 0, 1).axes[0])
 
@@ -78,6 +79,6 @@ def test_what_cannot_be_drawn_is_refused(cache):
     model = make_model("qwen3")
     short = HardKVCache(config=model.config, **SETTINGS)
     with torch.no_grad():
-        model(**make_prompts(1, length=4), past_key_values=short)
+        model(**make_prompts(1, length=4), **{CACHE: short})
     with pytest.raises(ValueError, match="protected tokens only"):
         plot_mass(short, 0)
