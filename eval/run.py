@@ -26,10 +26,11 @@ from eval.intervals import FAR, FEWEST, by_problem, separated
 from eval.methods import METHODS, Configuration, grid, new_cache
 from eval.report import report
 from eval.sampling import Answer, answer_batch, sampling_parameters, seed_of
-from eval.store import Store
+from eval.store import SETTINGS, Store
 from eval.tasks import TASKS, Problem, Task, load_problems
 from hardkv import Calibration, HardKVConfig, calibrate
 from hardkv.extras import MissingPackageError, require
+from hardkv.files import check_writable
 from hardkv.selectors import SCORERS
 
 REASONER = Path(__file__).parent / "reasoner" / "model"
@@ -299,6 +300,7 @@ def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list
     configurations = grid(args.method, args.scorer, args.budget, args.mass, cache_options(args))
     model = tokenizer = None
     if not args.self_check:
+        check_writable(args.out / SETTINGS)
         model, tokenizer = load_model(args.model, args.device_map)
     problems = load_problems(args.task, **problem_options(args, tokenizer, args.seed, args.limit))
     if task.source is not None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hardkv.files import write_text
+
 SETTINGS = "run.json"
 # What may change between two runs into one folder: the results beside it stay comparable.
 FREE = ("machines", "budgets")
@@ -23,6 +25,7 @@ class Store:
 
         Raises:
             ValueError: the folder holds results of other settings.
+            OSError: nothing can be written there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         found = self.settings() if (self.folder / SETTINGS).exists() else settings
@@ -75,12 +78,12 @@ class Store:
         parts = sorted(path for path in self.folder.glob("*.part") if _label(path) == label)
         records = {(record["id"], record["sample"]): record for path in [whole, *parts] for record in _read(path)}
         lines = [json.dumps(record) + "\n" for _, record in sorted(records.items())]
-        _replace(whole, "".join(lines))
+        write_text(whole, "".join(lines))
         for path in parts:
             path.unlink()
 
     def _write(self, settings: dict[str, Any]) -> None:
-        _replace(self.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        write_text(self.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
 def _label(part: Path) -> str:
@@ -97,10 +100,3 @@ def _read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:  # the line that an interrupted process was writing: its sample is run again
             break
     return records
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)

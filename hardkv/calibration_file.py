@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from hardkv.files import replacing
 from hardkv.selectors.budgets import RiskCurves
 from hardkv.selectors.scorers.scorer import Scorer, scorer_to_dict
 
@@ -93,23 +94,18 @@ class Calibration:
         return self._curves
 
     def save(self, path: "str | PathLike[str]") -> Path:
-        """Write a safetensors file (no pickle), its folder made if needed; the path.
+        """Write a safetensors file (no pickle), its folder made if needed, whole or not at all; the path.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written, or something other than a file stands there.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": FORMAT, "provenance": json.dumps(self.provenance)}
-        partial = path.with_name(path.name + ".partial")  # never half a file under the final name
-        try:
-            copies = {name: tensor.cpu().contiguous().clone() for name, tensor in self._tensors().items()}
-            save_file(copies, partial, metadata)  # copies, since it refuses tensors that share memory
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        self.path = path
-        return path
+        # copies, since tensors that share memory are refused
+        copies = {name: tensor.cpu().contiguous().clone() for name, tensor in self._tensors().items()}
+        with replacing(path) as file:
+            file.write(save(copies, metadata))
+        self.path = Path(path)
+        return self.path
 
     @classmethod
     def load(cls, path: "str | PathLike[str]") -> "Calibration":

@@ -15,6 +15,7 @@ from typing import Any
 from hardkv.calibration import calibrate
 from hardkv.config import HardKVConfig
 from hardkv.extras import MissingPackageError, require
+from hardkv.files import file_to_write
 from hardkv.selectors import BUDGETS, SCORERS, Budget, TopP, get_budget
 
 # Budgets that one number, the mean tokens per head, describes.
@@ -151,8 +152,8 @@ def add_calibrate(subparsers: Any) -> None:
         metavar="FILE",
         help="a text to measure on; may be repeated (default: the texts that come with hardkv)",
     )
-    add("--out", type=_to_write, required=True, metavar="FILE.safetensors", help="where to save the calibration")
-    add("--plot", type=_to_write, metavar="FILE.png", help="where to draw it, if anywhere")
+    add("--out", type=file_to_write, required=True, metavar="FILE.safetensors", help="where to save the calibration")
+    add("--plot", type=file_to_write, metavar="FILE.png", help="where to draw it, if anywhere")
     add(
         "--scorer",
         choices=sorted(SCORERS),
@@ -184,8 +185,6 @@ def _calibrate(args: argparse.Namespace) -> None:
         known = sorted(FigureCanvasBase.get_supported_filetypes())
         if args.plot.suffix[1:].lower() not in known:
             args.parser.error(f"--plot {args.plot}: the suffix must be one of {', '.join(known)}")
-    for path in filter(None, (args.out, args.plot)):
-        path.parent.mkdir(parents=True, exist_ok=True)
     from hardkv.demo import load
 
     model, tokenizer = load(args.model)
@@ -250,13 +249,6 @@ def _text(text: str) -> str:
         return _file(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be read as text: {error}") from None
-
-
-def _to_write(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder: name a file")
-    return path
 
 
 COMMANDS: list[Callable[[Any], None]] = [add_demo, add_calibrate]

@@ -30,6 +30,7 @@ from hardkv.cache.stats import format_bytes
 from hardkv.cli import InputError
 from hardkv.config import HardKVConfig
 from hardkv.extras import MissingPackageError
+from hardkv.files import check_writable, write_text
 from hardkv.viz import plot_lengths
 
 # Carries SmolLM2-135M-Instruct as a GGUF file. Only the file is used: the package's own code is never imported.
@@ -209,10 +210,12 @@ def run_demo(
         console: where to print; standard output by default.
 
     Raises:
-        InputError: a config's calibration does not fit the model. OSError: see `load`.
+        InputError: a config's calibration does not fit the model. OSError: see `load` and `check_writable`.
     """
     console = console or make_console()
-    out.mkdir(parents=True, exist_ok=True)  # before minutes of work
+    written = [out / "demo.json", *(out / f"lengths-{name.replace(' ', '-')}.png" for name in configs)]
+    for path in written:  # before minutes of work
+        check_writable(path)
     text = (text_file or resources.files("hardkv") / "data" / "apache-2.0.txt").read_text(encoding="utf-8")
     say = partial(console.print, highlight=False, markup=False)  # brackets in a question are no markup
     say(f"Loading {model_name or 'SmolLM2-135M-Instruct'}")
@@ -236,12 +239,10 @@ def run_demo(
 
     console.print(_table(runs))
     console.print(_answers(runs))
-    written = [out / "demo.json"]
-    written[0].write_text(json.dumps(_report(model, model_name, prompt_tokens, question, runs), indent=1) + "\n")
-    for (name, config), run in zip(configs.items(), runs[1:], strict=True):
-        written.append(out / f"lengths-{name.replace(' ', '-')}.png")
+    write_text(written[0], json.dumps(_report(model, model_name, prompt_tokens, question, runs), indent=1) + "\n")
+    for config, path, run in zip(configs.values(), written[1:], runs[1:], strict=True):
         seen = prompt_tokens + run.new_tokens
-        plot_lengths(run.lengths, written[-1], f"{selection(config)}: tokens kept of {seen:,} seen")
+        plot_lengths(run.lengths, path, f"{selection(config)}: tokens kept of {seen:,} seen")
     say("Written:", *written, sep="\n  ")
     return runs
 

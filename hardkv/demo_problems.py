@@ -32,6 +32,7 @@ from hardkv.demo import (
     tell_settings,
     warm_up,
 )
+from hardkv.files import check_writable, write_text
 
 # Tokens between two looks at what a cache holds.
 SAMPLE = 16
@@ -103,10 +104,11 @@ def run_problems(
         console: where to print; standard output by default.
 
     Raises:
-        InputError: a config's calibration does not fit the model. OSError: see `load`.
+        InputError: a config's calibration does not fit the model. OSError: see `load` and `check_writable`.
     """
     console = console or make_console()
-    out.mkdir(parents=True, exist_ok=True)
+    written = out / "scores.json"
+    check_writable(written)  # before minutes of work
     say = partial(console.print, highlight=False, markup=False)
     say(f"Loading {model_name or 'SmolLM2-135M-Instruct'}")
     model, tokenizer = load(model_name)
@@ -126,12 +128,11 @@ def run_problems(
             scores.append(solve(f"HardKV {name}", HardKVCache(config=model.config, **config.to_dict())))
 
     console.print(_table(scores))
-    written = out / "scores.json"
     report = environment(model, model_name) | {
         "problems": [dict(problem) for problem in problems],
         "scores": [asdict(score) | {"ratio": score.ratio} for score in scores],
     }
-    written.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(written, json.dumps(report, indent=1) + "\n")
     say("Written:", written, sep="\n  ")
     return scores
 

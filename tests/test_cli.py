@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import sys
 from functools import wraps
 
@@ -223,6 +224,20 @@ def test_a_path_to_nothing_is_not_looked_up_on_the_hub(name, text_file, tmp_path
     assert f"hardkv demo: there is no model at '{name}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "more"), [("demo.json", []), ("lengths-48.png", []), ("scores.json", ["--problems"])])
+def test_the_demo_leaves_what_is_no_file(name, more, text_file, tmp_path, capsys, monkeypatch):
+    for module in ("demo", "demo_problems"):
+        monkeypatch.setattr(f"hardkv.{module}.load", lambda name: pytest.fail("a model was loaded"))
+    out, problems = tmp_path / "out", tmp_path / "problems.jsonl"
+    problems.write_text('{"problem": "1+1", "answer": 2}\n')
+    out.mkdir()
+    os.mkfifo(out / name)
+    asked = [*more, str(problems)] if more else ["--text", str(text_file)]
+    assert main(["demo", *asked, "--budget", "48", "--out", str(out)]) == 1
+    assert f"{name}' is a FIFO" in capsys.readouterr().err
+    assert [path.is_fifo() for path in out.iterdir()] == [True]
+
+
 def test_the_table_names_every_cache_on_80_columns(model_folder, text_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -318,7 +333,7 @@ def test_the_demo_refuses_a_calibration_that_does_not_fit(model_folder, long_tex
     assert demo(model_folder, text_file, tmp_path / "out", *SMALL, "--budget", "48", "--calibration", saved) == 1
     assert "hardkv demo: the calibration" in (error := capsys.readouterr().err)
     assert "hidden_size 99 here, 32 in the model" in error
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
     assert demo(model_folder, text_file, tmp_path / "out", "--calibration", tmp_path / "none") == 1
     assert "hardkv demo: there is no calibration at" in capsys.readouterr().err
@@ -349,6 +364,19 @@ def test_bad_arguments_of_calibrate_end_before_a_model_is_loaded(arguments, mess
         main(["calibrate", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_calibrate_leaves_what_is_no_file(option, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hardkv.demo.load", lambda name: pytest.fail("a model was loaded"))
+    os.mkfifo(fifo := tmp_path / "c.png")
+    given = {"--out": tmp_path / "new" / "c.safetensors", "--plot": tmp_path / "new" / "c.png"} | {option: fifo}
+    with pytest.raises(SystemExit) as stop:
+        main(["calibrate", *(str(part) for pair in given.items() for part in pair)])
+    assert stop.value.code == 2
+    assert "c.png' is a FIFO, which would be replaced by a file" in capsys.readouterr().err
+    assert fifo.is_fifo()
+    assert list(tmp_path.iterdir()) == [fifo]
 
 
 def test_a_text_that_is_none_is_told_by_name(tmp_path, capsys):

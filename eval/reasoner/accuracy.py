@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.reasoner.encoding import IGNORED, PROMPT_ROOM, encode
 from eval.reasoner.problems import KINDS, LINE_TOKENS, Puzzle, draw
+from hardkv.files import check_writable, write_text
 
 MODEL = Path(__file__).parent / "model"
 BATCH = 16  # problems
@@ -110,8 +111,10 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=128, help="problems a difficulty (default: %(default)s)")
     args = parser.parse_args()
+    out = args.model / "accuracy.json"
+    check_writable(out)
     report = measure(args.model, args.difficulty, args.count)
-    (args.model / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_text(out, json.dumps(report, indent=1) + "\n")
     for row in report["exact"]:
         print("{difficulty:4} lines  {kind:6} {correct:5} of {count:5} solutions exact".format(**row))
     print("generated, {difficulty} lines: {correct} of {count} exact".format(**report["generated"]))

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.reasoner.problems import draw
 from hardkv import Calibration, calibrate
+from hardkv.files import check_writable
 from hardkv.selectors import SCORERS
 
 MODEL = Path(__file__).parent / "model"
@@ -39,8 +40,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4, help="problems (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: calibration-SCORER.safetensors in the model")
     args = parser.parse_args()
+    out = args.out or args.model / f"calibration-{args.scorer}.safetensors"
+    check_writable(out)
     calibration = calibrate_reasoner(args.model, args.scorer, args.interval, args.lines, args.count)
-    calibration.save(args.out or args.model / f"calibration-{args.scorer}.safetensors")
+    calibration.save(out)
     print(calibration.summary())
 
 

@@ -25,6 +25,7 @@ from eval.reasoner.accuracy import machine, versions
 from eval.reasoner.encoding import IGNORED, encode, encode_hiding, room_for
 from eval.reasoner.problems import MAX_LINES, draw
 from eval.reasoner.tokenizer import build_tokenizer
+from hardkv.files import check_writable, write_text
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ def fit(
 
 def run(settings: Settings, out: Path, device: torch.device, start: Path | None = None) -> dict[str, Any]:
     """Train, from the beginning or from a trained model's folder, and save; what `training.json` holds."""
+    check_writable(out / "training.json")
     tokenizer = build_tokenizer()
     model = build_model(settings, tokenizer)
     before = None
@@ -230,7 +232,6 @@ def run(settings: Settings, out: Path, device: torch.device, start: Path | None 
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    out.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     report = {
@@ -242,7 +243,7 @@ def run(settings: Settings, out: Path, device: torch.device, start: Path | None 
         "curve": curve,
         "before": before,
     }
-    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_text(out / "training.json", json.dumps(report, indent=1) + "\n")
     return report
 
 

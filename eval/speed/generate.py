@@ -51,6 +51,7 @@ from hardkv.cache.argument import CACHE
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import storage_nbytes
 from hardkv.calibration_file import geometry
+from hardkv.files import file_to_write, write_text
 from hardkv.selectors import Risk, TopK
 
 COMMON = {"num_key_value_heads": 8, "num_attention_heads": 32, "head_dim": 128, "max_position_embeddings": 1 << 18}
@@ -425,7 +426,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.speed.generate", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("eval/results/generate.json"))
+    parser.add_argument("--out", type=file_to_write, default="eval/results/generate.json")
     parser.add_argument("--model", choices=MODELS, default="qwen3-8b")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
     parser.add_argument("--cases", nargs="+", metavar="CONTEXTxBATCH", help="such as 2048x32; 32768x0: what fits")
@@ -450,8 +451,7 @@ def main() -> None:
         if "read_bytes" in record:
             record["limit_ms"] = record["read_bytes"] / bandwidth * 1e3
         found["records"] = [old for old in found["records"] if _key(old) != _key(record)] + [record]
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(args.out, json.dumps(found, indent=1) + "\n")
         shown = {key: round(value, 3) if isinstance(value, float) else value for key, value in record.items()}
         print(shown, flush=True)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hardkv.extras import require
-from hardkv.viz.figures import COLOURS, MARKERS
+from hardkv.files import write_text
+from hardkv.viz.figures import COLOURS, MARKERS, save_figure
 
 Record = dict[str, Any]
 
@@ -217,7 +218,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     memory.set_ylabel("cache of a sequence, GB")
     for each in (axes, memory):
         each.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -226,7 +227,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     results = parser.parse_args().results
     found = json.loads(results.read_text())
-    results.with_suffix(".md").write_text(markdown(found))
+    write_text(results.with_suffix(".md"), markdown(found))
     plot(found, results.with_suffix(".png"))
     print(f"wrote {results.with_suffix('.md')} and {results.with_suffix('.png')}")
 

@@ -32,6 +32,7 @@ from eval.speed.events import QWEN, SMALL_EVENTS, Model, measure_events
 from eval.speed.inputs import QUICK, SHAPES, Setting, Shape
 from eval.speed.operations import KINDS, TOLERANCE, Operation, reference_kernels
 from eval.speed.timing import COPY_BYTES, CudaTimer, copy_bandwidth, describe
+from hardkv.files import file_to_write, write_text
 from hardkv.kernels import varlen
 from hardkv.kernels.backends import why_not_triton
 
@@ -163,17 +164,14 @@ def machine(setting: Setting) -> dict[str, Any]:
 
 def write(out: Path, data: dict[str, Any]) -> None:
     """The JSON, a record a line, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     head = {name: value for name, value in data.items() if name != "records"}
     lines = ",\n".join(json.dumps(record) for record in data["records"])
-    partial_file = out.with_suffix(".partial")
-    partial_file.write_text(json.dumps(head)[:-1] + ',\n"records": [\n' + lines + "\n]}\n")
-    partial_file.replace(out)
+    write_text(out, json.dumps(head)[:-1] + ',\n"records": [\n' + lines + "\n]}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.speed.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("eval/results/kernels.json"))
+    parser.add_argument("--out", type=file_to_write, default="eval/results/kernels.json")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, and an event of 6 layers")
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=OPERATIONS, metavar="OPERATION")
     args = parser.parse_args()

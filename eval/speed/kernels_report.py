@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hardkv.extras import require
-from hardkv.viz.figures import MARKERS
+from hardkv.files import write_text
+from hardkv.viz.figures import MARKERS, save_figure
 
 Record = dict[str, Any]
 
@@ -284,7 +285,7 @@ def draw(records: list[Record], path: Path) -> None:
             axis.legend(fontsize=8)
     axes[0].set_ylim(0)
     axes[0].set_ylabel("fraction of the copy bandwidth")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -301,7 +302,7 @@ def report(path: Path) -> None:
         "Operations may come from several runs on the machine, and each fraction is of its own run's copy "
         "bandwidth.\n"
     )
-    path.with_suffix(".md").write_text(text)
+    write_text(path.with_suffix(".md"), text)
     draw(data["records"], path.with_suffix(".png"))
     print(text)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hardkv.cache.snapshot import HeldByLayer, Positions, Snapshot
 from hardkv.cache.tiers import TIERS, sequences_of
+from hardkv.files import replacing
 
 if TYPE_CHECKING:
     from hardkv.cache.cache import HardKVCache
@@ -212,6 +213,9 @@ class Trace:
         `steps` int32, differences of all positions, one snapshot, layer, tier and row after the other; `lengths` int32,
         of these rows; `heads` of every layer; `batch`; `seen`, `events`, `nbytes`, `dense_nbytes` of every snapshot;
         `meta`, JSON text.
+
+        Raises:
+            OSError: it cannot be written, or something other than a file stands there.
         """
         layers = [layer for each in self.snapshots for layer in each.layers]
         tiers = [layer.tiers[name] for layer in layers for name in TIERS]
@@ -228,7 +232,7 @@ class Trace:
         }
         for name in NUMBERS:
             arrays[name] = self._of_each(name).numpy()
-        with open(path, "wb") as file:  # a name would get .npz behind it
+        with replacing(path) as file:  # a name would get .npz behind it
             np.savez_compressed(file, **arrays)
         return Path(path)
 

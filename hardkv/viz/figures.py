@@ -1,11 +1,13 @@
 """What the pictures share: where their data comes from, colours, how a figure ends."""
 
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from hardkv.cache import HardKVCache, Trace
+from hardkv.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,9 +55,22 @@ def finish(figure: "Figure", path: "str | PathLike[str] | None") -> "Figure":
     import matplotlib.pyplot as plt
 
     if path is not None:
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)
     plt.close(figure)
     return figure
+
+
+def save_figure(figure: "Figure", path: "str | PathLike[str]", dpi: int = 150) -> None:
+    """Write a figure; the suffix chooses the format, and matplotlib's default is added to a name without one.
+
+    Raises:
+        OSError: it cannot be written, or something other than a file stands there.
+        ValueError: a format that matplotlib does not know.
+    """
+    path = Path(path)
+    form = path.suffix[1:] or figure.canvas.get_default_filetype()
+    with replacing(path if path.suffix else path.with_name(f"{path.name}.{form}")) as file:
+        figure.savefig(file, format=form, dpi=dpi)
 
 
 def number_size(cells: int, characters: int) -> float | None:

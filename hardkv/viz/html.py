@@ -5,6 +5,8 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 
+from hardkv.files import write_text
+
 
 @dataclass(frozen=True, repr=False)
 class Html:
@@ -25,7 +27,11 @@ class Html:
         return f"Html({self.title!r}, {len(self.body):,} characters: show it in a notebook, or save(path) it)"
 
     def save(self, path: "str | PathLike[str]") -> Path:
-        """Write a page that stands alone; returns its path."""
+        """Write a page that stands alone; returns its path.
+
+        Raises:
+            OSError: it cannot be written, or something other than a file stands there.
+        """
         page = f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(self.title)}</title>\n'
-        Path(path).write_text(f"{page}<body>\n{self.body}\n</body>\n</html>\n", encoding="utf-8")
+        write_text(path, f"{page}<body>\n{self.body}\n</body>\n</html>\n")
         return Path(path)

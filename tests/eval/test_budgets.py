@@ -1,9 +1,12 @@
 """The study of budgets: its plan, its caches, resuming, and the arithmetic of its report. Nothing is downloaded."""
 
 import json
+import os
+import sys
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -280,6 +283,20 @@ def test_only_what_is_missing_runs(monkeypatch, tmp_path):
     assert [entry.label for entry in batch] == [lost["label"]]
     assert lost in json.loads(out.read_text())["records"]
     assert list(out.parent.glob("*.partial")) == []
+
+
+def test_what_is_no_file_is_left_and_told_before_anything_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(budgets, "run", lambda *arguments: pytest.fail("it ran"))
+    os.mkfifo(tmp_path / "budgets.json")
+    monkeypatch.setattr(sys, "argv", ["budgets", "run", "--out", str(tmp_path / "budgets.json")])
+    with pytest.raises(SystemExit):
+        budgets.main()
+    assert "budgets.json' is a FIFO" in capsys.readouterr().err
+    assert (tmp_path / "budgets.json").is_fifo()
+    monkeypatch.setattr(budgets, "run", lambda out, *arguments: print(out))  # the default is checked too
+    monkeypatch.setattr(sys, "argv", ["budgets", "run"])
+    budgets.main()
+    assert capsys.readouterr().out == f"{Path('eval/results/budgets.json')}\n"
 
 
 def test_batches_share_texts_and_the_scorer_chooses(monkeypatch, tmp_path):

@@ -90,6 +90,19 @@ def test_a_budget_as_large_as_the_text_answers_as_the_full_cache(command, tmp_pa
     assert [record["text"] for record in topk] == [record["text"] for record in full]
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval.run, "load_model", lambda *arguments: pytest.fail("a model was loaded"))
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SystemExit, match="run.json' cannot be written, since '.*out' is no folder"):
+        main(command("--method", "full"))
+    (tmp_path / "fifo").mkdir()
+    os.mkfifo(tmp_path / "fifo" / "run.json")
+    with pytest.raises(SystemExit, match="run.json' is a FIFO"):
+        main(command("--method", "full", out="fifo"))
+    assert (tmp_path / "out").read_text() == "a file"
+    assert (tmp_path / "fifo" / "run.json").is_fifo()
+
+
 def test_answers_longer_than_the_model_are_warned_of(command, capsys):
     arguments = command("--method", "full", "--limit", "1")
     main(arguments)
