@@ -105,7 +105,9 @@ def plan(
                 ragged = heads * (max_length - min(window, max_length))
             condensed += batch * ragged * (token + 5)  # position, misses
             condensed += 2 * (batch * heads + 1) * 4 + batch * heads * 24  # where rows begin; schedules
-            recent += batch * (heads * columns * token + columns * 4 + 16)  # positions, fill, tokens so far
+            if cache.settings.calibration is not None and layer.budget.uses_temperature:
+                condensed += batch * heads * 4
+            recent += batch * (heads * columns * token + columns * 4 + 17)  # positions, fill, tokens so far, hidden
             queries += batch * (window + 1) * (query_heads * dim * dtype.itemsize + 1)
         elif isinstance(layer, DynamicSlidingWindowLayer):
             sliding += batch * heads * min(layer.sliding_window, max_length) * token

@@ -48,6 +48,16 @@ def test_others_are_bounded(arguments):
     assert held <= planned.nbytes
 
 
+def test_what_is_on_probation_counts_from_the_first_miss():
+    """patience=1: the prompt's own event frees nothing, and after it all of the prompt is still held."""
+    model = make_model("llama")
+    planned = hardkv.plan(model.config, 20, 2, 200, 201, torch.float32, patience=1, **SIZES)
+    held = run(model, 2, 200, 1, static=False, budget=20, patience=1)
+    assert held.lengths("sparse").eq(200 - 20).all()
+    assert held.nbytes() <= planned.nbytes
+    assert not planned.fixed
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 60), st.integers(2, 40), st.integers(11, 80))
 def test_never_more_than_planned(batch, length, new, n):
@@ -56,13 +66,27 @@ def test_never_more_than_planned(batch, length, new, n):
     assert run(model, batch, length, new, static=False, budget=AdaKV(n)).nbytes() <= planned.nbytes
 
 
-def test_pinned_prompts_and_sliding_layers():
+@pytest.mark.parametrize("more", [{"budget": 40}, {"budget": Adaptive(40), "calibration": "online"}], ids=str)
+def test_pinned_prompts_and_sliding_layers(more):
     model = make_model("gemma3")
-    planned = hardkv.plan(model.config, 40, 2, 30, 70, torch.float32, pin_prompt=True, **SIZES)
-    held = run(model, 2, 30, 40, static=False, budget=40, pin_prompt=True)
+    more = {"pin_prompt": True} | more
+    planned = hardkv.plan(model.config, **more, batch=2, prompt_length=30, max_length=70, dtype=torch.float32, **SIZES)
+    held = run(model, 2, 30, 40, static=False, **more)
     sliding = [layer for layer in held.layers if not hasattr(layer, "tiers")]
     assert planned.sliding == storage_nbytes(each for layer in sliding for each in (layer.keys, layer.values))
     assert held.nbytes() <= planned.nbytes
+
+
+def test_a_sliding_window_that_is_never_full():
+    model = make_model("gemma3", sliding_window=64)
+    planned = hardkv.plan(model.config, 40, 2, 30, 50, torch.float32, **SIZES)
+    tokens = 2 * 2 * 50 * 2 * 8 * 4  # layers, sequences, columns, KV heads, head dim; float32
+    assert planned.sliding == 2 * tokens  # keys and values
+    assert planned.dense_nbytes == 4 * tokens  # as many layers see everything
+    held = run(model, 2, 30, 20, static=False, budget=40)
+    sliding = [layer for layer in held.layers if not hasattr(layer, "tiers")]
+    bytes_held = storage_nbytes(each for layer in sliding for each in (layer.keys, layer.values))
+    assert bytes_held * 50 == planned.sliding * 49  # nobody read the last token
 
 
 def test_batches_that_fit():
