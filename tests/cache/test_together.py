@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from hardkv import HardKVCache
 from hardkv.cache import event
@@ -43,6 +44,13 @@ def groups(monkeypatch):
     monkeypatch.setattr(event, "select", spy)
     monkeypatch.setattr("hardkv.cache.together.select", spy)
     return sizes
+
+
+def apart(monkeypatch):
+    """Layers that wait for no other, each in an event of its own."""
+    monkeypatch.setattr("hardkv.cache.together.WAITING_BYTES", 0)
+    monkeypatch.setattr(event, "TOGETHER_BYTES", 0)
+    monkeypatch.setattr(event, "TOGETHER_SHARE", 0)
 
 
 def run(model, inputs, run_feed, prepare=None, **options):
@@ -112,15 +120,52 @@ def test_together_as_alone(
     options = {"scorer": scorer, "budget": budget, "patience": patience, **more}
     cache, logits = run(model, inputs, run_feed, **options)
     assert set(groups) == {1 if isinstance(scorer, Alone) else 3}
-    monkeypatch.setattr("hardkv.cache.together.WAITING_BYTES", 0)
-    monkeypatch.setattr(event, "TOGETHER_BYTES", 0)
-    monkeypatch.setattr(event, "TOGETHER_SHARE", 0)
+    apart(monkeypatch)
     groups.clear()
     alone, expected = run(model, inputs, run_feed, **options)
     assert set(groups) == {1}
     assert_same(cache, alone)
     for one, two in zip(logits, expected, strict=True):
         assert torch.equal(one, two)
+
+
+def other_scale(model, cache):
+    model.model.layers[1].self_attn.scaling *= 4
+
+
+def other_softcap(model, cache):
+    model.model.layers[1].self_attn.attn_logit_softcapping = 0.2
+
+
+def calibrated_alone(model, cache):
+    cache.layers[1].temperatures = torch.tensor([0.05, 3.0])
+
+
+@pytest.mark.parametrize("differ", [other_scale, other_softcap, calibrated_alone])
+def test_layers_that_differ_are_scored_apart(differ, groups, monkeypatch, run_feed, tiny_prompts):
+    """All three layers in the prompt's event and in two later ones; the middle one is not like the others."""
+
+    def run_differing():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 3}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8}
+        types = ["full_attention"] * 3
+        config = Gemma2Config(**sizes, **heads, vocab_size=98, attn_logit_softcapping=5.0, layer_types=types)
+        config._attn_implementation = "eager"  # which knows soft caps
+        model = Gemma2ForCausalLM(config).double().eval()
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data *= 40  # sharp enough that tokens differ in weight
+        cache = HardKVCache(config=config, scorer="snapkv", budget=Adaptive(20), **SIZES)
+        differ(model, cache)
+        inputs = tiny_prompts(3, 40, new=19)["input_ids"]
+        for _ in run_feed(model, cache, inputs, torch.ones_like(inputs), STEPS):
+            pass
+        return cache
+
+    cache = run_differing()
+    apart(monkeypatch)
+    assert_same(cache, run_differing())
+    assert set(groups) == {1}
 
 
 class Waits(TorchDispatchMode):
