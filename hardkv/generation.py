@@ -74,14 +74,14 @@ def graphed(
     """Greedy search and sampling as `generate()` does them, with a captured decode step.
 
     For `model.generate(..., past_key_values=HardKVCache(...), custom_generate=graphed)`, or `cache=` from transformers
-    5.24 on. With `compile=True` there, the `torch.compile`d forward is captured, whose logits differ by rounding. It reads
-    the weights of linear layers with one input (query, key and value; gate and up) as one, for which they are moved
-    next to each other in memory, values unchanged: let no other thread use the model the first time. Where inductor
-    autotunes (`max_autotune`) it reads each by itself, and a warning says so. The prefill runs as always. A cache that
-    is used again, after `reset()` or for another turn, keeps its graph, and a new one needs a new capture. Where there
-    is no CUDA the same steps run uncaptured, and `stats()` says so. The state of a linear attention cannot go back a
-    step: with such layers the host waits for every token before the next step, and a step that dies leaves the cache
-    unusable until `reset()`.
+    5.24 on. With `compile=True` there, the `torch.compile`d forward is captured, whose logits differ by rounding. It
+    reads the weights of linear layers with one input (query, key and value; gate and up) as one, for which they are
+    moved next to each other in memory, values unchanged: let no other thread use the model the first time. Where
+    inductor autotunes (`max_autotune`) it reads each by itself, and a warning says so. The prefill runs as always. A
+    cache that is used again, after `reset()` or for another turn, keeps its graph, and a new one needs a new capture.
+    Where there is no CUDA the same steps run uncaptured, and `stats()` says so. The state of a linear attention cannot
+    go back a step: with such layers the host waits for every token before the next step, and a step that dies leaves
+    the cache unusable until `reset()`.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs: what

@@ -294,7 +294,7 @@ def install() -> None:
             )
     for name, function in list(AttentionInterface._global_mapping.items()):
         if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
-            AttentionInterface.register(name, _wrap_attention(name, function))
+            AttentionInterface.register(name, _wrap_attention(name, function))  # type: ignore[arg-type]
     for name, function in list(AttentionMaskInterface._global_mapping.items()):
         if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
             AttentionMaskInterface.register(name, _wrap_mask(function))  # type: ignore[arg-type]
