@@ -22,7 +22,7 @@ from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.offload import Offload
-from hardkv.cache.routing import install, route
+from hardkv.cache.routing import install
 from hardkv.cache.stats import Stats
 from hardkv.cache.steps import DecodeSteps
 from hardkv.cache.tiers import TIERS, Tiers, storage_nbytes
@@ -49,8 +49,8 @@ class HardKVCache(WholeCache):
     carries a graph, and `backward()` through a later forward raises RuntimeError.
 
     Args:
-        config: `model.config` itself, not a copy. Without it only models whose layers
-            all use full attention, and whose attention is not "eager", work.
+        config: `model.config`; for `calibration="auto"` itself, not a copy. Without it only models whose layers all
+            use full attention work.
         scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload: see
             `HardKVConfig`.
 
@@ -101,7 +101,6 @@ class HardKVCache(WholeCache):
                 raise ValueError("a calibration needs to know the model: pass config=model.config")
             self._layer_budgets(None)  # raises for a budget that needs to know the model
             return
-        route(config)
         text = config.get_text_config(decoder=True)
         # Layers that read another layer's keys do so after its attention ran.
         shared = bool(getattr(text, "num_kv_shared_layers", 0)) or any(getattr(text, "kv_sharing_modes", None) or ())

@@ -23,10 +23,10 @@ class UnroutedKVError(RuntimeError):
 def unrouted(what: str, name: str) -> NoReturn:
     raise UnroutedKVError(
         f"{name!r} was used on the {what} of a HardKVCache, so this model's attention did not go through the attention "
-        "functions that hardkv wraps. Build the cache with the model's own config object, HardKVCache("
-        "config=model.config), after the last model.set_attn_implementation(...), or load the model with "
-        "attn_implementation='sdpa'. If that is so already, this architecture has attention code of its own or changes "
-        "keys and values between cache and attention, and is not supported: use DynamicCache."
+        "functions that hardkv wraps. Load the model with attn_implementation='sdpa', and build a new "
+        "HardKVCache(config=model.config) after anything else has registered attention functions. If that is so "
+        "already, this architecture has attention code of its own or changes keys and values between cache and "
+        "attention, and is not supported: use DynamicCache."
     )
 
 

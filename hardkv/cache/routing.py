@@ -2,53 +2,53 @@
 
 A model hands new keys and values to `Cache.update`, then calls the attention function its config names with the
 query. Our `update` returns a handle in the keys' place; every registered attention function is wrapped, once and in
-place, to look for that handle, and is exactly itself when there is none. Mask functions never see the cache, so the
-length that `get_mask_sizes` reports is a marked integer that the wrapped mask functions recognise.
+place, to look for that handle, and is exactly itself when there is none. Eager attention has no entry in the registry:
+a model brings its own as the default when it asks for its function, and gets it wrapped. Models and configs stay as
+they are. Mask functions never see the cache, so the length that `get_mask_sizes` reports is a marked integer that the
+wrapped mask functions recognise.
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 from hardkv.cache.handles import HardKVMask, KVHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.latent import Latent
 from hardkv.cache.static import StaticTokens, static_attention
 from hardkv.cache.steps import UnknownLength
 
-EAGER = "hardkv|eager"
 
-
-def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
-    """The `eager_attention_forward` of the file that defines the module's class, as transformers would call."""
-    for klass in type(module).__mro__:
-        function = getattr(sys.modules.get(klass.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise UnroutedKVError(f"{type(module).__name__} defines no eager_attention_forward: use attn_implementation='sdpa'")
-
-
-def _wrap_attention(name: str, function: Callable[..., Any] | None) -> Callable[..., Any]:
-    """`function` (None: the module's own eager one), except that keys of a HardKVCache go to its layer."""
+def _wrap_attention(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, except that keys of a HardKVCache go to its layer."""
 
     def attention(
         module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         if isinstance(key, KVHandle) and isinstance(key.new, StaticTokens):
             return _static(name, module, query, key, kwargs)
-        original = _eager_of(module) if function is None else function
         if isinstance(key, KVHandle):
-            return _routed(name, original, module, query, key, value, attention_mask, args, kwargs)
+            return _routed(name, function, module, query, key, value, attention_mask, args, kwargs)
         if isinstance(attention_mask, HardKVMask):  # a layer of the same model that is not ours
             attention_mask = attention_mask.original
-        return original(module, query, key, value, attention_mask, *args, **kwargs)
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
 
-    return _mark(attention, function)
+    return attention
+
+
+def _wrap_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
+    """`AttentionInterface.get_interface`, except that a model's own eager attention comes wrapped."""
+
+    def get_interface(self: Any, attn_implementation: Any, default: Any) -> Any:
+        function = lookup(self, attn_implementation, default)
+        if function is default and function is not None and not hasattr(function, "_hardkv"):
+            return _wrap_attention("eager", function)
+        return function
+
+    return _mark(get_interface, lookup)
 
 
 def _static(
@@ -272,15 +272,14 @@ def _wrap_mask(function: Callable[..., Any]) -> Callable[..., Any]:
     return _mark(mask, function)
 
 
-def _mark(wrapper: Callable[..., Any], function: Callable[..., Any] | None) -> Callable[..., Any]:
-    if function is not None:
-        functools.update_wrapper(wrapper, function)
+def _mark(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    functools.update_wrapper(wrapper, function)
     wrapper._hardkv = True  # type: ignore[attr-defined]
     return wrapper
 
 
 def install() -> None:
-    """Wrap every entry of transformers' attention and mask registries in place. Idempotent; public `register` only.
+    """Wrap every entry of transformers' attention and mask registries in place, and the look-up. Idempotent.
 
     Called at import, by every HardKVCache and in prefill, so that what is registered in between is wrapped too.
     """
@@ -294,23 +293,9 @@ def install() -> None:
             )
     for name, function in list(AttentionInterface._global_mapping.items()):
         if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
-            AttentionInterface.register(name, _wrap_attention(name, function))  # type: ignore[arg-type]
+            AttentionInterface.register(name, _mark(_wrap_attention(name, function), function))
     for name, function in list(AttentionMaskInterface._global_mapping.items()):
         if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
             AttentionMaskInterface.register(name, _wrap_mask(function))  # type: ignore[arg-type]
-    if EAGER not in AttentionInterface._global_mapping:
-        AttentionInterface.register(EAGER, _wrap_attention("eager", None))
-        AttentionMaskInterface.register(EAGER, _wrap_mask(eager_mask))
-
-
-def route(config: Any) -> None:
-    """Send a model's text layers through the wrapped functions.
-
-    Eager attention has no registry entry to wrap, so a text config on eager is switched to "hardkv|eager". The public
-    setter would switch vision configs too.
-    """
-    text = config.get_text_config(decoder=True)
-    if text is not config.get_text_config(decoder=True):
-        text = config  # of an encoder-decoder with one config, made anew at every call; its decoder reads this one
-    if text._attn_implementation in (None, "eager"):
-        text._attn_implementation_internal = EAGER
+    if not hasattr(AttentionInterface.get_interface, "_hardkv"):
+        AttentionInterface.get_interface = _wrap_lookup(AttentionInterface.get_interface)  # type: ignore[method-assign]

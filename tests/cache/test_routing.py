@@ -3,7 +3,11 @@
 import copy
 import json
 import operator
+import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +18,12 @@ from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    ContinuousBatchingConfig,
     DynamicCache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GenerationConfig,
 )
 from transformers.integrations.eager_paged import eager_paged_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -133,13 +139,14 @@ def test_a_mask_function_that_is_missing_never_loses_padding_silently(registries
 # ---------------------------------------------------------------------------------------------- configs
 
 
-def test_the_config_of_a_registered_implementation_is_untouched(tiny_model, tiny_prompts):
-    model = tiny_model("qwen3", "sdpa")
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_the_config_is_untouched(attn, tiny_model, tiny_prompts):
+    model = tiny_model("qwen3", attn)
     before, attributes = model.config.to_dict(), dict(vars(model.config))
     generate(model, tiny_prompts(1), HardKVCache(config=model.config))
     assert model.config.to_dict() == before
     assert dict(vars(model.config)) == attributes
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == attn
 
 
 def image_model(attn: str) -> Gemma3ForConditionalGeneration:
@@ -169,7 +176,7 @@ def image_model(attn: str) -> Gemma3ForConditionalGeneration:
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-def test_images_are_seen_both_ways_and_only_the_text_config_is_switched(attn):
+def test_images_are_seen_both_ways_and_the_configs_stay(attn):
     model = image_model(attn)
     ids = torch.tensor(
         [[0, 0, 1, 5, 6, 94, 96, 96, 96, 96, 95, 7, 8], [1, 9, 10, 11, 12, 94, 96, 96, 96, 96, 95, 17, 18]]
@@ -181,9 +188,8 @@ def test_images_are_seen_both_ways_and_only_the_text_config_is_switched(attn):
         "pixel_values": random_normal(2, 3, 28, 28),
     }
     assert_parity(model, inputs)
-    assert model.config.vision_config._attn_implementation == attn
-    assert model.config._attn_implementation == attn
-    assert model.config.text_config._attn_implementation == ("hardkv|eager" if attn == "eager" else attn)
+    for config in (model.config, model.config.vision_config, model.config.text_config):
+        assert config._attn_implementation == attn
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -199,32 +205,138 @@ def test_saving_a_model_leaves_no_trace(attn, tmp_path, tiny_model, tiny_prompts
     assert "hardkv" not in reloaded.config._attn_implementation
 
 
-def test_a_deepcopied_config_works_where_the_registry_has_an_entry(tiny_model, tiny_prompts):
-    model = tiny_model("llama", "sdpa")
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_a_deepcopied_config(attn, tiny_model, tiny_prompts):
+    model = tiny_model("llama", attn)
     expected = generate(model, tiny_prompts(3), DynamicCache(config=model.config))
     cache = HardKVCache(config=copy.deepcopy(model.config), **HOLD_ALL)
     assert_same_logits(generate(model, tiny_prompts(3), cache), expected)
 
 
-def test_a_deepcopied_config_of_an_eager_model_is_refused_with_the_way_out(tiny_model, tiny_prompts):
+def test_an_eager_model_and_a_cache_without_its_config(tiny_model, tiny_prompts):
     model = tiny_model("llama", "eager")
-    cache = HardKVCache(config=copy.deepcopy(model.config))
-    with pytest.raises(UnroutedKVError, match=r"model's own config object, HardKVCache\(config=model.config\)"):
-        model(**tiny_prompts(1), **{CACHE: cache})
-    assert cache.get_seq_length() == 0
+    expected = generate(model, tiny_prompts(3), DynamicCache())
+    assert_same_logits(generate(model, tiny_prompts(3), HardKVCache(**HOLD_ALL)), expected)
 
 
 def test_switching_the_implementation_after_the_cache_was_built(tiny_model, tiny_prompts):
-    """To another registered one: fine. Back to eager: unrouted, loudly."""
     model = tiny_model("llama", "eager")
     expected = generate(model, tiny_prompts(1), DynamicCache(config=model.config))
     cache = HardKVCache(config=model.config, **HOLD_ALL)
-    model.set_attn_implementation("sdpa")
-    assert_same_logits(generate(model, tiny_prompts(1), cache), expected)
-    cache.reset()
-    model.set_attn_implementation("eager")
-    with pytest.raises(UnroutedKVError, match=r"after the last model.set_attn_implementation"):
-        model(**tiny_prompts(1), **{CACHE: cache})
+    for attn in ("sdpa", "eager", "sdpa"):
+        model.set_attn_implementation(attn)
+        assert_same_logits(generate(model, tiny_prompts(1), cache), expected)
+        cache.reset()
+
+
+@pytest.mark.parametrize("alive", [True, False], ids=["beside a cache", "after the cache"])
+def test_generate_batch_of_an_eager_model(alive, tiny_model, tiny_prompts):
+    """Continuous batching has no cache of ours, and finds the model as it was."""
+    model, prompts = tiny_model("llama", "eager"), [[5, 6, 7, 8], [9, 10, 11]]
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = [
+        model.generate(torch.tensor([ids]), generation_config=config)[0, len(ids) :].tolist() for ids in prompts
+    ]
+    cache = HardKVCache(config=model.config, **EVICT)
+    generate(model, tiny_prompts(1), cache)
+    if not alive:
+        del cache
+    room = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)  # by default, all of the host's memory
+    out = model.generate_batch(prompts, generation_config=config, continuous_batching_config=room)
+    assert [each.generated_tokens for each in out.values()] == expected
+
+
+# Reads a model that was pickled while a cache of ours was alive, where hardkv is not imported.
+WITHOUT_HARDKV = """
+import pickle, sys
+import torch
+with open(sys.argv[1], "rb") as file:
+    model = pickle.load(file)
+with torch.no_grad():
+    print(model(torch.tensor([[5, 6, 7]])).logits.argmax(-1).tolist())
+assert "hardkv" not in sys.modules
+"""
+
+
+def test_a_pickled_eager_model_needs_no_hardkv(tmp_path, tiny_model, tiny_prompts):
+    model = tiny_model("llama", "eager")
+    cache = HardKVCache(config=model.config, **EVICT)
+    generate(model, tiny_prompts(1), cache)
+    expected = model(torch.tensor([[5, 6, 7]])).logits.argmax(-1).tolist()
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    command = [sys.executable, "-c", WITHOUT_HARDKV, str(tmp_path / "model.pkl")]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.strip() == str(expected)
+
+
+# Goes on with a stored cache and a new eager model, for which no cache was ever built in this process.
+GOES_ON = """
+import sys
+import torch
+from hardkv.cache.argument import CACHE
+from tests.cache.conftest import make_model
+cache = torch.load(sys.argv[1], weights_only=False)
+model = make_model("llama", "eager")
+with torch.no_grad():
+    print(model(torch.full((1, 1), 5), **{CACHE: cache}).logits.argmax(-1).tolist())
+"""
+
+
+def test_a_stored_cache_and_a_new_eager_model(tmp_path, tiny_model, tiny_prompts):
+    model = tiny_model("llama", "eager")
+    cache = HardKVCache(config=model.config, **EVICT)
+    model(**tiny_prompts(1), **{CACHE: cache})
+    torch.save(cache, tmp_path / "cache.pt")
+    expected = model(torch.full((1, 1), 5), **{CACHE: cache}).logits.argmax(-1).tolist()
+    command = [sys.executable, "-c", GOES_ON, str(tmp_path / "cache.pt")]
+    child = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.strip() == str(expected)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_caches_of_one_eager_model(first, tiny_model, tiny_prompts):
+    """Whichever goes first, the other goes on, and so does the model without a cache."""
+    model = tiny_model("llama", "eager")
+    expected = generate(model, tiny_prompts(1), DynamicCache(config=model.config))
+    caches = [HardKVCache(config=model.config, **HOLD_ALL) for _ in range(2)]
+    generate(model, tiny_prompts(1), caches.pop(first))
+    assert_same_logits(generate(model, tiny_prompts(1), caches.pop()), expected)
+    assert_same_logits(generate(model, tiny_prompts(1), DynamicCache(config=model.config)), expected)
+
+
+def test_eager_attention_is_the_own_one_of_a_model_where_there_is_no_cache_of_ours():
+    """Whatever a model brings as its default, under any name, and as transformers would return it."""
+
+    def weird(module, query, key, value, attention_mask, *args, **kwargs):
+        return "own", module, query, key, value, attention_mask, args, kwargs
+
+    for attn in ("eager", None):
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(attn, weird)
+        assert attention("module", 1, 2, 3, None, 4, scaling=5) == (
+            "own",
+            "module",
+            1,
+            2,
+            3,
+            None,
+            (4,),
+            {"scaling": 5},
+        )
+    assert ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", weird) is ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", None) is None
+    with pytest.raises(KeyError, match="nonsense"):
+        ALL_ATTENTION_FUNCTIONS.get_interface("nonsense", weird)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_a_model_without_a_cache_of_ours_compiles_as_a_whole(attn, tiny_model):
+    torch.compiler.reset()
+    model, ids = tiny_model("qwen3", attn, num_hidden_layers=2), torch.tensor([[5, 6, 7]])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+    torch.compiler.reset()
 
 
 def test_two_models_that_share_a_config_object(tiny_model, tiny_prompts):

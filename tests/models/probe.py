@@ -5,6 +5,7 @@ can be compared column by column. The oracle is transformers' DynamicCache with 
 KV head sees only the tokens that HardKVCache said it held when the query came; nothing of hardkv's attention is in it.
 """
 
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -166,12 +167,7 @@ class Oracle:
 
 def oracle_run(model: PreTrainedModel, held: Any, attn: str, **inputs: Any) -> Tensor:
     """Logits of `run` whose queries see what `held` says; `attn` is what the model runs with otherwise."""
-    from hardkv.cache.routing import _eager_of  # which function that is says transformers, not hardkv
-
-    def eager(module: Any, *args: Any, **kwargs: Any) -> Any:
-        return _eager_of(module)(module, *args, **kwargs)
-
-    original = eager if attn == "eager" else AttentionInterface._global_mapping[attn]
+    original = eager_attention if attn == "eager" else AttentionInterface._global_mapping[attn]
     oracle = Oracle(original, ignores_softcap=attn == "sdpa")
     oracle.cache = OracleCache(held, config=model.config)
     AttentionInterface.register("architecture-oracle", oracle)  # type: ignore[arg-type]
@@ -185,8 +181,15 @@ def oracle_run(model: PreTrainedModel, held: Any, attn: str, **inputs: Any) -> T
             interface._global_mapping.pop("architecture-oracle")
 
 
+def eager_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The eager attention of the file that defines the module's class."""
+    files = (sys.modules[klass.__module__] for klass in type(module).__mro__)
+    function = next(vars(file)["eager_attention_forward"] for file in files if hasattr(file, "eager_attention_forward"))
+    return function(module, *args, **kwargs)
+
+
 def set_attention(model: PreTrainedModel, attn: str) -> None:
-    """Switch the language model's attention and nothing else, whatever hardkv made of an eager one."""
+    """Switch the language model's attention and nothing else."""
     model.config.get_text_config(decoder=True)._attn_implementation_internal = attn
 
 
@@ -243,8 +246,6 @@ def probe_model(model: PreTrainedModel, **inputs: Any) -> Verdict:
         if is_refusal(error) and "DynamicCache" in str(error):  # the way out
             return Verdict(REFUSED, in_one_line(error))
         raise Defect(f"obscure {in_one_line(error)}") from error
-    finally:
-        set_attention(model, attn)
     layers = len(cache.layers)
     assert_near(whole, dense, "nothing evicted")
     if not compressed:
@@ -258,7 +259,6 @@ def probe_model(model: PreTrainedModel, **inputs: Any) -> Verdict:
         raise Defect(f"only {cache.stats().events} events")
     cache = Recording(config=model.config, scorer="snapkv", **EVICT)
     evicted = run(model, cache, **inputs)
-    set_attention(model, attn)
     if int(cache.lengths().max()) > EVICT["budget"] + EVICT["interval"]:
         raise Defect(f"a head holds {int(cache.lengths().max())} tokens")
     if not (evicted - dense).abs().max() > 1e-3:
@@ -276,7 +276,6 @@ def probe_graphed(model: PreTrainedModel) -> str:
     Raises:
         Defect: it is neither the same nor refused.
     """
-    attn = model.config.get_text_config(decoder=True)._attn_implementation
     caches = [HardKVCache(config=model.config, scorer="snapkv", **EVICT) for _ in range(2)]
     try:
         expected = run(model, caches[0])
@@ -288,8 +287,6 @@ def probe_graphed(model: PreTrainedModel) -> str:
         raise Defect(f"graphed: {in_one_line(error)}") from error
     except Exception as error:
         raise Defect(f"graphed: obscure {in_one_line(error)}") from error
-    finally:
-        set_attention(model, attn)
     if len(replays) < NEW // 2:
         raise Defect(f"graphed: only {len(replays)} replays")
     assert_near(actual, expected, "graphed")
