@@ -53,11 +53,16 @@ class Bucket:
         return padded_index(self.starts, self.lengths, self.width)
 
 
-def bucket_rows(cu_seqlens: Tensor) -> list[Bucket]:
+def bucket_rows(cu_seqlens: Tensor, most: int | None = None) -> list[Bucket]:
     """Group the non-empty rows by length so that padding at most doubles the work.
 
     Reads `cu_seqlens` on the host once; callers keep the result until the rows change.
+
+    Args:
+        cu_seqlens: int32 `[R + 1]`.
+        most: tokens of a bucket, padding included, unless a single row has more; None: `MAX_BUCKET_TOKENS`.
     """
+    most = MAX_BUCKET_TOKENS if most is None else min(most, MAX_BUCKET_TOKENS)
     bounds = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in pairwise(bounds)]
     members: dict[int, list[int]] = {}
@@ -67,7 +72,7 @@ def bucket_rows(cu_seqlens: Tensor) -> list[Bucket]:
     buckets = []
     for _, rows in sorted(members.items()):
         width = max(lengths[row] for row in rows)
-        step = max(1, MAX_BUCKET_TOKENS // width)
+        step = max(1, most // width)
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
             host = [part, [bounds[r] for r in part], [lengths[r] for r in part]]
@@ -105,6 +110,10 @@ class Rows:
     def buckets(self) -> list[Bucket]:
         """The rows as the PyTorch references take them, read on the host once."""
         return bucket_rows(self.cu_seqlens)
+
+    def buckets_of(self, most: int) -> list[Bucket]:
+        """The rows as `buckets` has them, but at most so many tokens together, unless a single row has more."""
+        return bucket_rows(self.cu_seqlens, most)
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes: what has been made so far."""

@@ -80,31 +80,39 @@ def window_attention_reference(
     """The PyTorch reference of `window_attention`."""
     dtype = accumulation_dtype(queries.dtype)
     batch, num_heads, window, head_dim = queries.shape
-    grouped = queries.reshape(batch * num_kv_heads, num_heads // num_kv_heads, window, head_dim)  # [R, G, W, D]
+    group = num_heads // num_kv_heads
+    grouped = queries.reshape(batch * num_kv_heads, group, window, head_dim)  # [R, G, W, D]
     received = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
-    for bucket in rows.buckets:
+    for bucket in rows.buckets_of(keys.shape[0] // 4):
         index, valid = bucket.index()
+        key, position = keys[index].to(dtype), positions[index][:, None]
         counted = query_valid[bucket.rows // num_kv_heads]  # [r, W]
-        visible = valid[:, None] & (positions[index][:, None] <= query_positions[:, None]) & counted[..., None]
-        if exclude is not None:
-            visible &= ~exclude[index][:, None]  # [r, W, n]
-        logits = torch.einsum("rgwd,rnd->rgwn", grouped[bucket.rows].to(dtype), keys[index].to(dtype)) * scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        if reduce == "max_logits":
-            logits = logits.amax(1, keepdim=True)
-        logits = logits.masked_fill(~visible[:, None], -torch.inf)
-        if sinks is not None:
-            row = bucket.rows % num_kv_heads
-            sink = sinks.to(logits).view(num_kv_heads, -1, 1, 1)[row].expand(*logits.shape[:-1], 1)
-            logits = torch.cat([logits, sink], -1)
-        # a query that sees nothing has an all -inf row: its softmax is NaN and counts as 0
-        probability = torch.softmax(logits, -1).nan_to_num_(0.0)
-        if sinks is not None:
-            probability = probability[..., :-1]
-        if reduce == "mean_square":
-            probability = probability.square()
-        share = probability.sum(2) / counted.sum(-1).clamp_min(1)[:, None, None]  # [r, G or 1, n]
+        share = torch.zeros(1, dtype=dtype, device=keys.device)
+        # logits of so many queries at a time are no more than the keys of all rows
+        block = max(1, keys.numel() // (4 * group * index.numel()))
+        for first in range(0, window, block):
+            part = slice(first, first + block)
+            visible = valid[:, None] & (position <= query_positions[part, None]) & counted[:, part, None]
+            if exclude is not None:
+                visible &= ~exclude[index][:, None]  # [r, W, n]
+            logits = torch.einsum("rgwd,rnd->rgwn", grouped[bucket.rows, :, part].to(dtype), key).mul_(scale)
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
+            if reduce == "max_logits":
+                logits = logits.amax(1, keepdim=True)
+            logits = logits.masked_fill_(~visible[:, None], -torch.inf)
+            if sinks is not None:
+                row = bucket.rows % num_kv_heads
+                sink = sinks.to(logits).view(num_kv_heads, -1, 1, 1)[row].expand(*logits.shape[:-1], 1)
+                logits = torch.cat([logits, sink], -1)
+            # a query that sees nothing has an all -inf row: its softmax is NaN and counts as 0
+            probability = torch.softmax(logits, -1).nan_to_num_(0.0)
+            if sinks is not None:
+                probability = probability[..., :-1]
+            if reduce == "mean_square":
+                probability = probability.square()
+            share = share + probability.sum(2)  # [r, G or 1, n]
+        share = share / counted.sum(-1).clamp_min(1)[:, None, None]
         received[index[valid]] = (share.amax(1) if reduce == "max" else share.mean(1))[valid]
     return received
 

@@ -7,50 +7,97 @@ from hardkv.kernels.attention import accumulation_dtype
 from hardkv.kernels.backends import current, kernels_for
 from hardkv.kernels.rows import Rows
 
-# Cosines that one tile of the reference holds at a time (float32: 128 MB).
-MAX_COSINES = 1 << 25
+# How far from a row's end near-duplicates are looked for. Up to so many tokens nothing is left out, which covers what
+# budgets leave; of longer prompts nearly every key has a near-duplicate there (docs/methods.md), and the work grows
+# with the length, not with its square.
+REACH = 4096
+# Cosines that one tile of the reference holds at a time, on a CPU (where they should stay in its cache) and elsewhere;
+# fewer where the keys themselves are few.
+CPU_COSINES, MAX_COSINES = 1 << 19, 1 << 24
+# Newest tokens that one tile of a long row is compared with; the search ends with the tile that finds the last match.
+BLOCK = 128
 
 
-def mean_cosine(keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float = 1e-8) -> Tensor:
+def mean_cosine(
+    keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float = 1e-8, reach: int | None = None
+) -> Tensor:
     """Mean over the row's tokens i of `cos(key_i, key_j)` for every token j, without the `n x n` matrix.
 
     The diagonal counts 0, and for every i the last j whose cosine exceeds `threshold` counts 0, so that the newest of
-    near-duplicates is not blamed (R-KV, arXiv 2505.24133). The column sum over i of unit vectors is
-    `n_j . sum_i n_i - |n_j|^2`; only the search for the last match needs cosines, and it runs by tiles.
+    near-duplicates is not blamed (R-KV, arXiv 2505.24133), if that j is among the row's newest `reach` tokens. The
+    column sum over i of unit vectors is `n_j . sum_i n_i - |n_j|^2`; only the search for the last match needs cosines,
+    and it runs by tiles, from the row's end, until every token has its match.
 
     Args:
         keys: `[N, D]`. rows: their rows.
         threshold: cosine above which two keys are near-duplicates. eps: lower bound on a key's norm.
+        reach: tokens at a row's end among which near-duplicates are spared, at least 1; None: `REACH`.
 
     Returns:
         `[N]` in the accumulation dtype.
     """
+    reach = REACH if reach is None else reach
     if kernels_for(keys.device, keys.dtype, keys.shape[1]) == "triton":
         from hardkv.kernels.triton import similarity as kernel
 
         with current(keys):
-            return kernel.mean_cosine(keys, rows.cu_seqlens, rows.longest, threshold=threshold, eps=eps)
-    return mean_cosine_reference(keys, rows, threshold, eps)
+            bounds = rows.cu_seqlens, rows.longest
+            return kernel.mean_cosine(keys, *bounds, threshold=threshold, eps=eps, reach=reach)
+    return mean_cosine_reference(keys, rows, threshold, eps, reach)
 
 
-def mean_cosine_reference(keys: Tensor, rows: Rows, threshold: float, eps: float) -> Tensor:
-    """The PyTorch reference of `mean_cosine`."""
+def mean_cosine_reference(keys: Tensor, rows: Rows, threshold: float, eps: float, reach: int) -> Tensor:
+    """The PyTorch reference of `mean_cosine`; beside the result it holds no more than the keys do, or a row."""
     dtype = accumulation_dtype(keys.dtype)
     redundancy = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
-    for bucket in rows.buckets:
+    cosines = max(1, min(CPU_COSINES if keys.device.type == "cpu" else MAX_COSINES, keys.numel() // 4))
+    # rows that go together have all their cosines in one tile
+    together = min(keys.shape[0] // 4, cosines // max(1, min(reach, rows.longest)))
+    for bucket in rows.buckets_of(together):
         index, valid = bucket.index()
         unit = keys[index].to(dtype)
-        unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(eps)  # [r, n, D]
-        unit = unit.masked_fill(~valid[..., None], 0.0)  # not a product: 0 * NaN is NaN
-        column = (unit * unit.sum(1, keepdim=True)).sum(-1) - unit.square().sum(-1)  # [r, n]
-        slot = torch.arange(bucket.width, device=keys.device)
-        tile = max(1, MAX_COSINES // (bucket.rows.shape[0] * bucket.width))
-        for first in range(0, bucket.width, tile):
-            part = slot[first : first + tile]
-            cosine = torch.einsum("rtd,rnd->rtn", unit[:, part], unit)
-            match = (cosine > threshold) & (part[:, None] != slot)
-            last = torch.where(match, slot, -1).amax(-1)  # [r, t], -1 where nothing is similar
-            spared = cosine.gather(2, last.clamp_min(0)[..., None])[..., 0] * (last >= 0)
-            column.scatter_add_(1, last.clamp_min(0), -spared)
+        unit /= torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(eps)  # [r, n, D]
+        unit.masked_fill_(~valid[..., None], 0.0)  # not a product: 0 * NaN is NaN
+        column = torch.bmm(unit, unit.sum(1)[..., None])[..., 0]  # [r, n]
+        column -= torch.linalg.vector_norm(unit, dim=-1).square()
+        _spare(column, unit, bucket.lengths, threshold, reach, cosines)
         redundancy[index[valid]] = (column / bucket.lengths[:, None])[valid]
     return redundancy
+
+
+def _spare(column: Tensor, unit: Tensor, lengths: Tensor, threshold: float, reach: int, cosines: int) -> None:
+    """Take from the column sums, `[r, n]`, every token's cosine to its last near-duplicate.
+
+    Args:
+        unit: `[r, n, D]`, 0 beyond a row's end. lengths: int64 `[r]`; that of a single row is n.
+        cosines: of a tile, at most, unless that is less than one token's; those of several rows fit in one.
+    """
+    count, width, dim = unit.shape
+    near = min(reach, width)
+    block = near if count > 1 else min(near, BLOCK)
+    tile = width if count > 1 else max(1, cosines // block)
+    end = lengths[:, None] - 1
+    back = end - torch.arange(near, device=unit.device)  # [r, near], newest first; negative before a row's start
+    recent = unit.gather(1, back.clamp_min(0)[..., None].expand(-1, -1, dim))
+    place = torch.arange(block, dtype=torch.int32, device=unit.device)
+    slots = torch.arange(width, device=unit.device).expand(count, -1)
+    for first in range(0, width, tile):
+        slot, own = slots[:, first : first + tile], unit[:, first : first + tile]  # tokens without a match so far
+        for begin in range(0, near, block):
+            cosine = torch.bmm(own, recent[:, begin : begin + block].mT)  # [r, t, block]
+            size = cosine.shape[2]
+            if width - begin - size < first + tile and first < width - begin:  # tokens meet themselves
+                itself = end - slot - begin  # [r, t]
+                elsewhere, at = (itself < 0) | (itself >= size), itself.clamp(0, size - 1)[..., None]
+                cosine.scatter_(2, at, cosine.gather(2, at).masked_fill(~elsewhere[..., None], -torch.inf))
+            found = cosine.amax(-1) > threshold  # [r, t]
+            matched = cosine[found]  # [m, block]
+            newest = torch.where(matched > threshold, place[:size], size).amin(-1).long()
+            row = found.nonzero()[:, 0]
+            last = back[row, begin + newest]
+            spared = matched.gather(1, newest[:, None])[:, 0].masked_fill(last < 0, 0.0)
+            column.index_put_((row, last.clamp_min(0)), -spared, accumulate=True)
+            if begin + block < near:  # of a single row
+                slot, own = slot[:, ~found[0]], own[:, ~found[0]]
+                if not slot.numel():
+                    break
