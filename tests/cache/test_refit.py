@@ -1,5 +1,6 @@
 """When temperatures are fitted online, and to what: at a sequence's first event, and after every `refit` later ones."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -25,7 +26,7 @@ def fitted(z, observation, p):
     """Temperatures `[R]` at which one event's scores of each row spread like its attention, row by row."""
     temperatures = []
     bounds = observation.cu_seqlens.tolist()
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, last in itertools.pairwise(bounds):
         row = slice(first, last)
         parts = (part[row][None, None] for part in (z, observation.attention, ~observation.protected))
         scores, attention, mask = parts
@@ -48,5 +49,5 @@ def test_every_so_many_events(refit, budget, tiny_model, tiny_prompts, run_feed)
     for event, temperatures in enumerate(held):
         last = event - event % refit if refit else 0
         torch.testing.assert_close(temperatures, fitted(*watched.seen[last], budget.calibration_p), check_dtype=False)
-    alike = [torch.equal(one, two) for one, two in zip(held, held[1:], strict=False)]
+    alike = [torch.equal(one, two) for one, two in itertools.pairwise(held)]
     assert alike == [not refit or bool(event % refit) for event in range(1, 7)]  # each fit was another
