@@ -214,6 +214,21 @@ def first() -> str:
     return markdown(["shape", "prompt, tokens", "cache", "scorer", "first token"], rows)
 
 
+def prompts() -> str:
+    """Time to the first token with every scorer, as a multiple of DynamicCache's."""
+    found: dict[tuple[bool, str, int], dict[str, dict[str, Any]]] = {}
+    for record in read("prompts"):
+        place = "cpu" in record["machine"], record["model"], record["context"]
+        found.setdefault(place, {})[record["scorer"]] = record
+    scorers = list(dict.fromkeys(record["scorer"] for record in read("prompts") if record["scorer"]))
+    rows = []
+    for (on_cpu, model, context), records in sorted(found.items()):
+        where = f"{SHAPES.get(model, model)}, {'CPU' if on_cpu else 'H200'}"
+        row = [where, f"{context:,}", f"{records['']['seconds']:.2f} s"]
+        rows.append([*row, *(f"{records[scorer]['ratio']:.2f}" for scorer in scorers)])
+    return markdown(["model", "prompt, tokens", "DynamicCache", *(f"`{scorer}`" for scorer in scorers)], rows)
+
+
 def profile() -> str:
     """Where the device's time goes."""
     head, *rows = generate_report.profiles(read("generate")["records"])
@@ -307,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
     "needle": needle,
     "profile": profile,
+    "prompts": prompts,
     "reasoner": reasoner,
     "results": results,
     "scorers": scorers,

@@ -278,17 +278,19 @@ class Bench:
             record["plan_bytes"] = self._plan(cache, case, warm + steps)
         return record | self._peak()
 
-    def first_token(self, method: str, scorer: str, length: int, batch: int, repeats: int = REPEATS) -> dict[str, Any]:
-        """Time of a real prompt's prefill and its first token."""
+    def first_token(
+        self, method: str, scorer: str, length: int, batch: int, repeats: int = REPEATS, warm: int = 1
+    ) -> dict[str, Any]:
+        """Time of a real prompt and its first token: the median of `repeats` runs, after `warm` that do not count."""
         ids = torch.randint(5, self.config.vocab_size, (batch, length), device=self.device)
         times = []
-        for _ in range(repeats + 1):
+        for _ in range(warm + repeats):
             self._begin()
             begun = time.perf_counter()
             self._first(ids, method, scorer)
             times.append(time.perf_counter() - begun)
         record = {"measure": "first token", "method": method, "scorer": scorer, "model": self.name, "context": length}
-        return record | {"batch": batch, "seconds": median(times[1:])} | self._peak()
+        return record | {"batch": batch, "seconds": median(times[warm:])} | self._peak()
 
     def _generate(self, cache: Any, case: Case, clock: Clock, options: dict[str, Any]) -> None:
         ids = torch.randint(5, self.config.vocab_size, (case.batch, case.context + 1), device=self.device)

@@ -1,0 +1,92 @@
+"""What selections cost at the prompt: time to the first token with each scorer, beside DynamicCache.
+
+    python -m eval.speed.prompts                                              # two small layers, on the CPU
+    python -m eval.speed.prompts --device cuda --lengths 8192 32768 131072    # Qwen3-8B's shape, on a GPU
+
+Random weights and tokens. The caches take turns, so that a slow spell of the machine meets all of them; the median of
+`--repeats` counts. Records of other machines and lengths stay in the file.
+"""
+
+import argparse
+import json
+import os
+import platform
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import Qwen3Config
+
+from eval.speed.generate import MODELS, REPEATS, Bench, machine
+from hardkv.files import file_to_write, write_text
+
+OUT = "eval/results/prompts.json"
+# Method and scorer, as in `Bench.first_token`; the first is what the others are compared with.
+CACHES = (("dynamic", ""), ("topk", "attention"), ("topk", "snapkv"), ("topk", "rkv"))
+# On a CPU: the reasoner's width, and layers enough to see events of several run together.
+SMALL = Qwen3Config(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    max_position_embeddings=1 << 17,
+)
+
+
+def measure(bench: Bench, length: int, repeats: int) -> list[dict[str, Any]]:
+    """A record for each cache: seconds, their ratio to DynamicCache's, and all of them in order."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {cache: [] for cache in CACHES}
+    for turn in range(repeats + 1):
+        for cache in CACHES:
+            run = bench.first_token(*cache, length, 1, repeats=1, warm=0)
+            if turn:  # the first builds kernels, and takes memory
+                runs[cache].append(run)
+    seconds = {cache: median(run["seconds"] for run in of) for cache, of in runs.items()}
+    return [
+        runs[cache][-1]
+        | {
+            "measure": "prompt",
+            "seconds": seconds[cache],
+            "ratio": seconds[cache] / seconds[CACHES[0]],
+            "all_seconds": [run["seconds"] for run in runs[cache]],
+        }
+        for cache in CACHES
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m eval.speed.prompts", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--out", type=file_to_write, default=file_to_write(OUT))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=MODELS, default="qwen3-8b", help="on a GPU")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[16384], metavar="TOKENS")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here")
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        bench, where = Bench(args.model, MODELS[args.model](), device, torch.bfloat16), machine(device)
+    else:
+        bench = Bench("two small layers", SMALL, device, torch.float32)
+        where = {"cpu": platform.machine(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+        where["torch"] = torch.__version__
+    found = json.loads(args.out.read_text()) if args.out.exists() else []
+    for length in args.lengths:
+        for record in measure(bench, length, args.repeats):
+            record["machine"] = where
+            found = [old for old in found if _key(old) != _key(record)] + [record]
+            print(f"{length} {record['scorer'] or record['method']}: {record['ratio']:.3f}, {record['seconds']:.3f} s")
+        write_text(args.out, json.dumps(found, indent=1) + "\n")
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return (*tuple(record[name] for name in ("model", "context", "method", "scorer")), "cpu" in record["machine"])
+
+
+if __name__ == "__main__":
+    main()
