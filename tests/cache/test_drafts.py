@@ -1,0 +1,56 @@
+"""Drafts that are taken back leave the queries of the window before them, and no room for more than a draft."""
+
+import pytest
+import torch
+
+from hardkv import HardKVCache
+
+WINDOW, PROMPT = 4, 20
+
+
+@pytest.fixture
+def draft(tiny_model, tiny_prompts):
+    """A function that lets a cache of one layer read the next tokens, and the cache, which records and has a prompt."""
+    model, ids = tiny_model("llama", num_hidden_layers=1), tiny_prompts(1, 100)["input_ids"]
+
+    def make(interval):
+        cache = HardKVCache(config=model.config, window=WINDOW, sinks=1, interval=interval, budget=8)
+
+        def read(count):
+            start = cache.get_seq_length()
+            with torch.no_grad():
+                model(ids[:, start : start + count], past_key_values=cache)
+
+        read(PROMPT)
+        cache.layers[0].activate_past_recording()
+        return cache, read
+
+    return make
+
+
+def test_rounds_without_an_event_do_not_add_up(draft):
+    """Each may take back its own draft only, however long ago the last event was."""
+    cache, read = draft(interval=1000)
+    for _ in range(20):
+        read(5)
+        cache.crop(-4)
+    assert cache.get_seq_length() == PROMPT + 20
+    assert cache.layers[0].ring.capacity == WINDOW + 1 + 5
+
+
+def test_a_crop_behind_the_last_event_counts_from_there(draft):
+    """The next draft begins there, and taking all of it back leaves a whole window of queries, the right ones."""
+    cache, read = draft(interval=2)
+    read(2)
+    cache.crop(0)
+    assert cache.stats().events == 2
+    cache.crop(-3)
+    read(6)
+    cache.crop(-6)
+    observed = cache.observe(0)
+    assert observed.query_positions.tolist() == [PROMPT - 5, PROMPT - 4, PROMPT - 3, PROMPT - 2]
+    whole, read = draft(interval=1000)
+    whole.reset()
+    read(PROMPT - 1)
+    torch.testing.assert_close(observed.queries, whole.observe(0).queries)
+    assert observed.query_valid.all()
