@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from hardkv.cache.cache import HardKVCache
+from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.stats import format_bytes
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
+from hardkv.selectors.checks import check_count
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,11 @@ class MemoryPlan:
         recent: the dense tiers, of the window and an interval.
         queries: those that score.
         sliding: layers that attend within a window, which stay uncompressed (transformers keeps their whole prompt
-            until the first step).
+            until the first step; MiMo-V2-Flash's have twice the KV heads that its config tells).
         dense_nbytes: what a DynamicCache holds at `max_length`.
         fixed: whether the budget's totals are fixed, so that `graphed` allocates this from the start; otherwise it is
             a bound that a cache stays below.
-        uncounted: kinds of layers, such as linear attention, whose states are not counted.
+        uncounted: kinds of layers, such as linear attention, whose states are not counted, beside attention or alone.
     """
 
     condensed: int
@@ -71,6 +73,7 @@ def plan(
     Raises:
         ValueError: lengths or batch are not positive, the prompt is longer than `max_length`, the model has latent
             attention, or an argument is not one that HardKVCache takes.
+        TypeError: lengths or batch are no integers.
 
     Example:
 
@@ -81,24 +84,23 @@ def plan(
 
     ```
     """
-    if batch < 1 or max_length < 1 or not 0 <= prompt_length <= max_length:
-        raise ValueError(
-            f"batch={batch} and max_length={max_length} must be positive, and prompt_length={prompt_length} within it"
-        )
+    batch, max_length = check_count("batch", batch, 1), check_count("max_length", max_length, 1)
+    prompt_length = check_count("prompt_length", prompt_length, 0, max_length)
     cache = HardKVCache(config=config, budget=budget, **settings)
     text = config.get_text_config(decoder=True)
     if any(layer.latent for layer in cache._compressed):
         raise ValueError("plan() does not know latent attention (MLA): ask cache.nbytes() after a prompt")
-    query_heads = text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or query_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
-    token = 2 * dim * dtype.itemsize  # key and value
     window, columns = cache.settings.window, cache.settings.window + cache.settings.interval
     pinned = prompt_length if cache.settings.pin_prompt else 0
-    condensed = recent = queries = sliding = 0
+    condensed = recent = queries = sliding = dense = 0
     fixed, uncounted = cache.settings.patience == 0, set()
-    for layer in cache.layers:
+    for idx, layer in enumerate(cache.layers):
+        query_heads, heads, dim, value_dim = _heads_of(text.per_layer_config[idx])
+        token = (dim + value_dim) * dtype.itemsize  # key and value
         if isinstance(layer, HardKVLayer):
+            if isinstance(layer, HybridLayer):
+                uncounted.add(LinearAttentionLayer.__name__)  # its other part
+            dense += batch * heads * max_length * token
             ragged, known = layer.most_condensed(heads, max_length, pinned)
             fixed = fixed and known
             if cache.settings.patience:  # all that the condensed tier does not keep may be on probation
@@ -107,14 +109,24 @@ def plan(
             condensed += 2 * (batch * heads + 1) * 4 + batch * heads * 24  # where rows begin; schedules
             if cache.settings.calibration is not None and layer.budget.uses_temperature:
                 condensed += batch * heads * 4
-            recent += batch * (heads * columns * token + columns * 4 + 17)  # positions, fill, tokens so far, hidden
+            recent += batch * (heads * columns * token + columns * 4 + 16)  # positions, fill, tokens so far
+            recent += batch * layer.first  # whether a mask hid what was stored
             queries += batch * (window + 1) * (query_heads * dim * dtype.itemsize + 1)
         elif isinstance(layer, DynamicSlidingWindowLayer):
             sliding += batch * heads * min(layer.sliding_window, max_length) * token
         else:
             uncounted.add(type(layer).__name__)
-    dense = batch * heads * max_length * token * len(cache._compressed) + sliding
-    return MemoryPlan(condensed, recent, queries, sliding, dense, fixed, tuple(sorted(uncounted)))
+    return MemoryPlan(condensed, recent, queries, sliding, dense + sliding, fixed, tuple(sorted(uncounted)))
+
+
+def _heads_of(config: Any) -> tuple[int, int, int, int]:
+    """Query heads, KV heads, and the width of their keys and values in one layer, by its config."""
+    query_heads = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or query_heads
+    if getattr(config, "multi_query", False):  # GPTBigCode
+        heads = 1
+    dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    return query_heads, heads, dim, getattr(config, "v_head_dim", None) or dim
 
 
 def max_batch_size(
@@ -142,4 +154,4 @@ def max_batch_size(
             raise ValueError("there is no CUDA device to ask for its free memory: pass memory=, in bytes")
         memory = torch.cuda.mem_get_info()[0]
     one, two = (plan(config, budget, batch, prompt_length, max_length, dtype, **settings).nbytes for batch in (1, 2))
-    return max(0, 1 + (memory - one) // (two - one)) if memory >= one else 0
+    return 1 + int((memory - one) // (two - one)) if memory >= one else 0

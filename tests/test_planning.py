@@ -1,15 +1,19 @@
 """What is planned against what caches then hold."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache, Gemma4TextConfig
 
 import hardkv
 from hardkv import HardKVCache, graphed
+from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.tiers import storage_nbytes
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, TopK, TopP
 from tests.cache.conftest import generate_logits, make_model, make_prompts
+from tests.models.tiny import tiny_model
 
 SIZES = {"window": 8, "interval": 16, "sinks": 2}
 
@@ -87,6 +91,43 @@ def test_a_sliding_window_that_is_never_full():
     sliding = [layer for layer in held.layers if not hasattr(layer, "tiers")]
     bytes_held = storage_nbytes(each for layer in sliding for each in (layer.keys, layer.values))
     assert bytes_held * 50 == planned.sliding * 49  # nobody read the last token
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("gemma4_text", {}),
+        ("gemma4_text", {"per_layer_config": {2: {"head_dim": 16, "num_key_value_heads": 1}}}),
+        ("mimo_v2_flash", {"v_head_dim": 16, "layer_types": ["full_attention"] * 3}),
+        ("gpt_bigcode", {}),
+        ("falcon_h1", {}),
+    ],
+)
+@pytest.mark.parametrize("budget", [30, TopP(0.9, cap=30)], ids=str)
+def test_heads_of_every_shape(kind, overrides, budget):
+    """Wider in some layers, wider values, one for all queries, beside a linear attention whose states are named."""
+    model = tiny_model(kind, **overrides)
+    planned = hardkv.plan(model.config, budget, 2, 60, 100, torch.float32, **SIZES)
+    exact = planned.fixed and not planned.sliding  # steps hold windows of their own
+    held = run(model, 2, 60, 40, budget=budget, static=exact)
+    dense = DynamicCache(config=model.config)
+    inputs = make_prompts(2, length=60)
+    inputs["attention_mask"].fill_(1)
+    generate_logits(model, dense, inputs, 41)
+    assert planned.dense_nbytes == storage_nbytes(each for layer in dense.layers for each in (layer.keys, layer.values))
+    states = [layer.states() for layer in held.layers if isinstance(layer, HybridLayer)]
+    assert planned.uncounted == (("LinearAttentionLayer",) if states else ())
+    counted = held.nbytes() - storage_nbytes(state for each in states for state in each)
+    assert counted <= planned.nbytes * (1.03 if exact else 1)
+    assert counted >= planned.nbytes * (0.97 if exact else 0.8)
+
+
+def test_the_default_gemma4():
+    """Of its 30 layers every sixth attends to all, with heads of 512 instead of 256."""
+    planned = hardkv.plan(Gemma4TextConfig(), 1024, max_length=8192, dtype=torch.bfloat16)
+    full, sliding = 5 * 4 * 512, 25 * 4 * 256  # layers, KV heads, width
+    assert planned.sliding == 2 * 2 * sliding * Gemma4TextConfig().sliding_window
+    assert planned.dense_nbytes == 2 * 2 * full * 8192 + planned.sliding
+    assert planned.condensed == pytest.approx(2 * 2 * full * (1024 - 32), rel=0.01)
+    assert hardkv.max_batch_size(Gemma4TextConfig(), 1024, max_length=8192, memory=3 * planned.nbytes) == 3
 
 
 def test_batches_that_fit():
@@ -96,10 +137,15 @@ def test_batches_that_fit():
         memory = hardkv.plan(config, batch=batch, **arguments).nbytes
         assert hardkv.max_batch_size(config, memory=memory, **arguments) == batch
         assert hardkv.max_batch_size(config, memory=memory - 1, **arguments) == batch - 1
-    with pytest.raises(ValueError, match="positive"):
+    memory = hardkv.plan(config, batch=17, **arguments).nbytes
+    assert repr(hardkv.max_batch_size(config, memory=np.int64(memory), **arguments)) == "17"
+    assert repr(hardkv.max_batch_size(config, memory=float(memory), **arguments)) == "17"
+    with pytest.raises(ValueError, match="batch=0 must be >= 1"):
         hardkv.plan(config, batch=0)
-    with pytest.raises(ValueError, match="within"):
+    with pytest.raises(ValueError, match="prompt_length=10 must be >= 0 and <= 9"):
         hardkv.plan(config, prompt_length=10, max_length=9)
+    with pytest.raises(TypeError, match="max_length=9.5 must be an integer"):
+        hardkv.plan(config, max_length=9.5)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="memory="):
             hardkv.max_batch_size(config)

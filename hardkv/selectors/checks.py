@@ -24,9 +24,10 @@ def check_fraction(name: str, value: Any, low_open: bool) -> "int | float":
     """`value` as a plain number, whatever real one it is; raise unless it is in (0, 1] (or [0, 1])."""
     if _is_bool(value) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
-    if not (0 < value <= 1 if low_open else 0 <= value <= 1):
+    plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if not (0 < plain <= 1 if low_open else 0 <= plain <= 1):
         raise ValueError(f"{name}={value} must lie in {'(' if low_open else '['}0, 1]")
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return plain
 
 
 def settle(owner: Any, **values: Any) -> None:

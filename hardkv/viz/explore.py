@@ -1,7 +1,6 @@
 """Every held token as a point in layers x heads x positions, to turn and to zoom into."""
 
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +53,7 @@ def draw(trace: Trace, sequence: int, snapshots: "int | Sequence[int]", max_poin
     """The figure of `explore`: for each snapshot one set of points a tier."""
     import plotly.graph_objects as go
 
-    places = [snapshots] if isinstance(snapshots, Integral) else list(snapshots)
+    places = list(snapshots) if isinstance(snapshots, Iterable) else [snapshots]
     places = [range(len(trace))[place] for place in places]  # IndexError; negative ones count from the end
     if not places or max_points < 1:
         raise ValueError(f"snapshots={snapshots!r}, max_points={max_points}: ask for one at least")

@@ -1,8 +1,7 @@
 """Which tier holds a token, over time: all positions of some heads, one token in all heads, and how many in all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -61,7 +60,7 @@ def plot_kept(
     trace = trace_of(trace, "trace")
     if heads is None:
         heads = range(trace.heads(layer_idx))
-    heads = [heads] if isinstance(heads, Integral) else list(heads)
+    heads = list(heads) if isinstance(heads, Iterable) else [heads]
     columns = min(len(heads), PANELS_A_ROW)
     rows = -(-len(heads) // columns)
     figure, grid = plt.subplots(

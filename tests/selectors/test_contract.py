@@ -105,7 +105,6 @@ class TestScorerRegistry:
             (lambda: SnapKV(kernel_size=4), "kernel_size=4"),
             (lambda: SnapKV(kernel_size=0), "kernel_size=0"),
             (lambda: SnapKV(kernel_size=-3), "kernel_size=-3"),
-            (lambda: SnapKV(kernel_size=7.0), r"kernel_size=7\.0"),
             (lambda: SnapKV(pooling="mean"), "pooling='mean'"),
             (lambda: SnapKV(group_reduce="sum"), "group_reduce='sum'"),
             (lambda: RKV(lam=1.5), r"lam=1\.5"),
