@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hardkv.cache.argument import CACHE, take
 from hardkv.cache.cache import HardKVCache
+from hardkv.cache.handover import refuse_dropped
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.offload import ToHost
@@ -101,8 +102,11 @@ def graphed(
     assert isinstance(cache, HardKVCache)
     if cache.steps is None or not cache.steps.of(model, compile):
         cache.steps = DecodeSteps(model, compile)
+    seen = cache.get_seq_length()
     with cache.steps.prefilling(cache):
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    if cache.get_seq_length() == seen:  # attention notices, where it goes through transformers' functions
+        refuse_dropped(type(model).__name__)
     loop = _Loop(logits_processor, stopping_criteria, generation_config, _streamer_of_caller())
     with model._optimize_model_for_decode():
         return loop.run(model, cache, input_ids, outputs, model_kwargs)
@@ -194,7 +198,8 @@ class _Loop:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         del outputs  # may hold logits of the whole prompt
         length = self.stopping_criteria.max_length
-        columns = cache.get_seq_length() + (length or self.config.max_length) - ids.shape[1]
+        held, covered = cache.get_seq_length(), ids.shape[1] + 1  # by the cache, and by what model_kwargs say of tokens
+        columns = held + (length or self.config.max_length) - ids.shape[1]
         unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
         reversible = not states_of(linear_of(cache.layers))  # a step too many can be taken back
         behind = int(reversible and runs_ahead(ids.device))  # how many flags the host does not wait for
@@ -203,17 +208,26 @@ class _Loop:
             while True:
                 tokens, ids, unfinished = self._draw(logits, ids, unfinished)
                 full = length is not None and ids.shape[1] >= length
-                ended = self._land(0 if full else behind)
+                again = cache.at_limit(held)
+                ended = self._land(0 if full or again else behind)
                 if ended and self.in_flight:  # the newest token comes of a step too many
                     self._undo(steps)
                     ids = ids[:, :-1]
                 if ended:
                     break
+                if again:
+                    if ids.shape[1] != held + 1:  # embeddings, or tokens of earlier calls
+                        cache.refuse_outgrown(held)
+                    cache.reset()
+                    started, held = False, held + 1
+                    cache.steps = steps = DecodeSteps(model, steps.compiled)  # what modules hold may have moved
+                    logits, model_kwargs = self._again(model, ids, model_kwargs, ids.shape[1] - covered)
+                    continue
                 if not started:
                     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
                     steps.start(cache, inputs, columns)
                     started = True
-                logits = steps(tokens)
+                logits, held = steps(tokens), held + 1
                 if steps.running.event_due:
                     if self._land(0):
                         steps.running.take_back()
@@ -257,6 +271,20 @@ class _Loop:
         unfinished = unfinished & ~self.stopping_criteria(ids, tuple(self.scores))
         self.in_flight.append(_Flight(unfinished.max() == 0, None if self.streamer is None else tokens))
         return tokens, ids, unfinished
+
+    @staticmethod
+    def _again(model: Any, ids: Tensor, model_kwargs: dict[str, Any], new: int) -> tuple[Tensor, dict[str, Any]]:
+        """Fill a cache that was reset with all tokens `[B, n]`, the newest `new` of them unknown to `model_kwargs`.
+
+        Returns:
+            The next token's logits `[B, vocabulary]`, and what `prepare_inputs_for_generation` takes after it.
+        """
+        if new:
+            model_kwargs = model._update_model_kwargs_for_generation({}, model_kwargs, num_new_tokens=new)
+        inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **model_kwargs)
+        outputs = model(**inputs, return_dict=True)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
+        return logits, model._update_model_kwargs_for_generation(outputs, model_kwargs)
 
     def _land(self, left: int) -> bool:
         """Read flags, all but the newest `left`, until one says that every sequence has ended."""

@@ -91,6 +91,8 @@ def test_a_sliding_window_that_is_never_full():
     sliding = [layer for layer in held.layers if not hasattr(layer, "tiers")]
     bytes_held = storage_nbytes(each for layer in sliding for each in (layer.keys, layer.values))
     assert bytes_held * 50 == planned.sliding * 49  # nobody read the last token
+
+
 @pytest.mark.parametrize(
     ("kind", "overrides"),
     [

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from hardkv.cache.handles import KVHandle, LogicalLen
+from hardkv.cache.handover import GivenCache
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.offload import Offload
@@ -28,7 +29,6 @@ from hardkv.cache.steps import DecodeSteps
 from hardkv.cache.tiers import TIERS, Tiers, storage_nbytes
 from hardkv.cache.together import Together, compress_together
 from hardkv.cache.trace import Recorder, Trace
-from hardkv.cache.whole import WholeCache
 from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import backend_for
@@ -39,7 +39,7 @@ from hardkv.selectors.scorers.scorer import Scorer
 from hardkv.selectors.temperatures import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
-class HardKVCache(WholeCache):
+class HardKVCache(GivenCache):
     """Head-adaptive KV-cache compression at decoding time: each KV head keeps its own tokens, the rest is freed.
 
     Pass it to any forward or `generate()` of an unmodified decoder. Full-attention layers are compressed after the
@@ -238,7 +238,7 @@ class HardKVCache(WholeCache):
         if not self._is_next(layer_idx):  # masks are made before the first layer runs, but by some models in each layer
             self._check_whole()
         if layer_idx >= len(self.layers):
-            return LogicalLen(query_length), 0
+            return LogicalLen(query_length, layer_idx), 0
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -178,15 +178,38 @@ class ExpandedHandle(KVHandle):
 class LogicalLen(int):
     """A key length that belongs to a HardKV layer; travels from `get_mask_sizes` to the mask function."""
 
+    layer_idx: int
+
+    def __new__(cls, length: int, layer_idx: int) -> "LogicalLen":
+        self = super().__new__(cls, length)
+        self.layer_idx = layer_idx
+        return self
+
 
 class HardKVMask(Opaque):
     """What a wrapped mask function returns for a HardKV layer: the 2D padding, and the original mask if asked for."""
 
     what = "attention mask"
 
-    def __init__(self, padding: Tensor | None, build: Callable[[], Any]):
+    def __init__(self, padding: Tensor | None, layer_idx: int, build: Callable[[], Any]):
         self.padding = padding  # bool [B, columns] or None
+        self.layer_idx = layer_idx  # of the layer that was asked for the length
         self._build = build
+
+    def for_plain(self, module: torch.nn.Module) -> Any:
+        """The original mask, for a layer of the same model that is not ours.
+
+        Raises:
+            NotImplementedError: it is ours, and comes with keys of no cache.
+        """
+        if getattr(module, "layer_idx", None) == self.layer_idx:
+            raise NotImplementedError(
+                f"layer {self.layer_idx} of the model was to use this HardKVCache, and {type(module).__name__} runs "
+                "without it. Gradient checkpointing drops caches while a model trains: call model.eval() or "
+                "model.gradient_checkpointing_disable(), or leave past_key_values out. Without either, this model is "
+                "not supported: use DynamicCache"
+            )
+        return self.original
 
     @functools.cached_property
     def original(self) -> Any:
@@ -202,7 +225,7 @@ class HardKVMask(Opaque):
         if self.padding is not None:
             padding = self.padding.to(*args, **kwargs)
             if padding is not self.padding:
-                return HardKVMask(padding.bool(), lambda: self._moved(*args, **kwargs))
+                return HardKVMask(padding.bool(), self.layer_idx, lambda: self._moved(*args, **kwargs))
         return self
 
     def _moved(self, *args: Any, **kwargs: Any) -> Any:

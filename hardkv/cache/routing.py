@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from hardkv.cache import handover
 from hardkv.cache.handles import HardKVMask, KVHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.latent import Latent
 from hardkv.cache.static import StaticTokens, static_attention
@@ -32,8 +33,10 @@ def _wrap_attention(name: str, function: Callable[..., Any]) -> Callable[..., An
             return _static(name, module, query, key, kwargs)
         if isinstance(key, KVHandle):
             return _routed(name, function, module, query, key, value, attention_mask, args, kwargs)
-        if isinstance(attention_mask, HardKVMask):  # a layer of the same model that is not ours
-            attention_mask = attention_mask.original
+        if isinstance(attention_mask, HardKVMask):
+            attention_mask = attention_mask.for_plain(module)
+        if handover.WAITING:
+            handover.check_given(module)
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attention
@@ -100,6 +103,12 @@ def _routed(
         )
     _refuse(module, key, kwargs)
     new = key.new
+    if kwargs.get("use_cache") is False and 0 < new.start < new.stop - new.start:
+        raise ValueError(
+            f"use_cache=False, and {new.stop - new.start} tokens come after the {new.start} that this HardKVCache "
+            "holds: past tokens seem to be fed again, and would be held twice. Pass only new tokens and use_cache=True "
+            "(where nobody passed False, the model's config.use_cache says so), or no past_key_values"
+        )
     # generate() always brings a mask; asked once, when the device has hardly begun, and never at later steps
     plain = new.start == 0 and isinstance(mask, HardKVMask) and mask.hides_nothing
     padding = None if plain else _padding(mask, query.shape[0], new)
@@ -267,7 +276,7 @@ def _wrap_mask(function: Callable[..., Any]) -> Callable[..., Any]:
         padding = kwargs.get("attention_mask")
         if padding is not None:
             _check_width(padding, int(length))
-        return HardKVMask(padding, lambda: function(**kwargs))
+        return HardKVMask(padding, length.layer_idx, lambda: function(**kwargs))
 
     return _mark(mask, function)
 
@@ -293,7 +302,7 @@ def install() -> None:
             )
     for name, function in list(AttentionInterface._global_mapping.items()):
         if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
-            AttentionInterface.register(name, _mark(_wrap_attention(name, function), function))
+            AttentionInterface.register(name, _mark(_wrap_attention(name, function), function))  # type: ignore[arg-type]
     for name, function in list(AttentionMaskInterface._global_mapping.items()):
         if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
             AttentionMaskInterface.register(name, _wrap_mask(function))  # type: ignore[arg-type]

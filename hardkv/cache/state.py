@@ -176,7 +176,7 @@ class LayerState(CacheLayerMixin):
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical key length of the next forward, marked as ours, and offset 0."""
-        return LogicalLen(self.seen + query_length), 0
+        return LogicalLen(self.seen + query_length, self.layer_idx), 0
 
     def activate_past_recording(self) -> None:
         """Hold events until `crop()` or the next forward, so that a draft can be taken back (assisted decoding)."""

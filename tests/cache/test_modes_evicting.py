@@ -166,7 +166,7 @@ def test_a_pipeline_with_a_batch(tiny_model):
 def test_use_cache_false_is_refused_with_the_way_out(tiny_model, tiny_prompts):
     """generate() would feed all tokens at every step again, on top of those held (DynamicCache takes that)."""
     model, inputs = tiny_model("llama"), tiny_prompts(3)
-    with pytest.raises(ValueError, match="columns.*use_cache=False"):
+    with pytest.raises(ValueError, match="use_cache=False.*pass use_cache=True"):
         greedy(model, inputs, HardKVCache(config=model.config), use_cache=False)
     cache, follower = followed(model, "llama")
     model(**inputs, **{CACHE: cache}, use_cache=False)

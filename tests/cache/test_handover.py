@@ -1,0 +1,216 @@
+"""A cache that generate() was given and the model runs without, or that is fed again what it holds: never silent."""
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hardkv import HardKVCache, graphed
+from hardkv.cache.handover import WAITING
+
+EVICT = {"budget": 12, "window": 4, "sinks": 1, "interval": 3}
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits():
+    yield
+    WAITING.clear()
+
+
+@contextmanager
+def prepared_by(model, change):
+    """generate() whose inputs `change(inputs, cache's name)` changes, at every forward."""
+    original = model.prepare_inputs_for_generation
+
+    def prepare(*args, **kwargs):
+        inputs = original(*args, **kwargs)
+        change(inputs, "cache" if "cache" in inputs else "past_key_values")
+        return inputs
+
+    model.prepare_inputs_for_generation = prepare
+    try:
+        yield
+    finally:
+        del model.prepare_inputs_for_generation
+
+
+def prefix_tuned(model):
+    """What PEFT's prefix tuning does: a cache of its own, that holds the prefix, in place of an empty one."""
+
+    def change(inputs, name):
+        if not inputs[name].get_seq_length():
+            prefix = DynamicCache(config=model.config)
+            keys = torch.zeros(inputs["input_ids"].shape[0], 2, 4, 8)
+            for layer in range(3):
+                prefix.update(keys, keys, layer)
+            inputs[name] = prefix
+
+    return prepared_by(model, change)
+
+
+def dropping(model):
+    return prepared_by(model, lambda inputs, name: inputs.pop(name))
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("lost", [prefix_tuned, dropping])
+def test_a_cache_that_never_comes_to_the_model_is_noticed(lost, attn, tiny_model, tiny_prompts):
+    model = tiny_model("llama", attn=attn)
+    cache = HardKVCache(config=model.config, **EVICT)
+    with lost(model), pytest.raises(NotImplementedError, match="LlamaForCausalLM runs without it.*DynamicCache"):
+        model.generate(**tiny_prompts(2), past_key_values=cache, **GREEDY)
+    assert cache.get_seq_length() == 0
+    expected = model.generate(**tiny_prompts(2), past_key_values=HardKVCache(config=model.config, **EVICT), **GREEDY)
+    assert torch.equal(model.generate(**tiny_prompts(2), past_key_values=cache, **GREEDY), expected)
+    assert not WAITING
+
+
+@pytest.mark.parametrize("lost", [prefix_tuned, dropping])
+def test_graphed_notices_it_too(lost, tiny_model, tiny_prompts):
+    model = tiny_model("llama")
+    cache = HardKVCache(config=model.config, **EVICT)
+    with lost(model), pytest.raises(NotImplementedError, match="LlamaForCausalLM runs without it"):
+        model.generate(**tiny_prompts(2), past_key_values=cache, custom_generate=graphed, **GREEDY)
+
+
+def test_graphed_looks_itself(monkeypatch, tiny_model, tiny_prompts):
+    """For attention that transformers' functions do not see."""
+    monkeypatch.setattr("hardkv.cache.handover.check_given", lambda module: None)
+    model = tiny_model("llama")
+    cache = HardKVCache(config=model.config, **EVICT)
+    with dropping(model), pytest.raises(NotImplementedError, match="LlamaForCausalLM runs without it"):
+        model.generate(**tiny_prompts(2), past_key_values=cache, custom_generate=graphed, **GREEDY)
+
+
+def test_a_cache_that_holds_a_turn_is_missed_as_well(tiny_model, tiny_prompts):
+    model, inputs = tiny_model("llama"), tiny_prompts(1)
+    cache = HardKVCache(config=model.config, **EVICT)
+    out = model.generate(**inputs, past_key_values=cache, **GREEDY)
+    held = cache.get_seq_length()
+    with dropping(model), pytest.raises(NotImplementedError, match="runs without it"):
+        model.generate(out, past_key_values=cache, **GREEDY)
+    assert cache.get_seq_length() == held
+
+
+# --------------------------------------------------------------------------------------------- nothing is wrong here
+
+
+def test_a_call_that_failed_before_its_forward_leaves_nothing_behind(tiny_model, tiny_prompts):
+    model, inputs = tiny_model("llama"), tiny_prompts(2)
+    cache = HardKVCache(config=model.config, **EVICT)
+
+    def fail(inputs, name):
+        raise RuntimeError("before the forward")
+
+    expected = model.generate(**inputs, **GREEDY)
+    with prepared_by(model, fail), pytest.raises(RuntimeError, match="before the forward"):
+        model.generate(**inputs, past_key_values=cache, **GREEDY)
+    assert WAITING
+    model(**inputs)  # the same model, by nobody's generate()
+    assert not WAITING
+    with prepared_by(model, fail), pytest.raises(RuntimeError, match="before the forward"):
+        model.generate(**inputs, past_key_values=cache, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+
+def test_the_same_model_without_the_cache_while_it_waits(tiny_model, tiny_prompts):
+    """Of another generation: within the call, as an assistant of the same weights; and in another thread."""
+    model, inputs = tiny_model("llama"), tiny_prompts(2)
+    expected = model.generate(**inputs, **GREEDY)
+    found = []
+
+    def generate_densely(given, name):
+        if given[name] is not cache or found:
+            return
+        found.append(model.generate(**inputs, **GREEDY))
+        thread = threading.Thread(target=lambda: found.append(model.generate(**inputs, **GREEDY)))
+        thread.start()
+        thread.join()
+        assert WAITING
+
+    cache = HardKVCache(config=model.config, **EVICT)
+    with prepared_by(model, generate_densely):
+        model.generate(**inputs, past_key_values=cache, **GREEDY)
+    assert len(found) == 2
+    assert all(torch.equal(each, expected) for each in found)
+    assert cache.get_seq_length() == 18
+    assert not WAITING
+
+
+def test_lengths_may_be_asked_as_often_as_one_likes(tiny_model, tiny_prompts):
+    model, inputs = tiny_model("llama"), tiny_prompts(2)
+    cache = HardKVCache(config=model.config, **EVICT)
+    assert [cache.get_seq_length() for _ in range(3)] == [0, 0, 0]
+    assert [int(cache.get_mask_sizes(5, 0)[0]) for _ in range(3)] == [5, 5, 5]
+    model(**inputs)
+    model(**inputs, past_key_values=cache)
+    assert cache.get_seq_length() == 13
+
+
+# ------------------------------------------------------------------------------------------- gradient checkpointing
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_gradient_checkpointing_drops_no_cache_in_silence(name, attn, tiny_model, tiny_prompts):
+    model, inputs = tiny_model(name, attn=attn), tiny_prompts(2)
+    model.gradient_checkpointing_enable()
+    cache = HardKVCache(config=model.config, **EVICT)
+    expected = model(**inputs, past_key_values=HardKVCache(config=model.config, **EVICT)).logits
+    model.train()
+    with pytest.raises(NotImplementedError, match=r"checkpointing drops caches.*model.eval\(\)"):
+        model(**inputs, past_key_values=cache, use_cache=True)
+    model.eval()
+    assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)
+    assert cache.get_seq_length() == 13
+
+
+def test_training_with_gradient_checkpointing_and_no_cache(tiny_model, tiny_prompts):
+    model, inputs = tiny_model("llama"), tiny_prompts(2)
+    HardKVCache(config=model.config)
+    model.gradient_checkpointing_enable()
+    model.train()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.lm_head.weight.grad is not None
+
+
+# --------------------------------------------------------------------------------------------- past tokens fed again
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 2}, {"custom_generate": graphed}], ids=["greedy", "beams", "graphed"]
+)
+@pytest.mark.parametrize("source", ["argument", "generation_config"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_use_cache_false_is_refused_by_generate(attn, source, how, tiny_model, tiny_prompts):
+    """generate() would feed all tokens at every step again, on top of those held (DynamicCache takes that)."""
+    model, inputs = tiny_model("llama", attn=attn), tiny_prompts(1)
+    cache = HardKVCache(config=model.config, **EVICT)
+    arguments = GREEDY | how | ({"use_cache": False} if source == "argument" else {})
+    if source == "generation_config":
+        model.generation_config.use_cache = False
+    with pytest.raises(ValueError, match=r"use_cache=False.*feeds all tokens again.*pass use_cache=True"):
+        model.generate(inputs["input_ids"], past_key_values=cache, **arguments)  # without a mask, which would show it
+    assert cache.get_seq_length() == 0
+    model.generate(inputs["input_ids"], past_key_values=cache, **(arguments | {"use_cache": True}))
+    assert cache.get_seq_length() == 18
+    model.generate(inputs["input_ids"], max_new_tokens=3, use_cache=False)  # nobody's cache
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("source", ["argument", "config"])
+def test_use_cache_false_with_all_tokens_again_is_refused_by_forward(source, attn, tiny_model, tiny_prompts):
+    model, ids = tiny_model("llama", attn=attn), tiny_prompts(1)["input_ids"]
+    arguments = {"use_cache": False} if source == "argument" else {}
+    model.config.use_cache = source == "argument"
+    cache = HardKVCache(config=model.config, **EVICT)
+    model(ids, past_key_values=cache, **arguments)  # as DynamicCache: one forward uses what it is given
+    with pytest.raises(ValueError, match="14 tokens come after the 13.*seem to be fed again.*use_cache=True"):
+        model(torch.cat([ids, ids[:, :1]], 1), past_key_values=cache, **arguments)
+    assert cache.get_seq_length() == 13
+    model(ids[:, :5], past_key_values=cache, **arguments)  # what is new goes in
+    model(ids, past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 31
