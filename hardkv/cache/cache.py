@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 
 from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.handover import GivenCache
+from hardkv.cache.hiding import UNREAD
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.offload import Offload
@@ -462,7 +463,7 @@ class HardKVCache(GivenCache):
             decode="" if self.steps is None else self.steps.how,
             captures=0 if self.steps is None else self.steps.captures,
             replays=0 if self.steps is None else self.steps.replays,
-            warnings=[*self.warnings, *_clamped(held)],
+            warnings=[*self.warnings, *_clamped(held), *_unread(held)],
         )
 
     def _backends(self, of: Callable[[HardKVLayer], str]) -> str:
@@ -477,6 +478,12 @@ def _clamped(held: list[Tiers]) -> list[str]:
     total = sum(t.numel() for t in fitted)
     limits = f"[{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"
     return [f"{count} of {total} temperatures stopped at the limits {limits}"] if count else []
+
+
+def _unread(held: list[Tiers]) -> list[str]:
+    """What the next event will refuse."""
+    counts = [int(tiers.hidden.sum()) for tiers in held if tiers.hidden is not None]
+    return [UNREAD.format(max(counts))] if any(counts) else []
 
 
 def _batch_size(layer: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hardkv.cache.hiding import UNREAD
 from hardkv.cache.merged import Merged, Selection
 from hardkv.cache.queries import QueryRing, newest_of
 from hardkv.cache.tiers import Tiers
@@ -106,15 +107,11 @@ def check(event: Event, sizes: Sequence[int]) -> None:
 
     Raises:
         ValueError: scores that are not finite.
-        NotImplementedError: steps of one token whose masks hid tokens that had been stored.
+        NotImplementedError: steps of one token whose masks said of past columns what no mask had said before.
     """
     *_, sound, hidden = sizes
     if hidden:
-        raise NotImplementedError(
-            f"since the last event the attention mask hid past tokens of {hidden} sequences, and they were attended "
-            "all the same: HardKVCache lets every new token see all kept ones. reset() it, and leave the mask of past "
-            "columns as it was, or use DynamicCache"
-        )
+        raise NotImplementedError(UNREAD.format(hidden))
     if not sound:
         raise ValueError(
             f"scorer {event.settings.scorer!r} returned NaN or infinite scores; return log-scores, such as "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hardkv.cache.event import Event, condense, observe
 from hardkv.cache.handles import KVHandle, LatentHandle, NewTokens, UnroutedKVError
+from hardkv.cache.hiding import Past, noted, seen_through
 from hardkv.cache.merged import Selection
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.shards import local_heads
@@ -76,18 +77,6 @@ class HardKVLayer(LayerState):
             self.budget = self.budget.for_heads(first, last)
             self.temperatures = None if self.temperatures is None else self.temperatures[first:last]
 
-    def check_visible(self, visible: Tensor) -> None:
-        """Raise NotImplementedError when `visible`, bool `[B or 1, columns]`, hides a past token that is held."""
-        if self.tiers is None:
-            return
-        hidden = ~visible.expand(self.batch_size, -1)
-        own = self.seen - hidden.shape[1]  # columns of this call, which an earlier reader of the same keys has stored
-        if self.tiers.holds_any(torch.nn.functional.pad(hidden, (0, own))):
-            raise NotImplementedError(
-                f"the attention mask hides past tokens that layer {self.layer_idx} of the cache holds; HardKVCache "
-                "lets every new token see all kept ones"
-            )
-
     def prefill(
         self, new: NewTokens, query: Tensor, padding: Tensor | None, *, scale: float, softcap: float | None
     ) -> None:
@@ -108,6 +97,8 @@ class HardKVLayer(LayerState):
             dense = dense.append(new.keys, new.values, valid, 0)
         ring = self._observe(query, valid, None, new)
         tiers = Tiers.of(dense, new.stop)
+        if self.first:
+            tiers = noted(tiers, valid)
         if not self._event_held and not waits:
             tiers = self.placed(condense(self.event(tiers, scale, softcap), tiers, ring))
         if self.offloading is not None:
@@ -124,6 +115,7 @@ class HardKVLayer(LayerState):
         query: Tensor,
         padding: Tensor | None,
         new_mask: Tensor | None,
+        past: Past | None,
         *,
         scale: float,
         softcap: float | None,
@@ -134,22 +126,31 @@ class HardKVLayer(LayerState):
         Args:
             new: what `update()` wrapped. query: `[B, Hq, q, D]`.
             padding: bool `[B, columns so far]` or None. new_mask: bool `[B or 1, q, q]` or None (causal).
+            past: of the columns before; None: they are as they were, or, after one token, the next event tells.
             scale, softcap, sinks: as in `kernels.attention.attend_tiers`.
 
         Returns:
             `[B, Hq, q, Dv]`.
+
+        Raises:
+            NotImplementedError: see `Past.applied`; nothing has changed then.
         """
         with self._on_device():
             if self._needs_storing(new):
                 if self.prompt_length is None and query.shape[2] > 1:  # the prompt comes in chunks
                     self._check_pinned(new, padding)
                 valid = _columns(padding, new)
-                assert self.tiers is not None
-                tiers = self.tiers.append(new.keys, new.values, valid)
-                # of a chunk it was looked at before; for every step the host should not wait, so the next event tells
-                if self.first and padding is not None and new_mask is None and query.shape[2] == 1:
-                    tiers = tiers.seen_through(padding)
-                self._store(new, tiers, self._observe(query.detach(), valid, self.ring, new), scale, softcap)
+                tiers, ring = self.tiers, self.ring
+                assert tiers is not None
+                assert ring is not None
+                if past is not None:
+                    tiers, ring = past.applied(tiers, ring, self.first)
+                tiers = tiers.append(new.keys, new.values, valid)
+                if self.first and past is None and padding is not None:  # the host should not wait in every step
+                    tiers = seen_through(tiers, padding)
+                elif self.first:
+                    tiers = noted(tiers, valid)
+                self._store(new, tiers, self._observe(query.detach(), valid, ring, new), scale, softcap)
             assert self.tiers is not None
             bound = self.tiers.dense.bound
             out = self.attend(query, bound, new.start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask)

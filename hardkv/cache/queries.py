@@ -82,6 +82,15 @@ class QueryRing:
         ring.append(queries, valid, end - valid.shape[1])
         return ring
 
+    def without(self, hidden: Tensor) -> "QueryRing":
+        """A copy in which queries of the marked columns, bool `[B, end]`, do not count; `end`: the next column."""
+        end = hidden.shape[1]
+        ring = self.select_sequences(torch.arange(hidden.shape[0], device=hidden.device))
+        columns = torch.arange(end - min(self.available(end), self.capacity), end, device=hidden.device)
+        ring.valid[:, columns % self.capacity] &= ~hidden[:, columns]
+        ring.valid_from = end
+        return ring
+
     def select_sequences(self, indices: Tensor) -> "QueryRing":
         """A ring of the given batch rows, in that order."""
         ring = QueryRing(self.buffer[indices], self.capacity)

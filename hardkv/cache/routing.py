@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hardkv.cache import handover
 from hardkv.cache.handles import HardKVMask, KVHandle, LogicalLen, NewTokens, UnroutedKVError
+from hardkv.cache.hiding import Past
 from hardkv.cache.latent import Latent
 from hardkv.cache.static import StaticTokens, static_attention
 from hardkv.cache.steps import UnknownLength
@@ -124,13 +125,14 @@ def _routed(
             query = query.detach() if latent is None else latent.absorb(query.detach())
             new.layer.prefill(new, query, padding, scale=scale, softcap=softcap)
         return result
-    new_mask, sinks = _mask_of_new(mask, padding, new), kwargs.get("s_aux")
+    (new_mask, past), sinks = _mask_of_new(mask, padding, new), kwargs.get("s_aux")
     with torch.no_grad():
         out = new.layer.decode(
             new,
             query.detach() if latent is None else latent.absorb(query.detach()),
             padding,
             new_mask,
+            past,
             scale=scale,
             softcap=softcap,
             sinks=sinks,
@@ -197,14 +199,25 @@ def _padding(mask: Any, batch: int, new: NewTokens) -> Tensor | None:
         if padding is None:
             return None
     elif isinstance(mask, Tensor) and mask.dim() == 4:
-        # The last query sees every token of its sequence that exists.
-        padding = _as_bool(mask)[:, :, -1].any(1)
+        padding = _seen_by_last(_as_bool(mask), new)
     elif isinstance(mask, Tensor) and mask.dim() == 2:
         padding = mask.bool()
     else:
         raise UnroutedKVError(f"cannot read padding from an attention mask of type {type(mask).__name__}")
     _check_width(padding, new.stop)
     return padding.expand(batch, -1)
+
+
+def _seen_by_last(allowed: Tensor, new: NewTokens) -> Tensor:
+    """The columns that the last token of every sequence sees, bool `[B or 1, columns]`: all that exist.
+
+    Queries of padding may see anything or nothing. A sequence without a token among the new ones has none.
+    """
+    _check_width(allowed[0, 0], new.stop)
+    allowed = allowed.any(1)  # [B or 1, q, columns]
+    real = allowed[:, :, new.start :].diagonal(dim1=1, dim2=2)
+    last = real.shape[1] - 1 - real.flip(1).to(torch.uint8).argmax(1)
+    return allowed[torch.arange(last.shape[0], device=last.device), last] & real.any(1, keepdim=True)
 
 
 def _check_width(padding: Tensor, columns: int) -> None:
@@ -232,20 +245,22 @@ def _as_bool(mask: Tensor) -> Tensor:
     return allowed
 
 
-def _mask_of_new(mask: Any, padding: Tensor | None, new: NewTokens) -> Tensor | None:
-    """The part of a later call's mask among its own tokens, bool `[B or 1, q, q]`; None when plainly causal.
+def _mask_of_new(mask: Any, padding: Tensor | None, new: NewTokens) -> tuple[Tensor | None, Past | None]:
+    """What a later call's mask says of its own tokens, bool `[B or 1, q, q]`, None if plainly causal, and of the past.
 
     Raises:
-        NotImplementedError: the mask differs between heads, or hides past tokens that the cache holds.
+        NotImplementedError: the mask differs between heads.
     """
+    given = None if padding is None else padding[:, : new.start]  # what a mask of two dimensions says of the past
     if isinstance(mask, HardKVMask):
         if new.stop - new.start == 1:
-            return None  # one token that sees what exists
+            return None, None  # one token that sees what exists
         mask = mask.original
+    elif isinstance(mask, Tensor) and mask.dim() == 4:
+        given = None
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-        if padding is not None and new.stop - new.start > 1:
-            new.layer.check_visible(padding[:, : new.start])
-        return None
+        several = new.stop - new.start > 1
+        return None, Past(given, given) if given is not None and several else None
     if not isinstance(mask, Tensor):
         raise NotImplementedError(
             f"HardKVCache cannot read a {type(mask).__name__} for a chunk of several tokens after the first: use "
@@ -254,11 +269,13 @@ def _mask_of_new(mask: Any, padding: Tensor | None, new: NewTokens) -> Tensor | 
     allowed = _as_bool(mask)
     if allowed.shape[1] > 1 and not bool((allowed == allowed[:, :1]).all()):
         raise NotImplementedError("HardKVCache does not support attention masks that differ between heads")
-    allowed = allowed[:, 0]
-    among_new = allowed[..., new.start :]
-    real = among_new.diagonal(dim1=1, dim2=2)[..., None]  # padded queries see nothing, and nobody reads them
-    new.layer.check_visible((allowed[..., : new.start] | ~real).all(1))
-    return among_new
+    allowed = allowed[:, 0]  # [B or 1, q, columns]
+    among_new, before = allowed[..., new.start :], allowed[..., : new.start]
+    real = among_new.diagonal(dim1=1, dim2=2)[..., None]  # what padded queries see nobody reads
+    every = (before | ~real).all(1).expand(new.keys.shape[0], -1)
+    if given is None:
+        return among_new, Past((before & real).any(1).expand_as(every), every, real[..., 0].any(1))
+    return among_new, Past(given, every & given)
 
 
 def _wrap_mask(function: Callable[..., Any]) -> Callable[..., Any]:

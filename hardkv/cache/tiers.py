@@ -200,7 +200,9 @@ class Tiers:
     compressed_at: int | None = None  # logical length at the last event
     events: int = 0
     temperatures: Tensor | None = None  # [R], fitted online
-    hidden: Tensor | None = None  # bool [B], where a mask since the last event hid tokens stored before; None: nowhere
+    # bool [B, columns], which of the first columns hold tokens or did, as masks told; later ones all do. Of one layer
+    shown: Tensor | None = None
+    hidden: Tensor | None = None  # bool [B], where a step's mask since the last event said otherwise; None: nowhere
 
     @classmethod
     def of(cls, dense: DenseTier, seen: int) -> "Tiers":
@@ -218,21 +220,9 @@ class Tiers:
     def cropped(self, length: int) -> "Tiers":
         """Without column `length` and later, which must all be in the dense tier."""
         dense = self.dense.cropped(length)
-        return replace(self, dense=dense, tokens=self.tokens + (dense.fill - self.dense.fill), seen=length)
-
-    def holds_any(self, columns: Tensor) -> bool:
-        """Whether attention reads a token of the marked columns, bool `[B, seen]`."""
-        _, num_kv_heads = self.shape
-        tier, dense = self.condensed, self.dense
-        sequence = tier.rows.ids // num_kv_heads
-        held = torch.arange(dense.capacity, device=columns.device) < dense.fill[:, None]
-        recent = columns.gather(1, dense.positions.long().masked_fill(~held, 0)) & held
-        return bool(columns[sequence, tier.positions.long()].any() | recent.any())
-
-    def seen_through(self, mask: Tensor) -> "Tiers":
-        """After a step with `mask`, `[B, seen]`, zero where it hides a column: `hidden` knows, without the host."""
-        hidden = mask.count_nonzero(1) < self.tokens
-        return replace(self, hidden=hidden if self.hidden is None else self.hidden | hidden)
+        tokens = self.tokens + (dense.fill - self.dense.fill)
+        shown = None if self.shown is None else self.shown[:, :length].clone()
+        return replace(self, dense=dense, tokens=tokens, seen=length, shown=shown)
 
     def merged(self, window: int, sinks: int = 0, pinned: int = 0) -> tuple[tuple[Tensor, ...], Rows]:
         """Lay out every held token by row and position.
@@ -312,6 +302,7 @@ class Tiers:
             compressed_at=self.seen,
             events=self.events + 1,
             temperatures=temperatures,
+            shown=self.shown,
         )
 
     def select_sequences(self, indices: Tensor) -> "Tiers":
@@ -325,6 +316,7 @@ class Tiers:
             dense=self.dense.select_sequences(indices),
             tokens=self.tokens[indices],
             temperatures=None if self.temperatures is None else self.temperatures[rows],
+            shown=None if self.shown is None else self.shown[indices],
             hidden=None if self.hidden is None else self.hidden[indices],
         )
 
@@ -350,5 +342,5 @@ class Tiers:
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
-        optional = [each for each in (self.temperatures, self.hidden) if each is not None]
+        optional = [each for each in (self.temperatures, self.shown, self.hidden) if each is not None]
         return [*self.condensed.tensors(), *self.sparse.tensors(), *self.dense.tensors(), self.tokens, *optional]

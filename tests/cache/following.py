@@ -79,6 +79,13 @@ class Follower:
 
     # ------------------------------------------------------------------ a forward
 
+    def _unhidden(self, exists: Tensor) -> dict[int, Any]:
+        """What the cache held when the layers began, without columns that the mask of this forward hides."""
+        return {
+            idx: [[head[row[head]] for head in heads] for row, heads in zip(exists, kept, strict=True)]
+            for idx, kept in self.kept.items()
+        }
+
     def _compare(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if kwargs.get(CACHE) is not self.cache:
             return
@@ -98,7 +105,7 @@ class Follower:
         visibility.layers = {
             idx: torch.nn.functional.pad(seen, (0, new, 0, new)) for idx, seen in self.layers.items() if start
         }
-        visibility.add(start, start + new, self.kept)
+        visibility.add(start, start + new, self._unhidden(visibility.exists))
         self.layers = visibility.layers
         with torch.no_grad():
             expected = self.oracle(

@@ -5,7 +5,7 @@ head is the sum of its dot products with the queries observed; the scorer is `te
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -104,14 +104,24 @@ class Plain:
 
     # ------------------------------------------------------------------ what is done to the cache
 
-    def forward(self, new: Columns, observed: list[Observed], fails: bool = False) -> list[Tensor]:
+    def forward(
+        self, new: Columns, observed: list[Observed], fails: bool = False, hidden: Tensor | None = None
+    ) -> list[Tensor]:
         """Take new columns; `observed` is emptied by the events that run, `fails` tells that the one behind does not.
+
+        Columns that are `hidden`, bool `[B, columns so far]`, are padding from now on.
 
         Returns:
             Per layer the attention output `[B, Hq, q, D]`, NaN where a column does not exist.
         """
         if self.due:  # a draft's, or one that failed
             self.event(observed)
+        if hidden is not None and self.columns is not None:
+            self.columns = replace(self.columns, exists=self.columns.exists & ~hidden)
+            for b, layers in enumerate(self.held):
+                for head in (head for heads in layers for head in heads):
+                    for position in hidden[b].nonzero()[:, 0].tolist():
+                        head.pop(position, None)
         start, count = self.seen, new.exists.shape[1]
         if self.columns is None:
             self.held = [[[{} for _ in range(HEADS)] for _ in range(LAYERS)] for _ in new.exists]

@@ -145,10 +145,11 @@ class CacheMachine(RuleBasedStateMachine):
     def random_columns(self, exists: Tensor) -> Columns:
         return Columns.random(exists, self.generator)
 
-    def forward(self, cache: HardKVCache, plain: Plain, exists: Tensor) -> None:
-        """One forward pass over new columns that exist, bool `[B, q]`, or not."""
+    def forward(self, cache: HardKVCache, plain: Plain, exists: Tensor, hidden: Tensor | None = None) -> None:
+        """One forward pass over new columns that exist, bool `[B, q]`, or not; `hidden`: past ones that go."""
         new = self.random_columns(exists)
         past = exists[:, :0] if plain.columns is None else plain.columns.exists
+        past = past if hidden is None else past & ~hidden
         mask = torch.cat([past, exists], 1)
         if self.refuses_prompt(plain, mask):
             if plain.due:  # the first layer would run its event before it refuses
@@ -157,7 +158,7 @@ class CacheMachine(RuleBasedStateMachine):
                 attend(cache, new, mask)
             return
         actual = attend(cache, new, None if mask.all() else mask)
-        expected = plain.forward(new, Worth.calls)
+        expected = plain.forward(new, Worth.calls, hidden=hidden)
         for ours, true in zip(actual, expected, strict=True):
             real = ~true.isnan()
             torch.testing.assert_close(ours.double()[real], true[real], atol=1e-4, rtol=0)
@@ -198,6 +199,22 @@ class CacheMachine(RuleBasedStateMachine):
             for hole in holes:
                 exists[hole // 7 % plain.batch, hole % 7 % columns] = False
             self.forward(cache, plain, exists)
+
+    @rule(
+        which=which,
+        columns=st.integers(2, 6),
+        pads=st.sets(st.integers(0, MOST_ROWS - 1), max_size=2),
+        spans=st.lists(st.tuples(st.integers(0, MOST_ROWS - 1), st.integers(0, 20), st.integers(1, 9)), max_size=4),
+    )
+    def next_turn(self, which, columns, pads, spans):
+        """A chunk whose mask hides past columns, a row's last ones or any, as those behind its end."""
+        cache, plain = self.begun(which)
+        if plain.seen:
+            hidden = torch.zeros_like(plain.columns.exists)
+            for row, back, width in spans:
+                hidden[row % plain.batch, max(0, plain.seen - back - width) : max(0, plain.seen - back)] = True
+            exists = torch.tensor([[row not in pads] * columns for row in range(plain.batch)])
+            self.forward(cache, plain, exists, hidden)
 
     @rule(which=which, chunks=st.lists(st.integers(1, 6), max_size=5), rejected=st.integers(0, 12))
     def draft(self, which, chunks, rejected):
@@ -329,6 +346,12 @@ class CacheMachine(RuleBasedStateMachine):
                 attend(cache, self.random_columns(wide), None)
             with pytest.raises(ValueError, match="attention_mask covers"):
                 attend(cache, self.random_columns(wide[1:]), wide[1:])
+            exists = plain.columns.exists
+            two = exists.new_ones(plain.batch, 2)
+            shows = torch.cat([torch.ones_like(exists), two], 1)
+            if not exists.all() and not self.refuses_prompt(plain, shows):
+                with pytest.raises(NotImplementedError, match="which was padding or hidden before"):
+                    attend(cache, self.random_columns(two), shows)
 
     # ------------------------------------------------------------------ after every step
 
@@ -347,6 +370,7 @@ def check(cache: HardKVCache, plain: Plain) -> None:
         assert cache.nbytes() == 0
         return
     for idx, layer in enumerate(cache.layers):
+        assert torch.equal(layer.tiers.tokens, plain.columns.exists.sum(1))
         kept = cache.kept(idx)
         dense, rows = layer.tiers.dense, {"condensed": {}, "sparse": {}}
         for name, of in rows.items():

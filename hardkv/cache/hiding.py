@@ -1,0 +1,137 @@
+"""Columns that a mask hides although their tokens were stored: nobody will read them, so they go from every tier."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hardkv.cache.queries import QueryRing
+from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
+from hardkv.kernels.rows import Rows, count_per_row, cumulative
+
+UNREAD = (
+    "since the last event the attention mask of a step of one token hid or showed past tokens of {} sequences as no "
+    "mask before, and was not followed: HardKVCache reads what masks say of past columns only with several new tokens, "
+    "as looking costs the host a wait. reset() it, and change the mask of past columns in a forward of two tokens or "
+    "more (crop(-1) before it makes them two), or use DynamicCache"
+)
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the mask of new tokens says of the columns before them; rows without a new token may say nothing."""
+
+    some: Tensor  # bool [B, columns], whether a new token sees the column; False where a row says nothing
+    every: Tensor  # bool [B, columns], whether every new token does; True there
+    told: Tensor | None = None  # bool [B], rows that say something; None: all
+
+    def applied(self, tiers: Tiers, ring: QueryRing, noting: bool) -> tuple[Tiers, QueryRing]:
+        """Tiers and queries without what is hidden, as if it had been padding; those given stay as they are.
+
+        The host waits for the device once, and more only where something is dropped.
+
+        Args:
+            tiers, ring: of one layer. noting: whether the layer keeps `Tiers.shown`.
+
+        Raises:
+            NotImplementedError: new tokens of a row differ in what they see of the past, or see what is not held:
+                padding, what an earlier mask hid, or a step of one token had another mask before.
+        """
+        hidden = ~self.every
+        nothing = hidden.new_zeros(())
+        returned = nothing if tiers.shown is None else self.some[:, : tiers.shown.shape[1]] & ~tiers.shown
+        unread = nothing if tiers.hidden is None else tiers.hidden
+        flags = [_holds(tiers, hidden), _holds(tiers, hidden & self.some), returned.any(), unread.sum()]
+        drops, differ, returns, waiting = torch.stack([flag.long() for flag in flags]).tolist()
+        if waiting:
+            raise NotImplementedError(UNREAD.format(waiting))
+        if returns:
+            row, column = returned.nonzero()[0].tolist()
+            raise NotImplementedError(
+                f"the attention mask shows column {column} of sequence {row}, which was padding or hidden before: "
+                "HardKVCache stores no padding and drops what a mask hides. Leave such columns hidden, or use "
+                "DynamicCache"
+            )
+        if differ:
+            raise NotImplementedError(
+                "the attention mask hides past tokens from some of the new tokens only; HardKVCache lets every new "
+                "token of a sequence see all that are kept"
+            )
+        tokens, shown = self.every.sum(1), tiers.shown
+        if self.told is not None:
+            tokens = torch.where(self.told, tokens, tiers.tokens)
+        if noting:
+            shown = self.every.clone()
+            if tiers.shown is not None:
+                shown[:, : tiers.shown.shape[1]] &= tiers.shown
+        if drops:
+            condensed, sparse = (_ragged(tier, hidden) for tier in (tiers.condensed, tiers.sparse))
+            tiers = replace(tiers, condensed=condensed, sparse=sparse, dense=_dense(tiers.dense, hidden))
+            ring = ring.without(hidden)
+        return replace(tiers, tokens=tokens, shown=shown), ring
+
+
+def seen_through(tiers: Tiers, mask: Tensor) -> Tiers:
+    """After a step of one token with `mask`, bool `[B, seen]`: what it changed is noted without the host."""
+    past, known = mask[:, :-1], tiers.shown
+    width = 0 if known is None else known.shape[1]
+    changed = None if known is None else (past[:, :width] != known).any(1)
+    if width < past.shape[1]:  # columns that nobody has hidden so far
+        hides = ~past[:, width:].all(1)
+        changed = hides if changed is None else changed | hides
+    if tiers.hidden is not None:
+        changed = tiers.hidden if changed is None else changed | tiers.hidden
+    return replace(tiers, hidden=changed, shown=mask.clone())  # who passed the mask may change it in place
+
+
+def noted(tiers: Tiers, valid: Tensor | None) -> Tiers:
+    """After new columns of which `valid`, bool `[B, q]`, hold tokens, all when None."""
+    if valid is None:
+        return tiers
+    batch, before = valid.shape[0], tiers.seen - valid.shape[1]
+    shown = valid.new_ones(batch, before) if tiers.shown is None else tiers.shown
+    shown = F.pad(shown, (0, before - shown.shape[1]), value=True)
+    return replace(tiers, shown=torch.cat([shown, valid], 1))
+
+
+def _of_ragged(tier: RaggedTier, columns: Tensor) -> Tensor:
+    """`columns [B, seen]` at every token, bool `[N]`."""
+    heads = (tier.cu_seqlens.shape[0] - 1) // columns.shape[0]
+    return columns[tier.rows.ids // heads, tier.positions.long()]
+
+
+def _of_dense(tier: DenseTier, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`columns [B, seen]` at every slot, and which slots hold a token, bool `[B, C]` each."""
+    held = torch.arange(tier.capacity, device=columns.device) < tier.fill[:, None]
+    return columns.gather(1, tier.positions.long().masked_fill(~held, 0)) & held, held
+
+
+def _holds(tiers: Tiers, columns: Tensor) -> Tensor:
+    """Whether a token of the marked columns, bool `[B, seen]`, is held, bool scalar."""
+    ragged = [_of_ragged(tier, columns).any() for tier in (tiers.condensed, tiers.sparse)]
+    return torch.stack([*ragged, _of_dense(tiers.dense, columns)[0].any()]).any()
+
+
+def _ragged(tier: RaggedTier, hidden: Tensor) -> RaggedTier:
+    stays = ~_of_ragged(tier, hidden)
+    token = stays.nonzero()[:, 0]
+    if token.shape[0] == tier.rows.total:
+        return tier
+    lengths = count_per_row(stays, tier.cu_seqlens)
+    rows = Rows(cumulative(lengths), token.shape[0], int(lengths.max()))
+    return RaggedTier(tier.keys[token], tier.values[token], tier.positions[token], tier.misses[token], rows)
+
+
+def _dense(tier: DenseTier, hidden: Tensor) -> DenseTier:
+    gone, held = _of_dense(tier, hidden)
+    stays = held & ~gone
+    fill = stays.sum(1)
+    least, most = torch.stack([fill.min(), fill.max()]).tolist()
+    slot = torch.argsort((~stays).to(torch.uint8), dim=1, stable=True)[:, :most]
+    sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
+    left = DenseTier.allocate(tier.keys, tier.values, tier.capacity, fill, most)
+    for new, old in ((left.keys, tier.keys), (left.values, tier.values)):
+        new[:, :, :most] = old[sequence, :, slot].transpose(1, 2)
+    left.positions[:, :most] = tier.positions[sequence, slot]
+    return replace(left, even=least == most)
