@@ -29,7 +29,8 @@ class HardKVConfig:
         interval: new tokens between two selection events (128 in the paper).
         patience: consecutive events a token must lose before its bytes are given back (0: at once; 1 or more: the
             prompt's own event frees nothing yet).
-        pin_prompt: keep the whole prompt, that is every token up to the first forward of a single one.
+        pin_prompt: keep the whole prompt: what `generate()` was given, in chunks or not. In a loop of your own every
+            token up to the first forward of a single one, so give the prompt's last chunk two tokens or more.
         calibration: None; a `hardkv.Calibration` or the path of a saved one; "auto": calibrate once per model and
             scorer, and keep the file (`hardkv.calibration.auto`); or "online": Logits Calibration, one temperature per
             KV head fitted at each sequence's first event (`hardkv.selectors.fit_temperatures`).

@@ -22,6 +22,7 @@ from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.handover import GivenCache
 from hardkv.cache.hiding import UNREAD
 from hardkv.cache.hybrid import HybridLayer
+from hardkv.cache.incoming import what_else
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.offload import Offload
 from hardkv.cache.routing import install
@@ -226,12 +227,10 @@ class HardKVCache(GivenCache):
         """What HardKVLayer checks itself, for transformers' layers."""
         held = layer.keys
         if layer.is_initialized and held is not None and held.dim() == 4:
-            got = (key_states.shape[0], key_states.shape[1], key_states.shape[3])
-            if (held.shape[0], held.shape[1], held.shape[3]) != got:
+            has, got = ((each.shape[0], each.shape[1], each.shape[3]) for each in (held, key_states))
+            if has != got:
                 raise ValueError(
-                    f"layer {layer_idx} holds batch, KV heads, head_dim = {tuple(held.shape[i] for i in (0, 1, 3))} "
-                    f"and gets {got}: this cache belongs to another batch or model; use a new HardKVCache, or reset() "
-                    "this one"
+                    f"layer {layer_idx} holds batch, KV heads, head_dim = {has} and gets {got}: {what_else(has, got)}"
                 )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

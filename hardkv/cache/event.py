@@ -83,7 +83,10 @@ def groups(events: Sequence[Event], tiers: Sequence[Tiers], rings: Sequence[Quer
 
 
 def select(events: Sequence[Event], layers: Sequence[Tiers], rings: Sequence[QueryRing]) -> Selection:
-    """What stays in layers that are alike (`groups`); the host does not wait for the device."""
+    """What stays in layers that are alike (`groups`).
+
+    The host does not wait for the device, except where temperatures are fitted (`calibration="online"`).
+    """
     settings, scorer = events[0].settings, events[0].settings.scorer
     merged = Merged.of(layers, settings.window, settings.sinks, events[0].pinned)
     observation = _observe(events[0], layers, rings, merged)

@@ -10,7 +10,9 @@ from torch import Tensor
 from hardkv.cache.event import Event, condense, observe
 from hardkv.cache.handles import KVHandle, LatentHandle, NewTokens, UnroutedKVError
 from hardkv.cache.hiding import Past, noted, seen_through
+from hardkv.cache.incoming import check_alike, what_else
 from hardkv.cache.merged import Selection
+from hardkv.cache.prompt import generate_prefills
 from hardkv.cache.queries import QueryRing
 from hardkv.cache.shards import local_heads
 from hardkv.cache.state import LayerState
@@ -36,8 +38,10 @@ class HardKVLayer(LayerState):
         """Wrap new keys and values for attention, which stores them; nothing is stored here.
 
         Raises:
-            ValueError: shapes differ from what the cache holds.
+            ValueError: values do not fit the keys, or both not what the cache holds.
         """
+        if key_states.shape[:-1] != value_states.shape[:-1] or key_states.dtype != value_states.dtype:
+            check_alike(key_states, value_states, self.layer_idx)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         got = (key_states.shape[0], key_states.shape[1], key_states.shape[3], value_states.shape[3])
@@ -48,8 +52,7 @@ class HardKVLayer(LayerState):
             else:
                 raise ValueError(
                     f"layer {self.layer_idx} holds batch, KV heads, head_dim, value dim = {held} in {self.dtype} and "
-                    f"gets {got} in {key_states.dtype}: this cache belongs to another batch or model; use a new "
-                    "HardKVCache, or reset() this one"
+                    f"gets {got} in {key_states.dtype}: {what_else(held, got)}"
                 )
         if self.event_due:  # held back by recording, or because later layers still had to read
             self.compress()
@@ -137,7 +140,7 @@ class HardKVLayer(LayerState):
         """
         with self._on_device():
             if self._needs_storing(new):
-                if self.prompt_length is None and query.shape[2] > 1:  # the prompt comes in chunks
+                if self._in_prompt(new):  # which comes in chunks
                     self._check_pinned(new, padding)
                 valid = _columns(padding, new)
                 tiers, ring = self.tiers, self.ring
@@ -243,10 +246,16 @@ class HardKVLayer(LayerState):
     def _store(self, new: NewTokens, tiers: Tiers, ring: QueryRing, scale: float, softcap: float | None) -> None:
         self.scale, self.softcap = scale, softcap
         prompt_length = self.prompt_length
-        if prompt_length is None and (new.stop - new.start == 1 or (self.record_past and new.start)):
+        if prompt_length is None and ((self.record_past and new.start) or not self._in_prompt(new)):
             prompt_length = new.start or new.stop  # the first single token, or the first verified draft, ends it
         # one statement without calls: an interrupt comes before all of it or after
         self.tiers, self.ring, self.prompt_length, new.ingested_at = tiers, ring, prompt_length, tiers.events
+
+    def _in_prompt(self, new: NewTokens) -> bool:
+        """Whether these tokens belong to the prompt: it ends with the first single token that `generate()` drew."""
+        if self.prompt_length is not None:
+            return False
+        return new.stop - new.start > 1 or (self.settings.pin_prompt and generate_prefills())
 
     def _check_pinned(self, new: NewTokens, padding: Tensor | None) -> None:
         limit = self.budget.limit

@@ -41,7 +41,6 @@ class LayerState(CacheLayerMixin):
     is_compileable = False  # or generate() compiles the model around data-dependent shapes
     is_croppable = True
     is_sliding = False
-    supports_early_init = False
 
     def __init__(self, settings: HardKVConfig, budget: Budget, layer_idx: int):
         super().__init__()

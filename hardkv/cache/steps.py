@@ -56,6 +56,7 @@ class StepLayer(CacheLayerMixin):
 
     def __init__(self, layer_idx: int, length: int, window: int | None, latent: bool):
         super().__init__()
+        self.is_initialized = True  # some models take a cache that is not for the first forward
         self.layer_idx = layer_idx
         self.length = length
         self.window = window

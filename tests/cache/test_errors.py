@@ -490,6 +490,31 @@ def test_the_warning_points_at_the_caller(tiny_model):
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize("filled", [True, False], ids=["later", "first"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda values: values[:1],
+        lambda values: values[:, :1],
+        lambda values: values[:, :, 1:],
+        lambda values: values.half(),
+        lambda values: values[..., 0],
+    ],
+    ids=["batch", "heads", "tokens", "dtype", "rank"],
+)
+def test_values_that_do_not_fit_their_keys(wrong, filled, tiny_model, tiny_prompts):
+    model = tiny_model("llama", "sdpa")
+    cache = HardKVCache(config=model.config, **EVICT)
+    if filled:
+        model(**tiny_prompts(3), past_key_values=cache)
+    before, states = held(cache) if filled else cache.nbytes(), torch.randn(3, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"layer 0 gets keys \(3, 2, 4, 8\) in torch.float32 and values .* the same"):
+        cache.update(states, wrong(states), 0)
+    assert (held(cache) if filled else cache.nbytes()) == before
+    handles = cache.update(states, torch.randn(3, 2, 4, 8), 0)
+    assert [handle.shape for handle in handles] == [(3, 2, cache.get_seq_length() + 4, 8)] * 2
+
+
 @pytest.mark.parametrize("pin_prompt", [True, False])
 def test_a_pinned_prompt_larger_than_the_budget(pin_prompt, tiny_model, tiny_prompts):
     model = tiny_model("llama", "sdpa")
@@ -513,6 +538,14 @@ def test_a_pinned_prompt_that_just_fits(tiny_model, tiny_prompts):
     decode(model, inputs, cache)
     assert cache.stats().events > 1
     assert int(cache.lengths().max()) < 13 + EVICT["interval"]
+
+
+def test_a_pinned_prompt_that_outgrows_the_budget_by_a_last_chunk_of_one_token(tiny_model, tiny_prompts):
+    model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
+    cache = HardKVCache(config=model.config, pin_prompt=True, **(EVICT | {"budget": 16}))
+    with pytest.raises(ValueError, match=r"pin_prompt=True: the prompt has 13 tokens"):
+        model.generate(**inputs, past_key_values=cache, prefill_chunk_size=6, max_new_tokens=2)
+    assert cache.get_seq_length() == 12
 
 
 def test_a_pinned_prompt_that_outgrows_the_budget_in_chunks(tiny_model, tiny_prompts):

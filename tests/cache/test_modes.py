@@ -277,8 +277,15 @@ def test_text_generation_pipeline(tiny_model):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"prefill_chunk_size": 5}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}],
-    ids=["greedy", "chunks", "beams", "drafts"],
+    [
+        {},
+        {"prefill_chunk_size": 5},
+        {"prefill_chunk_size": 6},
+        {"prefill_chunk_size": 1},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=["greedy", "chunks", "a chunk of one token", "chunks of one token", "beams", "drafts"],
 )
 def test_a_pinned_prompt_stays_for_the_whole_generation(options, tiny_model, tiny_prompts):
     batch = 1 if "prompt_lookup_num_tokens" in options else 3

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from hardkv import HardKVCache, calibrate
 from hardkv.cache.argument import CACHE
+from hardkv.cache.steps import StepLayer
 from tests.cache.test_modes import EVICT, HOLD_ALL, greedy, held, step
+from tests.models.tiny import tiny_model as make_model
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -40,6 +42,36 @@ def test_repeating_and_selecting_rows(name, indices, tiny_model, tiny_prompts):
         tokens = [token + 5 + row for row in range(len(rows))]
         actual, expected = (step(model, cache, tokens, mask) for cache in caches)
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "falcon_h1", "bamba"])
+def test_it_is_initialized_when_dynamic_cache_is(kind):
+    """Some models ask, to tell the first forward from later ones."""
+    model = make_model(kind)
+    caches = [HardKVCache(config=model.config, **EVICT), DynamicCache(config=model.config)]
+    assert [cache.is_initialized for cache in caches] == [False, False]
+    for cache in caches:
+        model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    assert caches[0].is_initialized == caches[1].is_initialized
+    caches[0].reset()
+    assert not caches[0].is_initialized
+    assert Cache(layers=[StepLayer(0, 5, None, False)]).is_initialized  # of a static step
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_beams_go_on_from_a_cache_that_holds_each_sequence_as_often(name, tiny_model, tiny_prompts):
+    model, inputs = tiny_model(name, "sdpa"), tiny_prompts(2)
+    caches = [HardKVCache(config=model.config, **HOLD_ALL), DynamicCache(config=model.config)]
+    for cache in caches:
+        model(inputs["input_ids"][:, :9], attention_mask=inputs["attention_mask"][:, :9], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"cache\.batch_repeat_interleave\(3\)"):
+        greedy(model, inputs, caches[0], num_beams=3)
+    caches[0].reset()
+    model(inputs["input_ids"][:, :9], attention_mask=inputs["attention_mask"][:, :9], past_key_values=caches[0])
+    for cache in caches:
+        cache.batch_repeat_interleave(3)
+    ours, theirs = (greedy(model, inputs, cache, num_beams=3) for cache in caches)
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("patience", [0, 2])

@@ -1,0 +1,28 @@
+"""New keys and values that a layer cannot take, and what to do about them."""
+
+import torch
+from torch import Tensor
+
+
+def check_alike(keys: Tensor, values: Tensor, layer_idx: int) -> None:
+    """Raise ValueError unless values are of the keys' batch, heads, tokens and dtype; for who saw a difference.
+
+    Under autocast they may differ in dtype: a norm leaves keys in its own.
+    """
+    if keys.shape[:-1] == values.shape[:-1] and torch.is_autocast_enabled(keys.device.type):
+        return
+    raise ValueError(
+        f"layer {layer_idx} gets keys {tuple(keys.shape)} in {keys.dtype} and values {tuple(values.shape)} in "
+        f"{values.dtype}: both must have the same batch, KV heads, tokens and dtype, [B, H, q, D] and [B, H, q, Dv]"
+    )
+
+
+def what_else(held: tuple[int, ...], got: tuple[int, ...]) -> str:
+    """What to do about keys of another shape, batch first, than a layer holds."""
+    if held[1:] == got[1:] and 0 < held[0] < got[0] and got[0] % held[0] == 0:
+        return (
+            "for beams, or several answers to each prompt, that go on from a cache, let it first hold each sequence so "
+            f"often, by cache.batch_repeat_interleave({got[0] // held[0]}); for another batch use a new HardKVCache, "
+            "or reset() this one"
+        )
+    return "this cache belongs to another batch or model; use a new HardKVCache, or reset() this one"
