@@ -16,6 +16,7 @@ from hardkv.cache.merged import Merged
 from hardkv.cache.tiers import DenseTier
 from hardkv.kernels import append, attention, compaction, layout, scoring, selection, similarity, varlen
 from hardkv.kernels.rows import Rows
+from hardkv.kernels.similarity import REACH
 
 # Beyond this relative error an output counts as wrong; bfloat16 products err by a few thousandths.
 TOLERANCE = 1e-2
@@ -224,7 +225,7 @@ class ScoringMaxLogits(ScoringMean):
 
 
 class Similarity(Ragged):
-    """R-KV's redundancy, of keys of which none resembles another: every cosine is looked at."""
+    """R-KV's redundancy, of keys of which none resembles another: every cosine in reach is looked at."""
 
     name = "similarity"
     reference_tokens = 1 << 18
@@ -236,8 +237,8 @@ class Similarity(Ragged):
         self.keys = draw(self.rows.total, setting.dim)
         if self.common:
             self.keys += (draw(shape.rows, setting.dim) * self.common)[self.rows.ids]
-        self.nbytes = self.keys.nbytes + self.rows.total * 4
-        self.flops = 0 if self.common else int(2 * setting.dim * self.rows.lengths.square().sum())
+        self.nbytes, lengths = self.keys.nbytes + self.rows.total * 4, self.rows.lengths
+        self.flops = 0 if self.common else int(2 * setting.dim * (lengths * lengths.clamp_max(REACH)).sum())
 
     def run(self, backend: str) -> Tensor:
         return similarity.mean_cosine(self.keys, self.rows)
@@ -247,7 +248,7 @@ class Similarity(Ragged):
         for row, part in spot_rows(self.rows):
             one = Rows.of(self.rows.cu_seqlens[row : row + 2] - part.start)
             pairs.append(
-                (found[part], similarity.mean_cosine_reference(self.keys[part].double(), one, threshold=0.5, eps=1e-8))
+                (found[part], similarity.mean_cosine_reference(self.keys[part].double(), one, 0.5, 1e-8, REACH))
             )
         return relative_error(pairs)
 

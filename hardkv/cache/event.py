@@ -89,10 +89,13 @@ def select(events: Sequence[Event], layers: Sequence[Tiers], rings: Sequence[Que
     """
     settings, scorer = events[0].settings, events[0].settings.scorer
     merged = Merged.of(layers, settings.window, settings.sinks, events[0].pinned)
+    temperatures = [each.temperatures for each in layers]
+    if not merged.rows.total:  # a chunk of pads only: there is nothing to score, nor to fit
+        keep, sound = merged.stays, torch.ones((), dtype=torch.bool, device=merged.stays.device)
+        return Selection.of(layers, merged, keep, sound, settings.patience, temperatures)
     observation = _observe(events[0], layers, rings, merged)
     z = scorer.score(observation)  # type: ignore[union-attr]
     _check_shape(z, observation, scorer)
-    temperatures = [each.temperatures for each in layers]
     if events[0]._fits(layers[0]):
         fitted = _fit(events, z, observation)
         temperatures = temperatures if fitted is None else [part.clone() for part in fitted.chunk(len(layers))]

@@ -55,7 +55,7 @@ def backend_for(attention: str, device: torch.device, dtype: torch.dtype) -> str
     return attention
 
 
-# Logits that one block of the reference holds at a time (float32: 256 MB).
+# Logits that one block of the reference holds at a time (float32: 256 MB), where keys or queries are as many numbers.
 MAX_LOGITS = 1 << 26
 
 
@@ -87,7 +87,8 @@ def attend(
     # What no query sees may be anything, and 0 * NaN is NaN: unwritten slots, padding, another row's overflow.
     key, value = key.to(dtype), value.to(dtype).masked_fill(~allowed.any((1, 2))[..., None], 0.0)
     rows, group, q_len, _ = query.shape
-    block = max(1, MAX_LOGITS // max(1, rows * group * key.shape[1]))
+    held = min(MAX_LOGITS, max(key.numel(), query.numel()))
+    block = max(1, held // max(1, rows * group * key.shape[1]))
     outs, lses = [], []
     for first in range(0, q_len, block):
         part = slice(first, first + block)

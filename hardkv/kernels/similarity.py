@@ -13,13 +13,13 @@ from hardkv.kernels.rows import Rows
 REACH = 4096
 # Cosines that one tile of the reference holds at a time, on a CPU (where they should stay in its cache) and elsewhere;
 # fewer where the keys themselves are few.
-CPU_COSINES, MAX_COSINES = 1 << 19, 1 << 24
-# Newest tokens that one tile of a long row is compared with; the search ends with the tile that finds the last match.
-BLOCK = 128
+CPU_COSINES, MAX_COSINES = 1 << 18, 1 << 24
+# Newest tokens that a long row is compared with at first; as its tokens find their last match, those left see more.
+BLOCK = 64
 
 
 def mean_cosine(
-    keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float = 1e-8, reach: int | None = None
+    keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float = 1e-8, reach: int = REACH
 ) -> Tensor:
     """Mean over the row's tokens i of `cos(key_i, key_j)` for every token j, without the `n x n` matrix.
 
@@ -31,12 +31,11 @@ def mean_cosine(
     Args:
         keys: `[N, D]`. rows: their rows.
         threshold: cosine above which two keys are near-duplicates. eps: lower bound on a key's norm.
-        reach: tokens at a row's end among which near-duplicates are spared, at least 1; None: `REACH`.
+        reach: tokens at a row's end among which near-duplicates are spared, at least 1.
 
     Returns:
         `[N]` in the accumulation dtype.
     """
-    reach = REACH if reach is None else reach
     if kernels_for(keys.device, keys.dtype, keys.shape[1]) == "triton":
         from hardkv.kernels.triton import similarity as kernel
 
@@ -79,25 +78,27 @@ def _spare(column: Tensor, unit: Tensor, lengths: Tensor, threshold: float, reac
     end = lengths[:, None] - 1
     back = end - torch.arange(near, device=unit.device)  # [r, near], newest first; negative before a row's start
     recent = unit.gather(1, back.clamp_min(0)[..., None].expand(-1, -1, dim))
-    place = torch.arange(block, dtype=torch.int32, device=unit.device)
+    place = torch.arange(near, dtype=torch.int32, device=unit.device)
     slots = torch.arange(width, device=unit.device).expand(count, -1)
     for first in range(0, width, tile):
         slot, own = slots[:, first : first + tile], unit[:, first : first + tile]  # tokens without a match so far
-        for begin in range(0, near, block):
-            cosine = torch.bmm(own, recent[:, begin : begin + block].mT)  # [r, t, block]
-            size = cosine.shape[2]
+        begin = 0
+        while begin < near and slot.numel():
+            # of several rows all at once; of a single one the more, the fewer tokens are left
+            size = min(max(block, cosines // slot.numel()), near - begin)
+            cosine = torch.bmm(own, recent[:, begin : begin + size].mT)  # [r, t, size]
             if width - begin - size < first + tile and first < width - begin:  # tokens meet themselves
                 itself = end - slot - begin  # [r, t]
                 elsewhere, at = (itself < 0) | (itself >= size), itself.clamp(0, size - 1)[..., None]
                 cosine.scatter_(2, at, cosine.gather(2, at).masked_fill(~elsewhere[..., None], -torch.inf))
             found = cosine.amax(-1) > threshold  # [r, t]
-            matched = cosine[found]  # [m, block]
+            matched = cosine[found]  # [m, size]
             newest = torch.where(matched > threshold, place[:size], size).amin(-1).long()
             row = found.nonzero()[:, 0]
             last = back[row, begin + newest]
             spared = matched.gather(1, newest[:, None])[:, 0].masked_fill(last < 0, 0.0)
             column.index_put_((row, last.clamp_min(0)), -spared, accumulate=True)
-            if begin + block < near:  # of a single row
-                slot, own = slot[:, ~found[0]], own[:, ~found[0]]
-                if not slot.numel():
-                    break
+            begin += size
+            if begin < near:  # of a single row
+                left = (~found[0]).nonzero()[:, 0]
+                slot, own = slot[:, left], own[:, left]

@@ -76,7 +76,7 @@ class Observation:
         """The rows as kernels take them."""
         if self.longest is None:
             return Rows.of(self.cu_seqlens)
-        return Rows(self.cu_seqlens, self.keys.shape[0], self.longest)
+        return Rows(self.cu_seqlens, self.keys.shape[0], min(self.longest, self.keys.shape[0]))
 
     @cached_property
     def lengths(self) -> Tensor:

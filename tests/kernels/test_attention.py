@@ -293,16 +293,20 @@ class LargestTensor(TorchDispatchMode):
 
 class TestAttend:
     def test_blocks_bound_the_logits(self, monkeypatch):
-        """rows * G * n logits a query, 64 queries: in one block 32768, by blocks at most the limit."""
-        query, key = torch.randn(2, 2, 64, 4), torch.randn(2, 128, 4)
-        allowed = torch.ones(2, 1, 64, 128, dtype=torch.bool)
-        with LargestTensor() as whole:
-            attend(query, key, key, allowed, scale=1.0)
-        assert whole.numel == 2 * 2 * 64 * 128
-        monkeypatch.setattr("hardkv.kernels.attention.MAX_LOGITS", 4096)
-        with LargestTensor() as blocks:
-            attend(query, key, key, allowed, scale=1.0)
-        assert blocks.numel == 4096
+        """rows * G * n logits a query, 64 queries: 32768, by blocks no more than keys or queries, nor the limit."""
+        allowed = torch.ones(2, 1, 1, 128, dtype=torch.bool)
+
+        def largest(dim):
+            query, key = torch.randn(2, 2, 64, dim), torch.randn(2, 128, dim)
+            with LargestTensor() as blocks:
+                attend(query, key, key, allowed, scale=1.0)
+            return blocks.numel
+
+        assert largest(4) == 2 * 128 * 4
+        assert largest(128) == 2 * 128 * 128
+        monkeypatch.setattr("hardkv.kernels.attention.MAX_LOGITS", 2048)
+        assert largest(16) == 2 * 128 * 16  # the keys themselves, in logits of 4 queries at a time
+        assert largest(4) == 2 * 128 * 4
 
     @pytest.mark.parametrize("shape", [(3, 1, 1, 6), (3, 2, 1, 6), (3, 1, 4, 6), (3, 2, 4, 6), (1, 1, 4, 6)], ids=str)
     @pytest.mark.parametrize("limit", [1, 1 << 26])

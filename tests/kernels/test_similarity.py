@@ -1,5 +1,7 @@
 """R-KV's redundancy against its n x n definition, in float64 loops."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -7,23 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hardkv.kernels import similarity
 from hardkv.kernels.rows import Rows
-from hardkv.kernels.similarity import mean_cosine
+from hardkv.kernels.similarity import REACH, mean_cosine
 
 
-def run(rows, threshold=0.5, dtype=torch.float64):
+def run(rows, threshold=0.5, dtype=torch.float64, **options):
     """`rows`: arrays `[n, D]`."""
     cu_seqlens = torch.tensor([0, *np.cumsum([len(row) for row in rows])], dtype=torch.int32)
     keys = torch.tensor(np.concatenate(rows), dtype=dtype)
-    return mean_cosine(keys, Rows.of(cu_seqlens), threshold=threshold)
+    return mean_cosine(keys, Rows.of(cu_seqlens), threshold=threshold, **options)
 
 
-def expected(rows, threshold=0.5):
-    return torch.tensor([r for row in rows for r in definition(row, threshold)], dtype=torch.float64)
+def expected(rows, threshold=0.5, reach=REACH):
+    return torch.tensor([r for row in rows for r in definition(row, threshold, reach)], dtype=torch.float64)
 
 
-def definition(keys, threshold):
-    """c_ij with a zero diagonal; per i the last j above the threshold is zeroed; mean over i."""
+def definition(keys, threshold, reach):
+    """c_ij with a zero diagonal; per i the last j above the threshold is zeroed, if in reach; mean over i."""
     n = len(keys)
     cosine = [[0.0] * n for _ in range(n)]
     for i in range(n):
@@ -33,7 +36,8 @@ def definition(keys, threshold):
                 cosine[i][j] = float(keys[i] @ keys[j]) / norms
         for j in reversed(range(n)):
             if cosine[i][j] > threshold:
-                cosine[i][j] = 0.0
+                if j >= n - reach:
+                    cosine[i][j] = 0.0
                 break
     return [sum(cosine[i][j] for i in range(n)) / n for j in range(n)]
 
@@ -58,14 +62,43 @@ def test_ragged(seed, lengths, dim, threshold):
     torch.testing.assert_close(found, expected(rows, threshold), rtol=0, atol=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 40))
-def test_tiles_change_nothing(seed, limit):
-    rows = random_rows(seed, [13, 9, 0, 1, 12])
-    whole = run(rows)
+@contextmanager
+def tiles(cosines, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hardkv.kernels.similarity.MAX_COSINES", limit)
-        torch.testing.assert_close(run(rows), whole, rtol=0, atol=1e-12)
+        patch.setattr(similarity, "CPU_COSINES", cosines)
+        patch.setattr(similarity, "BLOCK", block)
+        yield
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 200), st.integers(1, 8), st.integers(1, 15))
+def test_any_tiles_and_reach(seed, cosines, block, reach):
+    """Rows alone and together, blocks that grow, tokens that are left at the end."""
+    rows = random_rows(seed, [13, 9, 0, 1, 12, 10])
+    with tiles(cosines, block):
+        torch.testing.assert_close(run(rows, reach=reach), expected(rows, reach=reach), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("reach", [1, 50, 299, 300, 301])
+def test_long_rows(reach, threshold):
+    rows = random_rows(6, [300, 40, 211], dim=4)
+    with tiles(512, 16):
+        found = run(rows, threshold, reach=reach)
+    torch.testing.assert_close(found, expected(rows, threshold, reach), rtol=0, atol=1e-9)
+
+
+def test_what_is_out_of_reach_is_not_spared():
+    """Ten keys, of which 2 and 5 are the same: nothing in reach of 4, so both are blamed by their twins."""
+    keys = np.eye(10)
+    keys[5] = keys[2]
+    for reach, blamed in ((4, [0.1, 0.1]), (5, [0.1, 0.0]), (8, [0.0, 0.0])):
+        assert run([keys], reach=reach)[[2, 5]].tolist() == pytest.approx(blamed)
+
+
+def test_the_default_reach_covers_what_budgets_leave():
+    """Exact up to 4,096 tokens a row."""
+    assert REACH == 4096
 
 
 def test_hundreds_of_tokens_to_nine_digits():
@@ -124,8 +157,8 @@ def test_a_row_that_overflowed_does_not_reach_the_others():
     torch.testing.assert_close(run(rows)[7:], clean[7:], rtol=0, atol=0)
 
 
-def test_never_holds_n_by_n(monkeypatch):
-    """A row of 600 tokens, tiles of 4,096 cosines: no tensor of 360,000 entries is ever made."""
+def largest_made(rows, **options):
+    """Elements of the largest tensor that is made on the way."""
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -136,10 +169,20 @@ def test_never_holds_n_by_n(monkeypatch):
                 largest = max(largest, result.numel())
             return result
 
-    rows = random_rows(5, [600], dim=4)
-    whole = run(rows)
-    monkeypatch.setattr("hardkv.kernels.similarity.MAX_COSINES", 4096)
     with Watch():
-        tiled = run(rows)
-    assert 600 <= largest <= 4096
-    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-12)
+        run(rows, **options)
+    return largest
+
+
+@pytest.mark.parametrize("lengths", [[600], [600, 500, 600], [60] * 10, [1] * 600], ids=str)
+def test_tiles_are_no_larger_than_the_keys(lengths):
+    """However many cosines a tile might hold."""
+    rows = random_rows(5, lengths, dim=16)
+    assert largest_made(rows) <= 16 * sum(lengths)
+
+
+def test_tiles_fit_the_cache():
+    rows = random_rows(5, [600], dim=64)
+    with tiles(4096, 16):
+        assert largest_made(rows) == 600 * 64
+        assert largest_made([row[:, :4] for row in rows]) <= 4096

@@ -1,7 +1,7 @@
 """Redundancy of keys within a row (R-KV), as `hardkv.kernels.similarity` defines it, without the `n x n` cosines.
 
 Three launches: norms and the sums of unit vectors; the last near-duplicate of every token, by tiles from the row's end,
-which stops once every token of a tile has found its own; the result. Nothing depends on the order programs run in:
+which stops once every token of a tile has found its own, or where the search no longer reaches; the result. Nothing depends on the order programs run in:
 what is spared is added up in integers.
 """
 
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hardkv.kernels.similarity import REACH
 from hardkv.kernels.triton import cdiv, next_power_of_2
 
 # One program adds up the unit vectors of a chunk: that many of the longest row, but not fewer tokens than the least.
@@ -60,13 +61,14 @@ def _sums_kernel(
     tl.store(sums + place * D + column, tl.sum(total, 0), mask=column < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["reach"])
 def _spare_kernel(
     keys,
     cu_seqlens,
     inverse_norm,
     spared,
     threshold,
+    reach,
     D: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -91,11 +93,12 @@ def _spare_kernel(
         whole_i = tl.load(key_i, mask=live[:, None] & (part < D)[None, :], other=0.0)
 
     last = tl.full([BLOCK_I], -1, dtype=tl.int32)
+    first_j = tl.maximum(length - reach, 0)  # what is reached begins here
     end = length
     unmatched = length
-    while (end > 0) & (unmatched > 0):
+    while (end > first_j) & (unmatched > 0):
         j = end - BLOCK_J + tl.arange(0, BLOCK_J)
-        within = j >= 0  # a j before the row may match as it likes: it is no larger than -1, which means none
+        within = j >= 0  # a j before the reach, or the row, may match as it likes: the last tile has it, and it is none
         inverse_j = tl.load(inverse_norm + j, mask=within, other=0.0)
         key_j = keys + j.to(tl.int64)[:, None] * D + part[None, :]
         if BLOCK_K == BLOCK_D:
@@ -113,7 +116,7 @@ def _spare_kernel(
         unmatched = tl.max((live & (last < 0)).to(tl.int32), 0)
         end -= BLOCK_J
 
-    found = live & (last >= 0)
+    found = live & (last >= first_j)
     few = tl.arange(0, 16)
     pair = tl.zeros([BLOCK_I, 16], dtype=tl.float32)
     for first in range(0, D, 16):
@@ -181,6 +184,7 @@ def mean_cosine(
     *,
     threshold: float = 0.5,
     eps: float = 1e-8,
+    reach: int = REACH,
     out: Tensor | None = None,
 ) -> Tensor:
     """Mean over the row's tokens i of `cos(key_i, key_j)` for every token j; the definition stands with the reference.
@@ -189,6 +193,7 @@ def mean_cosine(
         keys: `[N, D]`, contiguous, float16, bfloat16 or float32. cu_seqlens: int32 `[R + 1]`.
         longest: tokens of the longest row, or the host's upper bound.
         threshold: cosine above which two keys are near-duplicates. eps: lower bound on a key's norm.
+        reach: tokens at a row's end among which near-duplicates are spared, at least 1.
         out: what to write to, made when None.
 
     Returns:
@@ -220,6 +225,7 @@ def mean_cosine(
         inverse_norm,
         spared,
         threshold,
+        reach,
         D=dim,
         BLOCK_I=block_i,
         BLOCK_J=64,

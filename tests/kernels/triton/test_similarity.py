@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from hardkv.kernels.rows import cumulative
+from hardkv.kernels.similarity import REACH
 from hardkv.kernels.triton import similarity as module
 from hardkv.kernels.triton.similarity import mean_cosine
 
@@ -41,8 +42,8 @@ def random_rows(seed, lengths, dim, dtype=torch.float32, directions=40):
     return torch.tensor(keys, dtype=dtype, device=DEVICE), cumulative(lengths)
 
 
-def definition(keys, cu_seqlens, threshold=0.5, margin=1e-4):
-    """c_ij with a zero diagonal; per i the last j above the threshold is zeroed; mean over i."""
+def definition(keys, cu_seqlens, threshold=0.5, reach=REACH, margin=1e-4):
+    """c_ij with a zero diagonal; per i the last j above the threshold is zeroed, if it is in reach; mean over i."""
     result = torch.empty(keys.shape[0], dtype=torch.float64, device=keys.device)
     for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         n = stop - start
@@ -52,7 +53,7 @@ def definition(keys, cu_seqlens, threshold=0.5, margin=1e-4):
         assert not bool(((cosine - threshold).abs() < margin).any()), "rounding would decide"
         match = (cosine > threshold).fill_diagonal_(False)
         last = torch.where(match, torch.arange(n, device=keys.device), -1).amax(1) if n else cosine.sum(1).long()
-        found = (last >= 0).nonzero()[:, 0]
+        found = (last >= max(n - reach, 0)).nonzero()[:, 0]
         cosine[found, last[found]] = 0
         result[start:stop] = cosine.sum(0) / n
     return result
@@ -99,6 +100,22 @@ def test_longest_is_only_a_bound(longest):
 def test_thresholds(threshold):
     """Also one that opposite keys alone miss, and one that nothing exceeds."""
     check(*random_rows(4, [90, 70], 24), threshold=threshold)
+
+
+@pytest.mark.parametrize("reach", [1, 63, 64, 65, 128, 200, 299, 300, 1000])
+def test_reach(reach):
+    """Around a tile, and around the longest row; other rows are shorter than it."""
+    check(*random_rows(13, [300, 0, 1, 130, 64], 24, directions=12), reach=reach)
+
+
+def test_what_is_out_of_reach_is_not_spared():
+    """Ten keys, of which 2 and 5 are the same: nothing in reach of 4, so both are blamed by their twins."""
+    keys = torch.eye(10, device=DEVICE)
+    keys[5] = keys[2].clone()
+    cu_seqlens = torch.tensor([0, 10], dtype=torch.int32, device=DEVICE)
+    for reach, blamed in ((4, [0.1, 0.1]), (5, [0.1, 0.0]), (8, [0.0, 0.0])):
+        found = run(keys, cu_seqlens, reach=reach)
+        assert found[[2, 5]].tolist() == pytest.approx(blamed)
 
 
 def test_threshold_is_exclusive():
@@ -167,12 +184,13 @@ def test_no_tokens(rows):
     st.sampled_from(DTYPES),
     st.integers(0, 100),
     st.sampled_from([4, 16, 128]),
+    st.integers(1, 45),
 )
-def test_any_rows(seed, lengths, dim, dtype, surplus, chunk):
-    """And however many programs share a row's sum."""
+def test_any_rows(seed, lengths, dim, dtype, surplus, chunk, reach):
+    """And however many programs share a row's sum, and however far the search reaches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MIN_CHUNK", chunk)
-        check(*random_rows(seed, lengths, dim, dtype), max(lengths) + surplus)
+        check(*random_rows(seed, lengths, dim, dtype), max(lengths) + surplus, reach=reach)
 
 
 class TestErrors:
@@ -191,8 +209,9 @@ class TestErrors:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [80, 128, 256])
 @pytest.mark.parametrize("directions", [1, 8, 80])
-def test_large(dtype, dim, directions):
-    check(*random_rows(dim, [5000, 0, 1, 12345, 700, 64], dim, dtype, directions))
+@pytest.mark.parametrize("reach", [REACH, 1000, 20000])
+def test_large(dtype, dim, directions, reach):
+    check(*random_rows(dim, [5000, 0, 1, 12345, 700, 64], dim, dtype, directions), reach=reach)
 
 
 @pytest.mark.gpu
