@@ -1,11 +1,8 @@
 """calibrate(): one pass of a model over some text -> temperatures and risk curves of every KV head."""
 
-import gc
 import hashlib
 import inspect
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,17 +11,18 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from hardkv.cache.argument import argument_of
-from hardkv.calibration_file import FORMAT, Calibration, config_hash, describe_scorer, geometry, model_name
+from hardkv.calibration_file import Calibration, describe_scorer, geometry, model_name
 from hardkv.config import HardKVConfig
+from hardkv.fingerprint import fingerprint
+from hardkv.selectors.temperatures import SOLVERS
 from hardkv.selectors.checks import check_count, check_fraction, check_name
 from hardkv.selectors.scorers.scorer import Scorer, get_scorer
 from hardkv.selectors.temperatures import SOLVERS
 from hardkv.survey import Record, Step, SurveyCache, curve_edges, squared_attention
 
-__all__ = ["Calibration", "auto", "cache_folder", "calibrate", "default_texts"]
+__all__ = ["Calibration", "calibrate", "default_texts"]
 
 # Tokens of each text that are used.
 LENGTH = 2048
@@ -123,6 +121,7 @@ def calibrate(
     )
     if not records:
         raise ValueError(f"no layer of {type(model).__name__} uses full attention: there is nothing to calibrate")
+    weights = fingerprint(model)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     arguments: dict[str, Any] = {argument_of(model): cache, "use_cache": True}
@@ -156,7 +155,7 @@ def calibrate(
         provenance={
             "name": model_name(model.config),
             "geometry": geometry(model.config),
-            "config_hash": config_hash(model.config),
+            "weights": weights,
             "layers": cache.compressed_layers,
             "scorer": describe_scorer(get_scorer(scorer)),
             "window": window,
@@ -201,13 +200,18 @@ def _token_batches(model: Any, texts: Any, tokenizer: Any, length: int) -> list[
         if not isinstance(text, str):
             raise TypeError(f"text {place} is a {type(text).__name__}: pass a string, or token ids as a tensor")
         if tokenizer is None:
-            tokenizer = _load_tokenizer(model)
+            tokenizer = load_tokenizer(model)
         ids = tokenizer(text, truncation=True, max_length=length).input_ids
         batches.append(torch.tensor([ids], device="cpu"))
     return batches
 
 
-def _load_tokenizer(model: Any) -> Any:
+def load_tokenizer(model: Any) -> Any:
+    """The tokenizer of a model's checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
     name = model_name(model.config)
     try:
         if not name:
@@ -218,73 +222,3 @@ def _load_tokenizer(model: Any) -> Any:
         raise ValueError(
             f"the model has no tokenizer to be found ({error}): pass tokenizer=, or token ids instead of texts"
         ) from error
-
-
-# ---------------------------------------------------------------------- once per model
-
-
-def cache_folder() -> Path:
-    """Where `calibration="auto"` keeps files: $HARDKV_CACHE, or hardkv in the user's cache folder."""
-    if folder := os.environ.get("HARDKV_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hardkv"
-
-
-def auto(config: Any, settings: HardKVConfig) -> Calibration:
-    """The calibration of a loaded model for these settings: from the user's cache folder, or made now and kept there.
-
-    A file belongs to a checkpoint (its folder or hub id, and for a folder the time its weights were written), a scorer
-    and a window; it holds the default texts' result. Delete it to calibrate again.
-
-    Args:
-        config: `model.config` of a model in memory. settings: scorer, window, sinks and interval.
-
-    Raises:
-        ValueError: the model has no checkpoint, cannot be found in memory, or has no tokenizer.
-    """
-    name = model_name(config)
-    advice = "pass calibration=hardkv.calibrate(model, tokenizer=...) instead of 'auto'"
-    if not name:
-        raise ValueError(f"calibration='auto' keeps one file a checkpoint, and this model has none: {advice}")
-    scorer = get_scorer(settings.scorer)
-    described = describe_scorer(scorer)
-    identity = [FORMAT, geometry(config), name, _written(name), described]
-    identity += [settings.window, settings.sinks, settings.interval]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    label = described.get("name", "scorer")
-    path = cache_folder() / f"{Path(name).name}-{label}-{digest}.safetensors"
-    if path.is_file():
-        return Calibration.load(path)
-    model = _find_model(config)
-    if model is None:
-        raise ValueError(f"calibration='auto' found no model with this config in memory: {advice}")
-    try:
-        tokenizer = _load_tokenizer(model)
-    except ValueError as error:
-        raise ValueError(f"calibration='auto': {error}; {advice}") from error
-    calibration = calibrate(
-        model,
-        tokenizer=tokenizer,
-        scorer=scorer,
-        window=settings.window,
-        sinks=settings.sinks,
-        interval=settings.interval,
-    )
-    calibration.save(path)
-    return calibration
-
-
-def _written(name: str) -> int:
-    """When the newest file of a checkpoint's folder was written, 0 for one that is no folder."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return 0
-    return max((file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()), default=0)
-
-
-def _find_model(config: Any) -> Any:
-    """The loaded model that owns `config`: a cache is given only that. Of several parts of one model, the whole."""
-    # isinstance() would ask every object in memory for its __class__, and some answer with a warning
-    models = (owner for owner in gc.get_objects() if issubclass(type(owner), PreTrainedModel))
-    owners = [model for model in models if model.config is config]
-    return max(owners, key=lambda owner: owner.num_parameters(), default=None)

@@ -1,6 +1,5 @@
 """What a calibration found: temperatures and risk curves of every KV head, saved with where they come from."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -67,8 +66,8 @@ class Calibration:
             keeps `counts [K]` (int64) tokens; see `hardkv.selectors.RiskCurves`. None: temperatures only.
         kept: int64 `[3, L, H]`, median tokens that Top-p keeps: by raw attention, by the scores as they are, by the
             calibrated scores.
-        provenance: model ("name", "geometry", "config_hash"), "layers", "scorer", "window", "sinks", "interval", "p",
-            "texts_hash", "tokens", "length", "versions".
+        provenance: model ("name", "geometry", "weights": a fingerprint of them, None where they could not be read),
+            "layers", "scorer", "window", "sinks", "interval", "p", "texts_hash", "tokens", "length", "versions".
         path: the file it was loaded from or saved to.
     """
 
@@ -130,8 +129,18 @@ class Calibration:
             or not {"temperatures", "residuals"} <= set(tensors)
         ):
             raise ValueError(f"{str(path)!r} is not a calibration file of this version of hardkv: calibrate again")
+        try:
+            provenance = json.loads(metadata["provenance"])
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is not a calibration file: {error}") from error
         known = {name: tensors.get(name) for name in ("temperatures", "residuals", "counts", "risk", "kept")}
-        return cls(**known, provenance=json.loads(metadata["provenance"]), path=path)  # type: ignore[arg-type]
+        return cls(**known, provenance=provenance, path=path)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """Which one it is, in a line: its file, what model and weights it was made for."""
+        where = "in memory" if self.path is None else str(self.path)
+        name, weights = self.provenance.get("name"), self.provenance.get("weights")
+        return ", ".join([where, *([f"of {name!r}"] if name else []), *([f"weights {weights}"] if weights else [])])
 
     def summary(self, budget: int = 512) -> str:
         """A table for the terminal: where it comes from, and what it found for every layer.
@@ -197,8 +206,3 @@ class Calibration:
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def config_hash(config: Any) -> str:
-    """A short hash of `geometry(config)`."""
-    return hashlib.sha256(_json(geometry(config)).encode()).hexdigest()[:16]

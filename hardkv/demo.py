@@ -236,6 +236,7 @@ def run_demo(
         runs = [answer("DynamicCache", DynamicCache(config=model.config))]
         for name, config in configs.items():
             runs.append(answer(f"HardKV {name}", HardKVCache(config=model.config, **config.to_dict())))
+            runs[-1].settings = config.to_dict()
 
     console.print(_table(runs))
     console.print(_answers(runs))
@@ -274,7 +275,7 @@ def _answer(
     )
     run.nbytes, run.dense_nbytes = held(cache)
     if isinstance(cache, HardKVCache):
-        run.lengths, run.settings = cache.lengths().tolist(), cache.settings.to_dict()
+        run.lengths = cache.lengths().tolist()
     return run
 
 

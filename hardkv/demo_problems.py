@@ -126,6 +126,7 @@ def run_problems(
         scores = [solve("DynamicCache", DynamicCache(config=model.config))]
         for name, config in configs.items():
             scores.append(solve(f"HardKV {name}", HardKVCache(config=model.config, **config.to_dict())))
+            scores[-1].settings = config.to_dict()
 
     console.print(_table(scores))
     report = environment(model, model_name) | {
@@ -169,7 +170,6 @@ def _solve(
         nbytes=nbytes,
         dense_nbytes=dense_nbytes,
         decode_tokens_per_second=None if speed is None else speed * len(gold),
-        settings=cache.settings.to_dict() if isinstance(cache, HardKVCache) else None,
     )
 
 

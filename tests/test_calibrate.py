@@ -2,9 +2,7 @@
 
 import copy
 import gc
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AttentionInterface,
-    AutoModelForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     PreTrainedTokenizerFast,
@@ -760,117 +757,3 @@ class TestTexts:
         monkeypatch.setattr(hardkv.calibration, "default_texts", lambda: {"a": as_text(texts[0]), "b": "w3 " * 50})
         found = calibrate(model, tokenizer=make_tokenizer(), **SIZES, **QUIET)
         assert found.provenance["tokens"] == 96 + 48
-
-
-@pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
-    """A saved tiny model with a tokenizer; short default texts; `calls` of calibrate; `files` in the cache folder."""
-    folder, store = tmp_path / "tiny-llama", tmp_path / "store"
-    tiny.make_model("llama").save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    monkeypatch.setenv("HARDKV_CACHE", str(store))
-    texts = {str(i): as_text(ids) for i, ids in enumerate(make_texts(64, 80))}
-    monkeypatch.setattr(hardkv.calibration, "default_texts", lambda: texts)
-
-    @dataclass
-    class Checkpoint:
-        folder: Path
-        texts: list
-        calls: int = 0
-
-        def load(self):
-            return AutoModelForCausalLM.from_pretrained(self.folder).eval()
-
-        @property
-        def files(self):
-            return sorted(store.glob("*")) if store.exists() else []
-
-    found = Checkpoint(folder, list(texts.values()))
-
-    def counted(*args, **kwargs):
-        found.calls += 1
-        return calibrate(*args, **kwargs)
-
-    monkeypatch.setattr(hardkv.calibration, "calibrate", counted)
-    return found
-
-
-class TestAuto:
-    ARGUMENTS = {"budget": 20, "calibration": "auto", **SIZES}  # noqa: RUF012
-
-    def test_calibrates_once(self, checkpoint):
-        model = checkpoint.load()
-        first = HardKVCache(config=model.config, **self.ARGUMENTS)
-        assert checkpoint.calls == 1
-        assert len(checkpoint.files) == 1
-        assert checkpoint.files[0].name.startswith("tiny-llama-rkv-")
-        assert first.settings.budget == Risk(20)
-        by_hand = calibrate(model, checkpoint.texts, tokenizer=make_tokenizer(), **SIZES, **QUIET)
-        assert torch.equal(first.settings.calibration.risk, by_hand.risk)
-
-        written = checkpoint.files[0].stat().st_mtime_ns
-        second = HardKVCache(config=model.config, **self.ARGUMENTS)
-        del model
-        gc.collect()
-        third = HardKVCache(config=checkpoint.load().config, **self.ARGUMENTS)  # another process, as it were
-        assert checkpoint.calls == 1
-        assert [file.stat().st_mtime_ns for file in checkpoint.files] == [written]
-        for cache in (second, third):
-            assert torch.equal(cache.settings.calibration.risk, by_hand.risk)
-            assert torch.equal(cache.settings.calibration.temperatures, by_hand.temperatures)
-            assert (
-                cache.to_dict()
-                if hasattr(cache, "to_dict")
-                else cache.settings.to_dict()["calibration"] == str(checkpoint.files[0])
-            )
-
-    def test_what_a_file_belongs_to(self, checkpoint):
-        model = checkpoint.load()
-        variants = [
-            {},
-            {"scorer": "snapkv"},
-            {"scorer": {"name": "snapkv", "kernel_size": 3}},
-            {"window": 6},
-            {"interval": 20},
-        ]
-        for number, change in enumerate(variants, 1):
-            cache = HardKVCache(config=model.config, **(self.ARGUMENTS | change))
-            assert checkpoint.calls == len(checkpoint.files) == number
-            assert cache.settings.calibration.provenance["window"] == cache.settings.window
-        for change in ({"budget": Adaptive(30)}, {"budget": Risk(40), "patience": 2}, {"scorer": "snapkv"}):
-            HardKVCache(config=model.config, **(self.ARGUMENTS | change))
-        assert checkpoint.calls == len(checkpoint.files) == len(variants)
-
-    def test_a_checkpoint_saved_again_is_another(self, checkpoint):
-        model = checkpoint.load()
-        first = HardKVCache(config=model.config, **self.ARGUMENTS)
-        tiny.make_model("llama", seed=5).save_pretrained(checkpoint.folder)
-        model = checkpoint.load()
-        second = HardKVCache(config=model.config, **self.ARGUMENTS)
-        assert checkpoint.calls == len(checkpoint.files) == 2
-        assert not torch.equal(first.settings.calibration.risk, second.settings.calibration.risk)
-
-    def test_a_model_without_a_checkpoint(self, checkpoint):
-        with pytest.raises(ValueError, match="auto.*pass calibration=hardkv.calibrate"):
-            HardKVCache(config=tiny.make_model("llama").config, **self.ARGUMENTS)
-        assert checkpoint.calls == 0
-
-    def test_a_model_that_is_not_in_memory(self, checkpoint):
-        model = checkpoint.load()
-        with pytest.raises(ValueError, match="no model with this config.*pass calibration=hardkv.calibrate"):
-            HardKVCache(config=copy.deepcopy(model.config), **self.ARGUMENTS)
-        HardKVCache(config=model.config, **self.ARGUMENTS)
-        HardKVCache(config=copy.deepcopy(model.config), **self.ARGUMENTS)  # the file is enough
-        assert checkpoint.calls == 1
-
-    def test_a_checkpoint_without_a_tokenizer(self, checkpoint):
-        for file in checkpoint.folder.glob("*token*"):
-            file.unlink()
-        model = checkpoint.load()
-        with pytest.raises(ValueError, match="(?s)auto.*no tokenizer.*pass calibration=hardkv.calibrate"):
-            HardKVCache(config=model.config, **self.ARGUMENTS)
-        assert checkpoint.files == []
-
-    def test_not_without_a_config(self, checkpoint):
-        with pytest.raises(ValueError, match=r"config=model\.config"):
-            HardKVCache(**self.ARGUMENTS)

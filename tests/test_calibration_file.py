@@ -2,15 +2,16 @@
 
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
-from hardkv.calibration_file import config_hash, geometry, model_name
+from hardkv.calibration_file import geometry, model_name
 from hardkv.selectors import AdaKV, Adaptive, Attention, Pyramid, Risk, SnapKV, TopK, TopP
 
 HEADS = 2
@@ -42,7 +43,7 @@ def make(config=None, layers=(0, 1, 2), **changes):
         "provenance": {
             "name": model_name(config),
             "geometry": geometry(config),
-            "config_hash": config_hash(config),
+            "weights": "0123456789abcdef",
             "layers": list(layers),
             **SETTINGS,
             "scorer": {"name": SETTINGS["scorer"]},
@@ -122,6 +123,25 @@ def test_safetensors_of_something_else_are_refused(tensors, metadata, tmp_path):
     save_file({name: torch.ones(2, 2) for name in tensors}, path, metadata)
     with pytest.raises(ValueError, match=r"model\.safetensors' is not a calibration file of this version"):
         Calibration.load(path)
+
+
+def test_provenance_that_is_no_json_is_refused(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save_file(make()._tensors(), path, {"format": "1", "provenance": "{"})
+    with pytest.raises(ValueError, match=r"c\.safetensors' is not a calibration file"):
+        Calibration.load(path)
+
+
+@pytest.mark.parametrize("scorer", ["attention", "snapkv", "rkv"])
+def test_files_of_earlier_versions_are_read(scorer):
+    """They hold a hash of the config, and nothing of the weights."""
+    folder = Path(__file__).parents[1] / "eval" / "reasoner" / "model"
+    calibration = Calibration.load(folder / f"calibration-{scorer}.safetensors")
+    assert ("config_hash" in calibration.provenance, "weights" in calibration.provenance) == (True, False)
+    config = AutoConfig.from_pretrained(folder)
+    cache = HardKVCache(config=config, scorer=scorer, budget=64, calibration=calibration)
+    assert cache.stats().calibration == f"{calibration.path}, of 'eval/reasoner/model'"
+    assert cache.stats().warnings == []
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new file", "old file"])

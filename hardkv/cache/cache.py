@@ -114,12 +114,14 @@ class HardKVCache(GivenCache):
         whole = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
         full = [idx for idx, layer in enumerate(self.layers) if type(layer) in whole and idx not in self._cross]
         if self.settings.calibration == "auto":
-            from hardkv.calibration import auto  # builds on this class
+            from hardkv.calibration_auto import auto  # builds on this class
 
-            self.settings.calibration = auto(config, self.settings)
-        calibration = self.settings.calibration
-        if isinstance(calibration, Calibration) and (warning := calibration.check_model(config, full)):
+            self.settings.calibration = auto(config, self.settings, self._warn)
+        elif isinstance(self.settings.calibration, Calibration) and (
+            warning := self.settings.calibration.check_model(config, full)
+        ):
             self._warn(warning)
+        calibration = self.settings.calibration
         for rank, (idx, budget) in enumerate(zip(full, self._layer_budgets(len(full)), strict=True)):
             ours = self._new_layer(idx, budget, getattr(self.layers[idx], "number_of_states", 0))
             ours.shared = shared
@@ -457,6 +459,7 @@ class HardKVCache(GivenCache):
             events=first.events if first is not None else 0,
             scorer=str(self.settings.scorer),
             budget=str(self.settings.budget),
+            calibration="" if self.settings.calibration is None else str(self.settings.calibration),
             attention=self._backends(lambda layer: backend_for(self.settings.attention, layer.device, layer.dtype)),
             kernels=self._backends(lambda layer: kernels_for(layer.device, layer.dtype, layer.key_dim)),
             decode="" if self.steps is None else self.steps.how,

@@ -36,6 +36,8 @@ class Stats:
         events: selection events per layer so far.
         scorer: what ranks tokens.
         budget: what says how many are kept.
+        calibration: which one is used: its file, and the model and a fingerprint of the weights it was made for;
+            "online"; "" for none.
         attention: backend that computes attention after the prompt.
         kernels: "triton" or "torch", which scores, selects and compacts.
         decode: how `graphed` ran its steps: "" where it did not, "captured", or "uncaptured" without CUDA.
@@ -57,6 +59,7 @@ class Stats:
     events: int
     scorer: str
     budget: str
+    calibration: str
     attention: str
     kernels: str
     decode: str
@@ -84,6 +87,7 @@ class Stats:
             f"layers          {self.compressed_layers} of {self.layers} compressed, {self.batch_size} sequences",
             f"events          {self.events}, {self.sparse} tokens on probation",
             f"selection       {self.scorer}, {self.budget}",
+            *([f"calibration     {self.calibration}"] if self.calibration else []),
             *([f"temperatures    {_range(self.temperatures)}"] if self.temperatures else []),
             f"attention       {self.attention}, other kernels {self.kernels}",
             *(

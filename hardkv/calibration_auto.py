@@ -1,0 +1,130 @@
+"""`calibration="auto"`: the calibration of a model in memory, made once for its weights and kept in a file."""
+
+import gc
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hardkv.calibration import calibrate, load_tokenizer
+from hardkv.calibration_file import FORMAT, Calibration, describe_scorer, geometry
+from hardkv.config import HardKVConfig
+from hardkv.fingerprint import fingerprint
+from hardkv.selectors.scorers.scorer import get_scorer
+
+# What could not be kept in a file, by the file's name.
+_unsaved: dict[str, Calibration] = {}
+
+
+def cache_folder() -> Path:
+    """Where `calibration="auto"` keeps files: $HARDKV_CACHE, or hardkv in the user's cache folder.
+
+    Raises:
+        FileNotFoundError: the user has no home folder.
+    """
+    if folder := os.environ.get("HARDKV_CACHE"):
+        return Path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "hardkv"
+    try:
+        return Path.home() / ".cache" / "hardkv"
+    except RuntimeError as error:
+        raise FileNotFoundError("no home folder is known: set HOME, or HARDKV_CACHE to a folder for them") from error
+
+
+def auto(config: Any, settings: HardKVConfig, warn: Callable[[str], Any] = warnings.warn) -> Calibration:
+    """The calibration of a loaded model for these settings: from the user's cache folder, or made now and kept there.
+
+    A file belongs to weights, adapters included, whatever the model's name (`hardkv.fingerprint`), and to a scorer with
+    its window, sinks and interval; it holds the default texts' result. Delete it to calibrate again. One that cannot be
+    read is made again. Where none can be written, the calibration is kept in memory for this process.
+
+    Args:
+        config: `model.config` of a model in memory. settings: scorer, window, sinks and interval. warn: is told what
+            is wrong with a file or its folder.
+
+    Raises:
+        ValueError: the model cannot be found in memory, or has no tokenizer, or its weights cannot be read.
+    """
+    advice = "pass calibration=hardkv.calibrate(model, tokenizer=...) instead of 'auto'"
+    model, weights = _find_model(config, advice)
+    scorer = get_scorer(settings.scorer)
+    described = describe_scorer(scorer)
+    # beside weights, what attention depends on; the model's name and folder are not among it
+    text = config.get_text_config(decoder=True).to_dict()
+    identity = [FORMAT, geometry(config), text.get("rope_parameters"), weights, described]
+    identity += [settings.window, settings.sinks, settings.interval]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    name = f"{config.model_type}-{described.get('name', 'scorer')}-{digest}.safetensors"
+    if name in _unsaved:
+        return _unsaved[name]
+    try:
+        found = Calibration.load(cache_folder() / name)
+        found.check_settings(scorer, settings.window)
+        if found.provenance.get("weights") == weights:
+            return found
+        warn(f"calibration='auto' calibrates again, since {str(found.path)!r} was made for other weights")
+    except FileNotFoundError:  # nothing is kept yet
+        pass
+    except (OSError, ValueError) as error:
+        warn(f"calibration='auto' calibrates again, since what it kept is no use: {error}")
+    try:
+        tokenizer = load_tokenizer(model)
+    except ValueError as error:
+        raise ValueError(f"calibration='auto': {error}; {advice}") from error
+    calibration = calibrate(
+        model,
+        tokenizer=tokenizer,
+        scorer=scorer,
+        window=settings.window,
+        sinks=settings.sinks,
+        interval=settings.interval,
+    )
+    try:
+        calibration.save(cache_folder() / name)
+    except OSError as error:
+        _unsaved[name] = calibration
+        warn(f"calibration='auto' cannot keep what it measured, so other processes will measure again: {error}")
+    return calibration
+
+
+def _find_model(config: Any, advice: str) -> tuple[Any, str]:
+    """The loaded model that owns `config` (a cache is given only that), whole, and its fingerprint.
+
+    Raises:
+        ValueError: there is none, or there are several of different weights, or the weights cannot be read.
+    """
+    found = _whole_models(config)
+    prints = [fingerprint(model) for model in found]
+    if len(set(prints)) > 1:
+        found.clear()
+        gc.collect()  # models that are gone, but for references in a circle
+        found = _whole_models(config)
+        prints = [fingerprint(model) for model in found]
+    if not found:
+        raise ValueError(f"calibration='auto' found no model with this config in memory: {advice}")
+    if len(set(prints)) > 1:
+        raise ValueError(
+            f"calibration='auto' found {len(found)} models in memory that share this config and have different "
+            f"weights: {advice}"
+        )
+    if prints[0] is None:
+        raise ValueError(
+            f"calibration='auto' keeps a file for the weights, and those of {type(found[0]).__name__} cannot be read "
+            f"here: {advice}"
+        )
+    return found[0], prints[0]
+
+
+def _whole_models(config: Any) -> list[Any]:
+    """Every model in memory that owns `config` and is no part of another one that does."""
+    # isinstance() would ask every object in memory for its __class__, and some answer with a warning
+    models = (owner for owner in gc.get_objects() if issubclass(type(owner), PreTrainedModel))
+    owners = [model for model in models if model.config is config]
+    parts = {id(part) for owner in owners for part in owner.modules() if part is not owner}
+    return [owner for owner in owners if id(owner) not in parts]
