@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from hardkv.cache.argument import argument_of
 from hardkv.calibration_file import Calibration, describe_scorer, geometry, model_name
 from hardkv.config import HardKVConfig
 from hardkv.fingerprint import fingerprint
-from hardkv.selectors.temperatures import SOLVERS
 from hardkv.selectors.checks import check_count, check_fraction, check_name
 from hardkv.selectors.scorers.scorer import Scorer, get_scorer
 from hardkv.selectors.temperatures import SOLVERS

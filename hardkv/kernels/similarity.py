@@ -18,9 +18,7 @@ CPU_COSINES, MAX_COSINES = 1 << 18, 1 << 24
 BLOCK = 64
 
 
-def mean_cosine(
-    keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float = 1e-8, reach: int = REACH
-) -> Tensor:
+def mean_cosine(keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float = 1e-8, reach: int = REACH) -> Tensor:
     """Mean over the row's tokens i of `cos(key_i, key_j)` for every token j, without the `n x n` matrix.
 
     The diagonal counts 0, and for every i the last j whose cosine exceeds `threshold` counts 0, so that the newest of

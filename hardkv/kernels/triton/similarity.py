@@ -1,8 +1,8 @@
 """Redundancy of keys within a row (R-KV), as `hardkv.kernels.similarity` defines it, without the `n x n` cosines.
 
 Three launches: norms and the sums of unit vectors; the last near-duplicate of every token, by tiles from the row's end,
-which stops once every token of a tile has found its own, or where the search no longer reaches; the result. Nothing depends on the order programs run in:
-what is spared is added up in integers.
+which stops once every token of a tile has found its own, or where the search no longer reaches; the result. Nothing
+depends on the order programs run in: what is spared is added up in integers.
 """
 
 import torch
@@ -185,7 +185,6 @@ def mean_cosine(
     threshold: float = 0.5,
     eps: float = 1e-8,
     reach: int = REACH,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Mean over the row's tokens i of `cos(key_i, key_j)` for every token j; the definition stands with the reference.
 
@@ -194,7 +193,6 @@ def mean_cosine(
         longest: tokens of the longest row, or the host's upper bound.
         threshold: cosine above which two keys are near-duplicates. eps: lower bound on a key's norm.
         reach: tokens at a row's end among which near-duplicates are spared, at least 1.
-        out: what to write to, made when None.
 
     Returns:
         Float32 `[N]`.
@@ -203,10 +201,7 @@ def mean_cosine(
     rows = cu_seqlens.shape[0] - 1
     if not keys.is_contiguous():
         raise ValueError(f"keys {tuple(keys.shape)} has strides {keys.stride()}: it must be contiguous")
-    if out is None:
-        out = torch.empty(total, dtype=torch.float32, device=keys.device)
-    elif out.shape != (total,) or out.dtype != torch.float32 or not out.is_contiguous():
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: it must be float32 {(total,)} and contiguous")
+    out = torch.empty(total, dtype=torch.float32, device=keys.device)
     if not (total and rows and longest):
         return out
     block_d = max(next_power_of_2(dim), 16)  # 16 is the least that a matrix product takes
