@@ -3,12 +3,14 @@ r"""The tasks of the harness: problems with gold answers, how they are asked, an
 import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.grading import boxed_exactly, contains_all, grade
+from hardkv.rows import as_question, as_text, json_lines
+from hardkv.selectors.checks import check_count
 
 # Fields by which data sets call the same thing; the first that a row has counts.
 PROBLEM_FIELDS = ("problem", "question", "problem_statement", "prompt")
@@ -82,13 +84,15 @@ def load_problems(
     Args:
         name: key of `TASKS`. data: JSON, JSONL or parquet file with the problems instead of the hub's.
         seed: data sets are shuffled by it, so that the first `limit` are no special ones; generators start from it.
-        limit: problems; None is all, and 100 of those that are generated.
+        limit: problems, 1 at least; None is all, and 100 of those that are generated.
         tokenizer, length, facts, asked: of needles; asked=None is all of them.
         difficulty: of reasoner problems, None is the generator's own.
 
     Raises:
         ValueError: a row without problem or answer, no rows, or a value out of range. OSError: no such data.
     """
+    if limit is not None:
+        limit = check_count("--limit", limit, 1)
     if name == "needle":
         from eval.needle import needles
 
@@ -103,25 +107,36 @@ def load_problems(
     assert source is not None
     rows = read_rows(data) if data is not None else _from_hub(*source)
     if name == "umath":
-        rows = [row for row in rows if not _has_image(row)]
-    problems = normalise(rows)
+        rows = {place: row for place, row in rows.items() if not _has_image(row)}
+    try:
+        problems = normalise(rows)
+    except ValueError as error:
+        raise ValueError(f"{source[0] if data is None else f'--data {data}'}: {error}") from None
     random.Random(seed).shuffle(problems)
     return problems[:limit]
 
 
-def normalise(rows: Iterable[dict[str, Any]]) -> list[Problem]:
+def normalise(rows: Mapping[str, dict[str, Any]]) -> list[Problem]:
     """Problems of a data set's rows, whatever it calls its fields; ids are made texts, and numbered if there are none.
 
+    Args:
+        rows: by the place at which they stand, for messages.
+
     Raises:
-        ValueError: no rows, a row without problem or answer, or two rows with one id.
+        ValueError: no rows, a row whose problem or answer is missing or no text (numbers and one user's message
+            become one), or two rows with one id.
     """
     problems = []
-    for number, row in enumerate(rows):
-        text, answer = _field(row, PROBLEM_FIELDS, number), _field(row, ANSWER_FIELDS, number)
+    for number, (place, row) in enumerate(rows.items()):
+        text, answer = (
+            _field(row, names, place, read) for names, read in ((PROBLEM_FIELDS, as_question), (ANSWER_FIELDS, as_text))
+        )
+        if not (text and answer):
+            names = ANSWER_FIELDS if text else PROBLEM_FIELDS
+            raise ValueError(f"{place} has none of the fields {', '.join(names)}: it has {', '.join(map(str, row))}")
         if "####" in answer:  # GSM8K: the solution, then the answer without its thousands' commas
             answer = re.sub(r"(?<=\d),(?=\d{3})", "", answer.rpartition("####")[2])
-        name = next((str(row[key]) for key in ID_FIELDS if row.get(key) is not None), str(number))
-        problems.append(Problem(name, text.strip(), answer.strip()))
+        problems.append(Problem(_field(row, ID_FIELDS, place, as_text) or str(number), text.strip(), answer.strip()))
     if not problems:
         raise ValueError("the data set has no problems")
     doubled = len(problems) - len({problem.id for problem in problems})
@@ -130,8 +145,8 @@ def normalise(rows: Iterable[dict[str, Any]]) -> list[Problem]:
     return problems
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a local file: parquet, or JSON with a list, an object with one under "data", or a row a line.
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of a local file by their places: parquet, or JSON with a list, an object with one under "data", or lines.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or something else in it.
@@ -141,35 +156,50 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
-        return parquet.read_table(path).to_pylist()
+        return _numbered(parquet.read_table(path).to_pylist())
     # not by `datasets`, which wants a column to be of one type, and ids need not be
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data {path}: it is no text in UTF-8 ({error})") from None
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
         try:
-            rows = json.loads(text)
-        except json.JSONDecodeError:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--data {path}: neither JSON nor a JSON object a line ({error})") from None
-    if isinstance(rows, dict):
-        rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
-    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-        raise ValueError(f"--data {path}: expected a list of objects with a problem and an answer each")
+            rows = {f"line {number}": row for number, row in json_lines(text)}
+        except ValueError as error:
+            raise ValueError(f"--data {path}: neither JSON nor a JSON object a line: {error}") from None
+    else:
+        if isinstance(whole, dict):
+            whole = whole["data"] if isinstance(whole.get("data"), list) else [whole]
+        rows = _numbered(whole) if isinstance(whole, list) else {"it": whole}
+    for place, row in rows.items():
+        if not isinstance(row, dict):
+            raise ValueError(f"--data {path}: {place} is no object with a problem and an answer, but {str(row)[:60]!r}")
     return rows
 
 
-def _from_hub(name: str, configuration: str | None, split: str) -> list[dict[str, Any]]:
+def _numbered(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {f"row {number}": row for number, row in enumerate(rows, 1)}
+
+
+def _from_hub(name: str, configuration: str | None, split: str) -> dict[str, dict[str, Any]]:
     from datasets import load_dataset
 
-    return list(load_dataset(name, configuration, split=split))
+    return _numbered(load_dataset(name, configuration, split=split))
 
 
 def _has_image(row: dict[str, Any]) -> bool:
     return bool(row.get("has_image") or row.get("image"))
 
 
-def _field(row: dict[str, Any], names: tuple[str, ...], number: int) -> str:
-    found = next((str(row[name]) for name in names if row.get(name) is not None), "")
-    if not found.strip():
-        raise ValueError(f"row {number} has none of the fields {', '.join(names)}: it has {', '.join(row)}")
-    return found
+def _field(row: dict[str, Any], names: tuple[str, ...], place: str, read: Callable[[Any], str]) -> str:
+    """The text of the first field that a row has and that is not blank; empty if there is none."""
+    for name in names:
+        if row.get(name) is not None:
+            try:
+                text = read(row[name])
+            except ValueError as error:
+                raise ValueError(f"{place}: {name!r} {error}") from None
+            return text if text.strip() else ""
+    return ""

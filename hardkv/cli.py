@@ -16,6 +16,7 @@ from hardkv.calibration import calibrate
 from hardkv.config import HardKVConfig
 from hardkv.extras import MissingPackageError, require
 from hardkv.files import file_to_write
+from hardkv.rows import as_question, as_text, json_lines
 from hardkv.selectors import BUDGETS, SCORERS, Budget, TopP, get_budget
 
 # Budgets that one number, the mean tokens per head, describes.
@@ -223,15 +224,20 @@ def _policies(text: str) -> list[str]:
 
 
 def _problems(text: str) -> list[dict[str, str]]:
-    problems = []
-    for number, line in enumerate(_text(text).splitlines(), 1):
-        try:
-            row = json.loads(line)
-            problems.append({name: str(row[name]) for name in ("problem", "answer")})
-        except (ValueError, KeyError, TypeError):
-            raise argparse.ArgumentTypeError(
-                f"line {number} of {text!r} is no JSON object with problem and answer: {line[:60]!r}"
-            ) from None
+    problems, readers = [], {"problem": as_question, "answer": as_text}
+    try:
+        for number, row in json_lines(_text(text)):
+            if not (isinstance(row, dict) and readers.keys() <= row.keys()):
+                raise ValueError(f"line {number} is no JSON object with problem and answer: {json.dumps(row)[:60]}")
+            problem = {}
+            for name, read in readers.items():
+                try:
+                    problem[name] = read(row[name])
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {name!r} {error}") from None
+            problems.append(problem)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, {error}") from None
     if not problems:
         raise argparse.ArgumentTypeError(f"{text!r} is empty: write a JSON object with problem and answer on each line")
     return problems
@@ -246,7 +252,7 @@ def _file(text: str) -> Path:
 
 def _text(text: str) -> str:
     try:
-        return _file(text).read_text(encoding="utf-8")
+        return _file(text).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be read as text: {error}") from None
 

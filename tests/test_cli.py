@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hardkv import Calibration, calibrate
-from hardkv.cli import main
+from hardkv.cli import _problems, main
 from hardkv.demo import Clock
 from hardkv.demo_problems import boxed
 
@@ -138,9 +138,12 @@ def test_bad_arguments_end_before_any_work(arguments, message, capsys, monkeypat
     ("content", "message"),
     [
         ("", "is empty: write a JSON object with problem and answer on each line"),
-        ('{"problem": "1+1", "answer": 2}\n{"problem": "1+2"}\n', "line 2 of"),
-        ("[1]\n", "is no JSON object with problem and answer: '[1]'"),
-        ("1+1 = 2\n", "is no JSON object with problem and answer: '1+1 = 2'"),
+        ('{"problem": "1+1", "answer": 2}\n{"problem": "1+2"}\n', "line 2 is no JSON object with problem"),
+        ("[1]\n", "line 1 is no JSON object with problem and answer: [1]"),
+        ("1+1 = 2\n", "line 1 is no JSON (Extra data at character 2)"),
+        ('\n{"problem": ["1+1"], "answer": 2}\n', "line 2: 'problem' is of type list, ['1+1']: it must be a text"),
+        ('{"problem": "1+1", "answer": NaN}\n', "line 1: 'answer' is nan: it must be a text or a finite number"),
+        ('{"problem": "1+1", "answer": true}\n', "line 1: 'answer' is of type bool, True"),
     ],
 )
 def test_bad_problems_end_before_any_work(content, message, tmp_path, capsys, monkeypatch):
@@ -151,6 +154,19 @@ def test_bad_problems_end_before_any_work(content, message, tmp_path, capsys, mo
         main(["demo", "--problems", str(path)])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_problems_are_read_line_by_line_as_json_has_them(tmp_path):
+    rows = [
+        {"problem": "1+1?\u2028Say.\x85", "answer": 2},
+        {"problem": [{"role": "user", "content": "1+2?"}], "answer": "3"},
+    ]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
+    assert _problems(str(path)) == [
+        {"problem": rows[0]["problem"], "answer": "2"},
+        {"problem": "1+2?", "answer": "3"},
+    ]
 
 
 def test_a_text_and_problems_exclude_each_other(text_file, tmp_path, capsys):

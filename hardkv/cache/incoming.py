@@ -19,10 +19,8 @@ def check_alike(keys: Tensor, values: Tensor, layer_idx: int) -> None:
 
 def what_else(held: tuple[int, ...], got: tuple[int, ...]) -> str:
     """What to do about keys of another shape, batch first, than a layer holds."""
+    advice = "this cache belongs to another batch or model; use a new HardKVCache, or reset() this one"
     if held[1:] == got[1:] and 0 < held[0] < got[0] and got[0] % held[0] == 0:
-        return (
-            "for beams, or several answers to each prompt, that go on from a cache, let it first hold each sequence so "
-            f"often, by cache.batch_repeat_interleave({got[0] // held[0]}); for another batch use a new HardKVCache, "
-            "or reset() this one"
-        )
-    return "this cache belongs to another batch or model; use a new HardKVCache, or reset() this one"
+        times = got[0] // held[0]
+        advice += f". For beams, or several answers to each prompt, that go on: cache.batch_repeat_interleave({times})"
+    return advice

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from decimal import Decimal
 
 import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from eval.store import Store
 from eval.tasks import TASKS, load_problems, normalise, read_rows
 from tests.eval import tiny
 
@@ -19,8 +21,20 @@ ROWS = [
 ]
 
 
+# A chat's messages, as many data sets have them.
+SYSTEM, ASKED, ANSWERED = (
+    {"role": role, "content": text} for role, text in [("system", "Be brief."), ("user", "1+1?"), ("assistant", "2")]
+)
+# Ends of lines to str.splitlines(), and characters like any other to JSON.
+SEPARATORS = "\u2028\u2029\x85"
+
+
+def numbered(rows):
+    return {f"row {number}": row for number, row in enumerate(rows, 1)}
+
+
 def test_fields_are_found_under_their_common_names():
-    found = [(problem.id, problem.text, problem.answer) for problem in normalise(ROWS)]
+    found = [(problem.id, problem.text, problem.answer) for problem in normalise(numbered(ROWS))]
     assert found == [("60", "1+1?", "002"), ("b", "2+2?", "4"), ("c-1", "3+3?", "6"), ("3", "4+4?", "1008")]
 
 
@@ -30,13 +44,61 @@ def test_json_is_read_in_its_usual_forms(tmp_path, form):
     whole = ROWS if form == "list.json" else {"data": ROWS}
     lines = "\n".join(json.dumps(row) for row in ROWS) + "\n"
     path.write_text(lines if form.startswith("lines") else json.dumps(whole))
-    assert read_rows(path) == ROWS
+    assert list(read_rows(path).values()) == ROWS
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_ends_where_json_lines_end(tmp_path, end):
+    rows = [{"id": f"a{SEPARATORS}", "problem": f"1+1?{SEPARATORS}Say.", "answer": "2"}, ROWS[1]]
+    path = tmp_path / "lines.jsonl"
+    text = (2 * end).join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_bytes(f"\ufeff{text}{end}".encode())  # begun with a mark, as Windows does
+    assert read_rows(path) == {"line 1": rows[0], "line 3": rows[1]}
+    assert [problem.text for problem in normalise(read_rows(path))] == [rows[0]["problem"], "2+2?"]
+
+
+def test_stored_samples_are_read_to_the_end_of_a_line(tmp_path):
+    records = [{"id": name, "sample": 0, "text": f"2{SEPARATORS}+2"} for name in ("a", "b")]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (tmp_path / "full.jsonl").write_text("".join(lines) + lines[0][:20], encoding="utf-8")
+    assert Store(tmp_path).records("full") == records
+
+
+def test_a_chat_of_one_message_is_its_question(tmp_path):
+    rows = [{"prompt": [ASKED], "answer": Decimal("2.50")}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (problem,) = load_problems("aime24", data=tmp_path / "rows.parquet")
+    assert (problem.text, problem.answer) == ("1+1?", "2.50")
+
+
+def test_what_is_no_text_is_named_by_its_file_and_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"problem": "?", "answer": 1}\n\n{"problem": "?", "answer": NaN}\n')
+    with pytest.raises(ValueError, match=r"--data .*x\.jsonl: line 3: 'answer' is nan"):
+        load_problems("aime24", data=path)
+    path.write_text('{"problem": "?", "answer": 1}\n\n{"problem": "?"\n')
+    with pytest.raises(ValueError, match=r"--data .*x\.jsonl: .*line 3 is no JSON"):
+        load_problems("aime24", data=path)
+    path.write_text('{"problem": "?", "answer": 1}\n[2]\n')
+    with pytest.raises(ValueError, match=r"--data .*x\.jsonl: line 2 is no object"):
+        load_problems("aime24", data=path)
+    path.write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"--data .*x\.jsonl: .*UTF-8"):
+        load_problems("aime24", data=path)
+
+
+@pytest.mark.parametrize("task", ["aime24", "needle", "reasoner"])
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_is_one_at_least(task, limit, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(ROWS))
+    with pytest.raises(ValueError, match=f"--limit={limit} must be >= 1"):
+        load_problems(task, data=tmp_path / "x.json", limit=limit, tokenizer=tiny.tokenizer())
 
 
 def test_parquet_is_read(tmp_path):
     rows = [{"id": 1, "problem": "1+1?", "answer": "2"}, {"id": 2, "problem": "2+2?", "answer": "4"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    assert read_rows(tmp_path / "rows.parquet") == rows
+    assert read_rows(tmp_path / "rows.parquet") == {"row 1": rows[0], "row 2": rows[1]}
 
 
 def test_a_data_set_of_the_hub_is_read(tmp_path, monkeypatch):
@@ -52,15 +114,37 @@ def test_a_data_set_of_the_hub_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"id": 1, "text": "?"}], "row 0 has none of the fields problem, question"),
-        ([{"id": 1, "problem": "?", "answer": None}], "row 0 has none of the fields answer"),
+        ([{"id": 1, "text": "?"}], "row 1 has none of the fields problem, question"),
+        ([{"id": 1, "problem": "?", "answer": None}], "row 1 has none of the fields answer"),
         ([], "no problems"),
         ([ROWS[0], ROWS[0]], "1 problems share an id"),
+        (
+            [ROWS[0], {"problem": {"text": "?"}, "answer": "1"}],
+            r"row 2: 'problem' is of type dict, .*a text or",
+        ),
+        ([{"problem": ["1+1?", "2+2?"], "answer": ["2", "4"]}], "row 1: 'problem' is of type list.*table by columns"),
+        ([{"problem": {"0": "?", "1": "?"}, "answer": {"0": 1, "1": 2}}], "row 1: 'problem'.*table by columns"),
+        ([{"problem": b"1+1?", "answer": "2"}], "row 1: 'problem' is of type bytes"),
+        ([{"problem": "1+1?", "answer": b"2"}], "row 1: 'answer' is of type bytes"),
+        ([{"problem": "1+1?", "answer": float("nan")}], "row 1: 'answer' is nan: .*finite number"),
+        ([{"problem": float("nan"), "answer": "2"}], "row 1: 'problem' is nan"),
+        ([{"problem": "1+1?", "answer": float("inf")}], "row 1: 'answer' is inf"),
+        ([{"problem": "1+1?", "answer": Decimal("NaN")}], "row 1: 'answer' is NaN"),
+        ([{"problem": "1+1=2?", "answer": True}], "row 1: 'answer' is of type bool, True"),
+        ([{"id": {"a": 1}, "problem": "1+1?", "answer": "2"}], "row 1: 'id' is of type dict"),
+        (
+            [{"prompt": [SYSTEM, ASKED], "answer": "2"}],
+            "'prompt' holds messages of system, user: .*one message",
+        ),
+        ([{"prompt": [ASKED, ANSWERED, ASKED], "answer": "2"}], "messages of user, assistant, user"),
+        ([{"prompt": [ANSWERED], "answer": "2"}], "messages of assistant"),
+        ([{"prompt": [ASKED | {"content": [{"type": "image"}]}], "answer": "2"}], "whose content is of type list"),
+        ([{"prompt": [], "answer": "2"}], "'prompt' is of type list"),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
-        normalise(rows)
+        normalise(numbered(rows))
 
 
 @pytest.mark.parametrize("text", ["{", '"text"', "[1, 2]", '{"a": 1}\n{"b":'])
