@@ -22,7 +22,7 @@ from hardkv.files import file_to_write, write_text
 
 OUT = "eval/results/prompts.json"
 # Method and scorer, as in `Bench.first_token`; the first is what the others are compared with.
-CACHES = (("dynamic", ""), ("topk", "attention"), ("topk", "snapkv"), ("topk", "rkv"))
+CACHES = (("dynamic", ""), ("topk", "snapkv"), ("topk", "rkv"))
 # On a CPU: the reasoner's width, and layers enough to see events of several run together.
 SMALL = Qwen3Config(
     vocab_size=512,

@@ -45,10 +45,10 @@ def test_every_scorer_is_in_its_cache(bench, monkeypatch):
     build = bench.hardkv_cache
     monkeypatch.setattr(bench, "hardkv_cache", lambda *args: made.append(build(*args)) or made[-1])
     records = prompts.measure(bench, 2100, repeats=1)
-    assert [type(cache.settings.scorer).__name__ for cache in made[:3]] == ["Attention", "SnapKV", "RKV"]
+    assert [type(cache.settings.scorer).__name__ for cache in made[:2]] == ["SnapKV", "RKV"]
     assert all(cache.stats().events == 1 for cache in made)
     assert all(int(cache.lengths().max()) == 2048 for cache in made)  # something was evicted
-    assert [record["scorer"] for record in records] == ["", "attention", "snapkv", "rkv"]
+    assert [record["scorer"] for record in records] == ["", "snapkv", "rkv"]
 
 
 def test_a_second_run_replaces_its_own_records(bench, monkeypatch, tmp_path):
