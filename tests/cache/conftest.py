@@ -5,6 +5,7 @@ nothing is shared between tests. Nothing here imports hardkv: the oracle cannot 
 can compute references without it.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,10 +30,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hardkv.cache.argument import CACHE
-
 VOCABULARY = 98
 PAD = 0
+# What the installed transformers calls a cache.
+NEW, OLD = "cache", "past_key_values"
+CACHE = NEW if NEW in inspect.signature(LlamaForCausalLM.prepare_inputs_for_generation).parameters else OLD
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # the models are too small to share

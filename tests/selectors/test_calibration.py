@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hardkv.selectors import calibration
+from hardkv.selectors import temperatures as calibration
 from hardkv.selectors.temperatures import MAX_TEMPERATURE, MIN_TEMPERATURE, fit_temperatures, kept_counts
 
 SOLVERS = ["adam", "bisect"]
