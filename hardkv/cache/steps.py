@@ -1,8 +1,10 @@
 """A model's decode step over the pools of a cache, as a CUDA graph where there is CUDA."""
 
+import inspect
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -244,8 +246,7 @@ class DecodeSteps:
         watching = siblings.watch(model) if self.compiled and not self._runs else nullcontext()
         with decoding.step(), watching:
             try:
-                with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
-                    out = forward(**self._inputs, **{self._argument: Cache(layers=layers)}, return_dict=True)
+                out = forward(**self._inputs, **{self._argument: Cache(layers=layers)}, return_dict=True)
             except torch._dynamo.exc.Unsupported as error:
                 raise NotImplementedError(
                     f"the forward of {type(model).__name__} cannot be compiled as a whole: leave out compile=True"
@@ -323,12 +324,25 @@ class _Compiled:
     """A model's compiled forward, kept with it; copies and pickles of the model begin without."""
 
     def __init__(self, model: Any):
-        self.forward = torch.compile(
-            model.forward, fullgraph=True, dynamic=False, options={"pre_grad_custom_pass": siblings.JoinProducts()}
-        )
+        options = {"pre_grad_custom_pass": siblings.JoinProducts()}
+        compiled = partial(torch.compile, model.forward, fullgraph=True, dynamic=False, options=options)
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            self.forward = compiled(recompile_limit=MAX_SHAPES)
+        else:
+            self.forward = _with_more_shapes(compiled())
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+
+def _with_more_shapes(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What `recompile_limit` does, for a PyTorch whose `torch.compile` does not take it."""
+
+    def limited(**inputs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+            return forward(**inputs)
+
+    return limited
 
 
 def _compile(model: Any) -> Callable[..., Any]:

@@ -1,0 +1,74 @@
+"""Nothing is left behind from one generation to the next, or from one step to the next: no object, no context variable.
+
+With the garbage collector off, so that a cycle shows as an object left behind.
+"""
+
+import contextvars
+import gc
+
+import pytest
+
+from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
+from hardkv.generation import graphed
+from tests.cache.conftest import make_model, make_prompts
+from tests.models.tiny import tiny_model
+
+SETTINGS = {"budget": 8, "window": 4, "interval": 4, "sinks": 1}
+GENERATIONS = 25
+OPTIONS = {
+    "eager": {},
+    "graphed": {"custom_generate": graphed},
+    "compiled": {"custom_generate": graphed, "compile": True},
+}
+
+
+def generations(model, count, new, cache=None, **options):
+    """Generate `count` times, each with a cache of its own unless one is reset."""
+    for _ in range(count):
+        if cache is not None:
+            cache.reset()
+        own = HardKVCache(config=model.config, **SETTINGS) if cache is None else cache
+        model.generate(**make_prompts(2), **{CACHE: own}, max_new_tokens=new, **options)
+
+
+def left_behind(run):
+    """Objects and context variables that a call leaves behind, after one that fills what is filled once."""
+    run()
+    gc.collect()
+    gc.disable()
+    try:
+        objects, variables = len(gc.get_objects()), len(contextvars.copy_context())
+        run()
+        return len(gc.get_objects()) - objects, len(contextvars.copy_context()) - variables
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("way", OPTIONS)
+@pytest.mark.parametrize("reused", [False, True], ids=["new", "reset"])
+def test_generations_leave_nothing_behind(way, reused):
+    model = make_model("qwen3", num_hidden_layers=2)
+    cache = HardKVCache(config=model.config, **SETTINGS) if reused else None
+    options = OPTIONS[way] | {"do_sample": False}
+    objects, variables = left_behind(lambda: generations(model, GENERATIONS, 6, cache, **options))
+    assert objects < GENERATIONS  # not one of each generation
+    assert variables == 0
+
+
+@pytest.mark.parametrize("way", OPTIONS)
+def test_steps_leave_nothing_behind(way):
+    model, new = make_model("qwen3", num_hidden_layers=2), 80
+    options = OPTIONS[way] | {"do_sample": True, "top_k": 5, "repetition_penalty": 1.1}
+    objects, variables = left_behind(lambda: generations(model, 1, new, **options))
+    assert objects < new
+    assert variables == 0
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "falcon_h1", "deepseek_v3"])
+def test_layers_of_other_kinds_leave_nothing_behind(name):
+    """Sliding windows, linear attention, latents."""
+    model, options = tiny_model(name), OPTIONS["graphed"] | {"do_sample": False}
+    objects, variables = left_behind(lambda: generations(model, GENERATIONS, 6, **options))
+    assert objects < GENERATIONS
+    assert variables == 0
