@@ -13,6 +13,7 @@ import torch
 import transformers.cache_utils
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -30,6 +31,12 @@ from hardkv.kernels.attention import backend_for
 # Layers of a cache that can be stepped; those that hold nothing are unknown to transformers 5.17.
 DUMMY = getattr(transformers.cache_utils, "DummyLayer", None)
 STEPPED = (HardKVLayer, HybridLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DUMMY)
+# Ways to choose tokens that are done, and the arguments that choose another one, unless they have this value.
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+OTHER_MODES = {
+    **{"num_beams": 1, "num_beam_groups": 1, "constraints": None, "force_words_ids": None, "penalty_alpha": None},
+    **{"dola_layers": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None, "use_mtp": False},
+}
 
 
 def generate(model: Any, *args: Any, compile: bool = False, tokenizer: Any = None, **kwargs: Any) -> Any:
@@ -94,11 +101,14 @@ def graphed(
 
     Raises:
         TypeError: the cache is no HardKVCache.
-        NotImplementedError: beams and the like, a model or a cache whose steps cannot be captured, or a forward that
-            cannot be compiled as a whole (latent attention, for one).
+        NotImplementedError: beams, assisted decoding, contrastive search and what else is neither greedy search nor
+            sampling, a model or a cache whose steps cannot be captured, or a forward that cannot be compiled as a
+            whole (latent attention, for one).
     """
     cache = model_kwargs.get(CACHE)
-    _refuse(model, cache, generation_config, synced_gpus)
+    caller = _caller()
+    synced_gpus = synced_gpus or _synced(model, caller.get("synced_gpus"))
+    _refuse(model, cache, generation_config, synced_gpus, caller.get("assistant_model"))
     assert isinstance(cache, HardKVCache)
     if cache.steps is None or not cache.steps.of(model, compile):
         cache.steps = DecodeSteps(model, compile)
@@ -107,12 +117,12 @@ def graphed(
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
     if cache.get_seq_length() == seen:  # attention notices, where it goes through transformers' functions
         refuse_dropped(type(model).__name__)
-    loop = _Loop(logits_processor, stopping_criteria, generation_config, _streamer_of_caller())
+    loop = _Loop(logits_processor, stopping_criteria, generation_config, caller.get("streamer"))
     with model._optimize_model_for_decode():
         return loop.run(model, cache, input_ids, outputs, model_kwargs)
 
 
-def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool) -> None:
+def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool, assistant_model: Any) -> None:
     """Raise for what is not greedy search or sampling with a HardKVCache whose layers all have pools."""
     what = type(model).__name__
     if not isinstance(cache, HardKVCache):
@@ -121,9 +131,12 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool) -> None:
     layers = {type(layer).__name__ for layer in cache.layers if type(layer) not in STEPPED}
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     devices = {parameter.device for parameter in model.parameters()}
+    mode = config.get_generation_mode(assistant_model)
+    given = {name: getattr(config, name, None) for name in OTHER_MODES}
+    chosen = [f"{name}={value}" for name, value in given.items() if value not in (None, OTHER_MODES[name])]
+    chosen += ["assistant_model"] * (assistant_model is not None)
     refusals = {
-        "beams": config.num_beams > 1,
-        "assisted decoding": bool(config.prompt_lookup_num_tokens),
+        f"{mode.value.replace('_', ' ')} ({', '.join(chosen)})": mode not in MODES,
         "output_attentions and output_hidden_states": config.output_attentions or config.output_hidden_states,
         "synced_gpus": synced_gpus,
         "offload=True": cache._offload is not None,
@@ -152,14 +165,19 @@ def runs_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _streamer_of_caller() -> Any:
-    """The streamer of the `generate()` that called, which hands none on to a function of the user's own."""
+def _caller() -> dict[str, Any]:
+    """Arguments of the `generate()` that called which it does not hand on to a function of the user's own."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
-            return frame.f_locals.get("streamer")
+            return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model", "synced_gpus")}
         frame = frame.f_back
-    return None
+    return {}
+
+
+def _synced(model: Any, synced_gpus: bool | None) -> bool:
+    """Whether all ranks must go on until the last has ended, as `generate()` decides where nobody says so."""
+    return bool(model._extract_generation_mode_kwargs(None, {}, synced_gpus, None, None)["synced_gpus"])
 
 
 class _Flight:

@@ -450,8 +450,15 @@ def test_any_lengths(batch, length, new, budget, interval, data):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num_beams": 2}, NotImplementedError, "beams"),
-        ({"prompt_lookup_num_tokens": 2}, NotImplementedError, "assisted"),
+        ({"num_beams": 2}, NotImplementedError, r"beam search \(num_beams=2\)"),
+        ({"num_beams": 2, "do_sample": True}, NotImplementedError, r"beam sample \(num_beams=2\)"),
+        ({"force_words_ids": [[5]], "num_beams": 2}, NotImplementedError, "constrained beam search"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, NotImplementedError, r"contrastive search \(penalty_alpha=0.6\)"),
+        ({"dola_layers": "low"}, NotImplementedError, r"dola generation \(dola_layers=low\)"),
+        ({"prompt_lookup_num_tokens": 1}, NotImplementedError, r"assisted generation \(prompt_lookup_num_tokens=1\)"),
+        ({"assistant_early_exit": 1}, NotImplementedError, r"assisted generation \(assistant_early_exit=1\)"),
+        ({"assistant_model": "itself"}, NotImplementedError, r"assisted generation \(assistant_model\)"),
+        ({"synced_gpus": True}, NotImplementedError, "synced_gpus"),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, NotImplementedError, "output_hidden_states"),
         ({CACHE: None}, TypeError, f"{CACHE}=HardKVCache"),
         ({"settings": {"offload": True}}, NotImplementedError, "offload"),
@@ -460,10 +467,18 @@ def test_any_lengths(batch, length, new, budget, interval, data):
 def test_refusals(model, arguments, error, message):
     arguments = dict(arguments)
     cache = HardKVCache(config=model.config, **(EVICT | arguments.pop("settings", {})))
-    arguments = {CACHE: cache} | arguments
+    arguments = {CACHE: cache} | arguments | ({"assistant_model": model} if "assistant_model" in arguments else {})
     with pytest.raises(error, match=message):
         model.generate(**make_prompts(2), max_new_tokens=4, custom_generate=graphed, **arguments)
     assert cache.get_seq_length() == 0
+
+
+def test_ranks_that_go_on_together_are_refused(model, monkeypatch):
+    """Where `generate()` itself decides so: a model of FSDP among several ranks."""
+    monkeypatch.setattr("transformers.generation.utils.is_fsdp_managed_module", lambda _: True)
+    monkeypatch.setattr("transformers.generation.utils._get_torch_distributed_world_size", lambda: 2)
+    with pytest.raises(NotImplementedError, match="synced_gpus"):
+        hardkv.generate(model, **make_prompts(2), max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
