@@ -328,7 +328,8 @@ def test_graph_breaks_of_a_compiled_model(layers, tiny_model, tiny_prompts):
     cache, mask = HardKVCache(config=model.config, **EVICT), inputs["attention_mask"]
     compiled(**inputs, **{CACHE: cache})
     # three a forward: masks, update, attention; counted again in each frame around them, which layers share
-    assert 0 < breaks_and_graphs()[0] <= 9 + layers
+    around = 5 if CACHE == "cache" else 0  # what takes an old name too has a frame more from transformers 5.24 on
+    assert 0 < breaks_and_graphs()[0] <= 9 + around + layers
     counted = []
     for _ in range(6):  # through two events
         mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
@@ -336,5 +337,5 @@ def test_graph_breaks_of_a_compiled_model(layers, tiny_model, tiny_prompts):
         counted.append(breaks_and_graphs())
     assert cache.stats().events == 3
     assert counted[1:] == [counted[1]] * 5
-    assert counted[1][0] <= 20 + 2 * layers
+    assert counted[1][0] <= 20 + around + 2 * layers
     torch.compiler.reset()
