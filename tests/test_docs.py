@@ -62,6 +62,7 @@ def tiny_everything(checkpoint, tmp_path, monkeypatch):
         registry.update(entries)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that all versions take
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if PYTHON.search(page.read_text())], ids=lambda page: page.name
 )
