@@ -111,7 +111,9 @@ def test_dtypes_that_hold_the_values_agree():
 def test_buffers_count_when_they_are_saved():
     module = Holder(torch.ones(3))
     module.register_buffer("kept", torch.full((3,), 5.0))
-    module.register_buffer("computed", torch.full((3,), 7.0), persistent=False)  # as rotary frequencies, which forwards change
+    module.register_buffer(
+        "computed", torch.full((3,), 7.0), persistent=False
+    )  # as rotary frequencies, which forwards change
     before = fingerprint(module)
     module.computed += 1
     assert fingerprint(module) == before
