@@ -16,8 +16,9 @@ from torch import Tensor
 from hardkv.cache.hiding import UNREAD
 from hardkv.cache.merged import Merged, Selection
 from hardkv.cache.queries import QueryRing, newest_of
-from hardkv.cache.tiers import Tiers
+from hardkv.cache.tiers import Tiers, rows_of
 from hardkv.config import HardKVConfig
+from hardkv.kernels.rows import count_per_row, padded_index
 from hardkv.selectors.budgets import Budget
 from hardkv.selectors.observation import Observation
 from hardkv.selectors.temperatures import fit_temperatures
@@ -52,16 +53,20 @@ class Event:
         keys, values = tiers.dense.keys, tiers.dense.values
         shape = *keys.shape[:2], keys.shape[-1], values.shape[-1], ring.buffer.shape[1]
         queries = tiers.seen, min(ring.available(tiers.seen), self.settings.window), ring.capacity
-        fitted = self.budget.calibration_p if self._fits(tiers) else None
+        fitted = self.budget.calibration_p if any(self.due(tiers)) else None
         given = self.temperatures is None, tiers.temperatures is None
         attention = self.scale, self.softcap, self.latent
         return keys.device, keys.dtype, shape, queries, attention, self.pinned, fitted, given
 
-    def _fits(self, tiers: Tiers) -> bool:
-        """Whether temperatures are fitted now."""
+    def due(self, tiers: Tiers) -> list[bool]:
+        """Of every sequence, whether its temperatures are fitted now if it has candidates; each counts for itself."""
+        refit, batch = self.settings.refit, tiers.shape[0]
         if self.settings.calibration != "online":
-            return False
-        return tiers.temperatures is None or bool(self.settings.refit and tiers.events % self.settings.refit == 0)
+            return [False] * batch
+        return [
+            first is None or bool(refit and (tiers.events - first) % refit == 0)
+            for first in tiers.fitted or (None,) * batch
+        ]
 
 
 def groups(events: Sequence[Event], tiers: Sequence[Tiers], rings: Sequence[QueryRing]) -> Iterator[list[int]]:
@@ -83,9 +88,9 @@ def groups(events: Sequence[Event], tiers: Sequence[Tiers], rings: Sequence[Quer
 
 
 def select(events: Sequence[Event], layers: Sequence[Tiers], rings: Sequence[QueryRing]) -> Selection:
-    """What stays in layers that are alike (`groups`).
+    """What stays in layers that are alike (`groups`); the host waits for the device only where temperatures are fitted.
 
-    The host does not wait for the device, except where temperatures are fitted (`calibration="online"`).
+    With calibration "online" that is while a sequence has had no candidates yet, and when it is fitted again.
     """
     settings, scorer = events[0].settings, events[0].settings.scorer
     merged = Merged.of(layers, settings.window, settings.sinks, events[0].pinned)
@@ -96,16 +101,16 @@ def select(events: Sequence[Event], layers: Sequence[Tiers], rings: Sequence[Que
     observation = _observe(events[0], layers, rings, merged)
     z = scorer.score(observation)  # type: ignore[union-attr]
     _check_shape(z, observation, scorer)
-    if events[0]._fits(layers[0]):
-        fitted = _fit(events, z, observation)
-        temperatures = temperatures if fitted is None else [part.clone() for part in fitted.chunk(len(layers))]
-    elif settings.calibration != "online":
+    temperatures, fitted = [each.temperatures for each in layers], [each.fitted for each in layers]
+    if settings.calibration == "online":
+        temperatures, fitted = _fit(events, layers, z, observation)
+    else:
         temperatures = [
             old if old is not None or event.temperatures is None else event.temperatures.to(z).repeat(len(tiers.tokens))
             for event, old, tiers in zip(events, temperatures, layers, strict=True)
         ]
     keep = _keep(events, z, observation, merged, temperatures)
-    return Selection.of(layers, merged, keep, torch.isfinite(z).all(), settings.patience, temperatures)
+    return Selection.of(layers, merged, keep, torch.isfinite(z).all(), settings.patience, temperatures, fitted)
 
 
 def check(event: Event, sizes: Sequence[int]) -> None:
@@ -165,22 +170,50 @@ def _keep(
     )
 
 
-def _fit(events: Sequence[Event], z: Tensor, observation: Observation) -> Tensor | None:
-    """Temperatures at which this event's scores spread like its attention; None while all is protected."""
-    settings = events[0].settings
-    if observation.max_length <= settings.window + settings.sinks:
-        return None
+def _fit(
+    events: Sequence[Event], layers: Sequence[Tiers], z: Tensor, observation: Observation
+) -> tuple[list[Tensor | None], list[tuple[int | None, ...]]]:
+    """Temperatures of every layer, and `Tiers.fitted`.
 
-    def sample(flat: Tensor, fill: float) -> Tensor:  # [R, 1, longest row]
-        return observation.to_padded(flat, fill).flatten(0, 1)[:, None]
+    Of the sequences that are due and have candidates, whatever others have: those at which this event's scores spread
+    like its attention.
+    """
+    settings, heads = events[0].settings, observation.num_kv_heads
+    due = [each for event, tiers in zip(events, layers, strict=True) for each in event.due(tiers)]
+    known, fitted = [tiers.temperatures for tiers in layers], [tiers.fitted for tiers in layers]
+    if not any(due) or observation.max_length <= settings.window + settings.sinks:  # all is protected
+        return known, fitted
+    candidates = count_per_row(~observation.protected, observation.cu_seqlens).view(-1, heads).any(1).tolist()
+    chosen = [i for i, each in enumerate(due) if each and candidates[i]]
+    if not chosen:
+        return known, fitted
+    rows = rows_of(torch.tensor(chosen, device=z.device), heads)
+    index, valid = padded_index(observation.cu_seqlens[:-1][rows], observation.lengths[rows], observation.max_length)
 
-    return fit_temperatures(
+    def sample(flat: Tensor, fill: float) -> Tensor:  # [rows, 1, longest row]
+        return torch.where(valid, flat[index], fill)[:, None]
+
+    new = fit_temperatures(
         sample(z, -torch.inf),
         sample(observation.attention, 0.0),
         events[0].budget.calibration_p,
         mask=sample(~observation.protected, False),
         solver="bisect",  # exact for one sample
     ).temperatures
+    batch = layers[0].shape[0]
+    ones = new.new_ones(batch * heads)
+    temperatures = torch.cat([ones if old is None else old for old in known])
+    temperatures[rows] = new
+    times = [
+        tiers.events if layer * batch + i in chosen and first is None else first
+        for layer, tiers in enumerate(layers)
+        for i, first in enumerate(tiers.fitted or (None,) * batch)
+    ]
+    parts = temperatures.chunk(len(layers))
+    # copies: no layer's keep the others' alive
+    return [part.clone() for part in parts], [
+        tuple(times[layer * batch : (layer + 1) * batch]) for layer in range(len(layers))
+    ]
 
 
 def _observe(event: Event, layers: Sequence[Tiers], rings: Sequence[QueryRing], merged: Merged) -> Observation:

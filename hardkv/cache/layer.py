@@ -296,7 +296,7 @@ class HardKVLayer(LayerState):
         window, interval = self.settings.window, self.settings.interval
         assert self.tiers is not None
         if self.pool is not None:
-            tiers = self.pool.compacted(self.tiers, selection, index, sizes, selection.temperatures[place], window)
+            tiers = self.pool.compacted(self.tiers, selection, index, sizes, place, window)
             if tiers is not None:
                 return tiers
         return self.placed(selection.finish(place, self.tiers, index, sizes, window, interval))

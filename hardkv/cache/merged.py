@@ -71,6 +71,7 @@ class Selection:
     chosen: tuple[Tensor, Tensor]  # bool [N] each: selected tokens outside the window; deselected ones on probation
     cu_seqlens: Tensor  # int32 [2, L, R + 1], of both ragged tiers of every layer
     temperatures: Sequence[Tensor | None]  # [R] of each layer, what the event selected with, to be kept
+    fitted: Sequence[tuple[int | None, ...]]  # of each layer, see `Tiers`
     # int64 [L, 7]: total and longest row of condensed and of sparse, least dense fill, whether sound, sequences that
     # had tokens hidden
     sizes: Tensor
@@ -84,6 +85,7 @@ class Selection:
         sound: Tensor,
         patience: int,
         temperatures: Sequence[Tensor | None],
+        fitted: Sequence[tuple[int | None, ...]],
     ) -> "Selection":
         """Sort the tokens into tiers.
 
@@ -101,7 +103,7 @@ class Selection:
         hidden = torch.stack([none if tiers.hidden is None else tiers.hidden.sum() for tiers in layers])
         sizes = torch.cat([found, fill, sound.long().expand(len(layers), 1), hidden[:, None]], 1)
         chosen = condensed, sparse
-        return cls(merged.positions, misses, merged.address, chosen, cu_seqlens, temperatures, sizes)
+        return cls(merged.positions, misses, merged.address, chosen, cu_seqlens, temperatures, fitted, sizes)
 
     def index(self, sizes: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
         """Of every layer, which tokens its new condensed and sparse tiers take; `sizes` is read on the host."""
@@ -134,5 +136,5 @@ class Selection:
             )
             for kind in range(2)
         )
-        temperatures = self.temperatures[layer]
-        return tiers.condense(condensed, sparse, sizes[4], temperatures, window=window, interval=interval)
+        fits = self.temperatures[layer], self.fitted[layer]
+        return tiers.condense(condensed, sparse, sizes[4], *fits, window=window, interval=interval)

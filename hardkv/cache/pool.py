@@ -91,14 +91,14 @@ class Pool:
         selection: Selection,
         index: tuple[Tensor, Tensor],
         sizes: Sequence[int],
-        temperatures: Tensor | None,
+        place: int,
         window: int,
     ) -> Tiers | None:
         """The tiers after an event that leaves every row as long as it was, made in place; None for other events.
 
         Args:
             tiers: in this pool. selection, index, sizes: as in `Selection.finish`, of this layer.
-            temperatures: what the event selected with. window: tokens that stay in the dense tier.
+            place: the layer's in the selection. window: tokens that stay in the dense tier.
         """
         condensed, dense = tiers.condensed, tiers.dense
         rows, kept = condensed.rows, min(dense.bound, window)
@@ -126,7 +126,8 @@ class Pool:
             self._condensed(held, rows.longest, kept),
             tiers.sparse,
             replace(self.dense, bound=kept),
-            temperatures,
+            selection.temperatures[place],
+            selection.fitted[place],
         )
 
     def _condensed(self, held: Sequence[Tensor], longest: int, bound: int) -> RaggedTier:

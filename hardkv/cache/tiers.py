@@ -199,7 +199,9 @@ class Tiers:
     seen: int = 0  # logical length: columns stored, pads and evicted tokens counted
     compressed_at: int | None = None  # logical length at the last event
     events: int = 0
-    temperatures: Tensor | None = None  # [R], fitted online
+    temperatures: Tensor | None = None  # [R], that events divide scores by; 1 where none is fitted yet
+    # of each sequence, the event that first fitted its temperatures online; None: none did. Empty: of none
+    fitted: tuple[int | None, ...] = ()
     # bool [B, columns], which of the first columns hold tokens or did, as masks told; later ones all do. Of one layer
     shown: Tensor | None = None
     hidden: Tensor | None = None  # bool [B], where a step's mask since the last event said otherwise; None: nowhere
@@ -277,6 +279,7 @@ class Tiers:
         sparse: RaggedTier,
         least: int,
         temperatures: Tensor | None,
+        fitted: tuple[int | None, ...],
         *,
         window: int,
         interval: int,
@@ -284,13 +287,19 @@ class Tiers:
         """After an event: new ragged tiers, and a dense one of the newest tokens.
 
         Args:
-            least: the host's lower bound on the dense tier's fill. temperatures: what the event selected with.
+            least: the host's lower bound on the dense tier's fill. temperatures, fitted: what the event selected with.
             window, interval: sizes of the new dense tier.
         """
-        return self.after_event(condensed, sparse, self.dense.newest(window, window + interval, least), temperatures)
+        dense = self.dense.newest(window, window + interval, least)
+        return self.after_event(condensed, sparse, dense, temperatures, fitted)
 
     def after_event(
-        self, condensed: RaggedTier, sparse: RaggedTier, dense: DenseTier, temperatures: Tensor | None
+        self,
+        condensed: RaggedTier,
+        sparse: RaggedTier,
+        dense: DenseTier,
+        temperatures: Tensor | None,
+        fitted: tuple[int | None, ...],
     ) -> "Tiers":
         """The tiers that an event, which selected with these temperatures, leaves."""
         return Tiers(
@@ -302,13 +311,18 @@ class Tiers:
             compressed_at=self.seen,
             events=self.events + 1,
             temperatures=temperatures,
+            fitted=fitted,
             shown=self.shown,
         )
 
     def select_sequences(self, indices: Tensor) -> "Tiers":
         """The tiers of the given batch rows, in that order."""
         _, num_kv_heads = self.shape
-        rows = rows_of(indices, num_kv_heads)
+        rows, fitted = rows_of(indices, num_kv_heads), self.fitted
+        if len(set(fitted)) > 1:  # or the host need not know which
+            fitted = tuple(fitted[index] for index in indices.tolist())
+        else:
+            fitted = fitted[:1] * indices.shape[0]
         return replace(
             self,
             condensed=self.condensed.select_rows(rows),
@@ -316,6 +330,7 @@ class Tiers:
             dense=self.dense.select_sequences(indices),
             tokens=self.tokens[indices],
             temperatures=None if self.temperatures is None else self.temperatures[rows],
+            fitted=fitted,
             shown=None if self.shown is None else self.shown[indices],
             hidden=None if self.hidden is None else self.hidden[indices],
         )

@@ -379,40 +379,6 @@ def test_the_same_seed_gives_the_same_tokens(scorer, sampling, tiny_model, tiny_
         assert str(cache.kept(idx)) == str(cache_again.kept(idx))
 
 
-@pytest.mark.parametrize(
-    ("scorer", "budget"),
-    [("attention", TopK(12)), ("snapkv", AdaKV(12)), ("rkv", Adaptive(12)), ("attention", TopP(0.6, floor=9, cap=16))],
-    ids=str,
-)
-def test_a_row_does_not_depend_on_its_neighbours(scorer, budget, tiny_model, tiny_prompts, run_generate):
-    """Tokens and kept positions: beside other neighbours, elsewhere in the batch, and alone without pads.
-
-    The window is longer than one of the prompts, whose pads it then reaches into.
-    """
-    sizes = {"window": 7, "sinks": 1, "interval": 4}
-    model = tiny_model("qwen3", dtype=torch.float64)
-    inputs, others = tiny_prompts(3), tiny_prompts(3, seed=2)
-
-    def run(input_ids, attention_mask):
-        cache = HardKVCache(config=model.config, scorer=scorer, budget=budget, patience=1, **sizes)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        tokens, _ = run_generate(model, cache, batch, 20)
-        kept = [[[row.tolist() for row in cache.kept(idx)[b]] for idx in range(3)] for b in range(len(tokens))]
-        return tokens[:, input_ids.shape[1] :].tolist(), kept
-
-    tokens, kept = run(**inputs)
-    for row in range(3):
-        columns = [torch.cat([others[key][:2], inputs[key][row : row + 1]]) for key in ("input_ids", "attention_mask")]
-        theirs, theirs_kept = run(*columns)
-        assert (theirs[2], theirs_kept[2]) == (tokens[row], kept[row])
-
-        real = inputs["attention_mask"][row].bool()
-        alone, alone_kept = run(*(inputs[key][row : row + 1, real] for key in ("input_ids", "attention_mask")))
-        assert alone[0] == tokens[row]
-        pads = int((~real).sum())
-        assert [[[p + pads for p in head] for head in layer] for layer in alone_kept[0]] == kept[row]
-
-
 def test_a_long_generation_leaves_no_state_behind(tiny_model, tiny_prompts, run_generate):
     settings = {"scorer": "rkv", "budget": AdaKV(9), "patience": 1, **SIZES}
     short = {"inputs": tiny_prompts(1, 7), "new": 9}
