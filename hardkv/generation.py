@@ -87,9 +87,10 @@ def graphed(
     moved next to each other in memory, values unchanged: let no other thread use the model the first time. Where
     inductor autotunes (`max_autotune`) it reads each by itself, and a warning says so. The prefill runs as always. A
     cache that is used again, after `reset()` or for another turn, keeps its graph, and a new one needs a new capture.
-    Where there is no CUDA the same steps run uncaptured, and `stats()` says so. The state of a linear attention cannot
-    go back a step: with such layers the host waits for every token before the next step, and a step that dies leaves
-    the cache unusable until `reset()`.
+    Where there is no CUDA the same steps run uncaptured, and `stats()` says so. Where a text gets to the length beyond
+    which the model rotates all keys otherwise (Phi-3 with LongRoPE), the cache is reset and the text computed again,
+    with new captures. The state of a linear attention cannot go back a step: with such layers the host waits for every
+    token before the next step, and a step that dies leaves the cache unusable until `reset()`.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs: what

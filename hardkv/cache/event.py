@@ -94,14 +94,13 @@ def select(events: Sequence[Event], layers: Sequence[Tiers], rings: Sequence[Que
     """
     settings, scorer = events[0].settings, events[0].settings.scorer
     merged = Merged.of(layers, settings.window, settings.sinks, events[0].pinned)
-    temperatures = [each.temperatures for each in layers]
+    temperatures, fitted = [each.temperatures for each in layers], [each.fitted for each in layers]
     if not merged.rows.total:  # a chunk of pads only: there is nothing to score, nor to fit
         keep, sound = merged.stays, torch.ones((), dtype=torch.bool, device=merged.stays.device)
-        return Selection.of(layers, merged, keep, sound, settings.patience, temperatures)
+        return Selection.of(layers, merged, keep, sound, settings.patience, temperatures, fitted)
     observation = _observe(events[0], layers, rings, merged)
     z = scorer.score(observation)  # type: ignore[union-attr]
     _check_shape(z, observation, scorer)
-    temperatures, fitted = [each.temperatures for each in layers], [each.fitted for each in layers]
     if settings.calibration == "online":
         temperatures, fitted = _fit(events, layers, z, observation)
     else:

@@ -20,6 +20,9 @@ from tests.models.tiny import TYPES, tiny_model
 RESULTS = Path(__file__).parents[2] / "docs" / "compatibility.json"
 PAGE = RESULTS.with_suffix(".md")
 
+# Types that drop their cache where they begin to rotate keys otherwise; what holds of them is in test_switch.py.
+SWITCHING = ["phi3", "phi4_multimodal", "phimoe"]
+
 Table = dict[str, dict[str, Any]]  # a Verdict's fields by model type
 
 SECTIONS = {
@@ -101,6 +104,15 @@ def page(results: dict[str, Table]) -> str:
         "keys of another layer or of a picture) stay as DynamicCache has them: "
         + listing(name for name in by_status[SUPPORTED] if not is_whole(newest[name]))
         + ".",
+    ]
+    lines += [
+        "",
+        "Checkpoints with LongRoPE of "
+        + listing(SWITCHING)
+        + " rotate all keys otherwise once a text exceeds `original_max_position_embeddings` tokens, and drop their "
+        "cache for that. A HardKVCache holds texts on either side. `generate()` ends with an error where a text that "
+        "began below gets there, and warns before; `graphed` then computes it again, where it works with the model "
+        "(not with `phimoe`, whose step the host waits for, nor with transformers 5.17 beyond that length).",
     ]
     stepped = [name for name in sorted(newest) if newest[name].get("graphed") == YES]
     refused = [name for name in sorted(newest) if newest[name].get("graphed", YES) not in (YES, "")]

@@ -83,13 +83,23 @@ def run(model: PreTrainedModel, cache: Any, **inputs: Any) -> Tensor:
         out = model.generate(
             **arguments,
             **{CACHE: cache},
+            use_cache=True,  # MPT's config says False
             max_new_tokens=NEW,
             do_sample=False,
             return_dict_in_generate=True,
             output_logits=True,
             logits_processor=[Forced(tokens[:, PROMPT:])],
         )
+    if isinstance(cache, HardKVCache):
+        check_used(cache, arguments["input_ids"].shape[1] + NEW - 1)
     return torch.stack(out.logits)
+
+
+def check_used(cache: HardKVCache, columns: int) -> None:
+    """Raise Defect unless every forward of so many columns came to the cache: it may have been dropped for another."""
+    seen = [layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    if max(seen, default=0) < columns:
+        raise Defect(f"the model gave the cache {max(seen, default=0)} of {columns} columns and went on without it")
 
 
 class Recording(HardKVCache):
@@ -242,6 +252,8 @@ def probe_model(model: PreTrainedModel, **inputs: Any) -> Verdict:
             cache = Recording(config=model.config, **HOLD_ALL)
         compressed = len(cache._compressed)
         whole = run(model, cache, **inputs)
+    except Defect:
+        raise
     except Exception as error:
         if is_refusal(error) and "DynamicCache" in str(error):  # the way out
             return Verdict(REFUSED, in_one_line(error))
@@ -285,6 +297,8 @@ def probe_graphed(model: PreTrainedModel) -> str:
         if "custom_generate=graphed" in str(error):
             return in_one_line(error)
         raise Defect(f"graphed: {in_one_line(error)}") from error
+    except Defect:
+        raise
     except Exception as error:
         raise Defect(f"graphed: obscure {in_one_line(error)}") from error
     if len(replays) < NEW // 2:

@@ -7,11 +7,23 @@ import functools
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hardkv import HardKVCache
 from hardkv.cache import static
 from tests.models import compatibility
-from tests.models.probe import NO_CACHE, NOT_BUILT, REFUSED, SUPPORTED, Defect, probe, probe_graphed, rounding
+from tests.models.probe import (
+    NEW,
+    NO_CACHE,
+    NOT_BUILT,
+    PROMPT,
+    REFUSED,
+    SUPPORTED,
+    Defect,
+    probe,
+    probe_graphed,
+    rounding,
+)
 from tests.models.tiny import TYPES, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about tiny configs
@@ -98,6 +110,34 @@ def test_the_probe_notices_wrong_static_steps(monkeypatch):
     monkeypatch.setattr(static, "append_step", forgets)
     with pytest.raises(Defect, match="graphed"):
         probe_graphed(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("step", [3, PROMPT])
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_the_probe_notices_a_cache_that_is_dropped_later(monkeypatch, model_type, step):
+    """By a model that puts another, filled one in its place in the middle of a generation: the logits stay right."""
+    model = tiny_model(model_type)
+    prepare, hold, steps = type(model).prepare_inputs_for_generation, [], []
+
+    def replace(self, *args, **kwargs):
+        inputs = prepare(self, *args, **kwargs)
+        name = "cache" if "cache" in inputs else "past_key_values"
+        if not isinstance(inputs[name], HardKVCache):
+            return inputs
+        steps.append(1)
+        if len(steps) == 1:
+            hold.append(DynamicCache(config=self.config))
+        if len(steps) == step:
+            ids = args[0] if args else kwargs["input_ids"]
+            positions = (kwargs["attention_mask"].cumsum(1) - 1).clamp(0)
+            given = {"attention_mask": kwargs["attention_mask"][:, :-1], "position_ids": positions[:, :-1]}
+            self(ids[:, :-1], **given, past_key_values=hold[0])
+            inputs[name] = hold[0]
+        return inputs
+
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", replace)
+    with pytest.raises(Defect, match=rf"gave the cache {PROMPT + step - 2} of {PROMPT + NEW - 1} columns"):
+        probe(model_type)
 
 
 def test_the_probe_notices_errors_that_are_not_ours(monkeypatch):
