@@ -205,9 +205,9 @@ class HardKVMask(Opaque):
         if getattr(module, "layer_idx", None) == self.layer_idx:
             raise NotImplementedError(
                 f"layer {self.layer_idx} of the model was to use this HardKVCache, and {type(module).__name__} runs "
-                "without it. Gradient checkpointing drops caches while a model trains: call model.eval() or "
-                "model.gradient_checkpointing_disable(), or leave past_key_values out. Without either, this model is "
-                "not supported: use DynamicCache"
+                "without it. Gradient checkpointing drops caches while a model trains, and use_cache=False in some "
+                "models: call model.eval() or model.gradient_checkpointing_disable(), pass use_cache=True, or leave "
+                "past_key_values out. With neither, this model is not supported: use DynamicCache"
             )
         return self.original
 

@@ -104,12 +104,6 @@ def _routed(
         )
     _refuse(module, key, kwargs)
     new = key.new
-    if kwargs.get("use_cache") is False and 0 < new.start < new.stop - new.start:
-        raise ValueError(
-            f"use_cache=False, and {new.stop - new.start} tokens come after the {new.start} that this HardKVCache "
-            "holds: past tokens seem to be fed again, and would be held twice. Pass only new tokens and use_cache=True "
-            "(where nobody passed False, the model's config.use_cache says so), or no past_key_values"
-        )
     # generate() always brings a mask; asked once, when the device has hardly begun, and never at later steps
     plain = new.start == 0 and isinstance(mask, HardKVMask) and mask.hides_nothing
     padding = None if plain else _padding(mask, query.shape[0], new)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hardkv.cache.handles import HeldStates, LogicalLen
+from hardkv.cache.handover import use_cache_of_forward
 from hardkv.cache.offload import Offload
 from hardkv.cache.pool import Pool
 from hardkv.cache.queries import QueryRing
@@ -174,7 +175,17 @@ class LayerState(CacheLayerMixin):
 
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical key length of the next forward, marked as ours, and offset 0."""
+        """Logical key length of the next forward, marked as ours, and offset 0.
+
+        Raises:
+            ValueError: past tokens seem to be fed again.
+        """
+        if 0 < self.seen < query_length and use_cache_of_forward() is False:
+            raise ValueError(
+                f"use_cache=False, and {query_length} tokens come after the {self.seen} that this HardKVCache holds: "
+                "past tokens seem to be fed again, and would be held twice. Pass only new tokens and use_cache=True "
+                "(where nobody passed False, the model's config.use_cache says so), or no past_key_values"
+            )
         return LogicalLen(self.seen + query_length, self.layer_idx), 0
 
     def activate_past_recording(self) -> None:

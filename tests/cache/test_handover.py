@@ -202,8 +202,9 @@ def test_use_cache_false_is_refused_by_generate(attn, source, how, tiny_model, t
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("source", ["argument", "config"])
-def test_use_cache_false_with_all_tokens_again_is_refused_by_forward(source, attn, tiny_model, tiny_prompts):
-    model, ids = tiny_model("llama", attn=attn), tiny_prompts(1)["input_ids"]
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_use_cache_false_with_all_tokens_again_is_refused_by_forward(name, source, attn, tiny_model, tiny_prompts):
+    model, ids = tiny_model(name, attn=attn), tiny_prompts(1)["input_ids"]
     arguments = {"use_cache": False} if source == "argument" else {}
     model.config.use_cache = source == "argument"
     cache = HardKVCache(config=model.config, **EVICT)
