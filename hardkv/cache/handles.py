@@ -66,14 +66,15 @@ for _operator in (
 class NewTokens:
     """The keys and values of one `update()`, `[B, H, q, D]` and `[B, H, q, Dv]`, on their way to attention.
 
+    They are stored in the layer's dtype; attention of the first forward gets them as they were given.
     Of latents and rotated keys `keys` are both, joined, and `values` have no width: they are the keys' first part.
     """
 
     def __init__(self, layer: "HardKVLayer", keys: Tensor, values: Tensor, start: int):
         self.layer, self.latent = layer, layer.latent
         self.given = (keys, values)  # with their graph
-        self.keys = keys.detach()
-        self.values = values.detach()
+        self.keys = keys.detach().to(layer.dtype)
+        self.values = values.detach().to(layer.dtype)
         if self.latent:
             self.keys = torch.cat([self.keys, self.values], -1)
             self.values = self.keys[..., :0]

@@ -19,7 +19,10 @@ def check_alike(keys: Tensor, values: Tensor, layer_idx: int) -> None:
 
 def what_else(held: tuple[int, ...], got: tuple[int, ...]) -> str:
     """What to do about keys of another shape, batch first, than a layer holds."""
-    advice = "this cache belongs to another batch or model; use a new HardKVCache, or reset() this one"
+    advice = (
+        "this cache belongs to another batch or model, or was begun under torch.autocast and does not go on under it; "
+        "use a new HardKVCache, or reset() this one"
+    )
     if held[1:] == got[1:] and 0 < held[0] < got[0] and got[0] % held[0] == 0:
         times = got[0] // held[0]
         advice += f". For beams, or several answers to each prompt, that go on: cache.batch_repeat_interleave({times})"

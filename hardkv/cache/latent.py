@@ -60,7 +60,7 @@ class Latent:
             UnroutedKVError: that is not what these maps make of them.
         """
         keys, values = self.expand_kv(*new.given)
-        latent, rotated = (states[:, :, -1:].detach() for states in new.given)  # one token tells
+        latent, rotated = (states[:, :, -1:].detach().to(self.keys.dtype) for states in new.given)  # one token tells
         ours = latent @ self.keys.mT, rotated.expand(-1, keys.shape[1], -1, -1), latent @ self.values.mT
         theirs, expected = torch.cat([keys[:, :, -1:], values[:, :, -1:]], -1).detach(), torch.cat(ours, -1)
         if theirs.shape != expected.shape or (theirs - expected).abs().max() > ROUNDING * theirs.abs().max():

@@ -19,6 +19,7 @@ from hardkv.cache.state import LayerState
 from hardkv.cache.tiers import DenseTier, Tiers, storage_nbytes
 from hardkv.cache.together import compress_together
 from hardkv.kernels.attention import attend_tiers
+from hardkv.kernels.autocast import active
 from hardkv.selectors.observation import Observation
 
 
@@ -46,7 +47,7 @@ class HardKVLayer(LayerState):
             self.lazy_initialization(key_states, value_states)
         got = (key_states.shape[0], key_states.shape[1], key_states.shape[3], value_states.shape[3])
         held = (self.batch_size, self.num_kv_heads, self.head_dim, self.value_dim)
-        if got != held or key_states.dtype != self.dtype:
+        if got != held or (key_states.dtype != self.dtype and not active(key_states.device)):
             if self.seen == 0:
                 self.lazy_initialization(key_states, value_states)
             else:

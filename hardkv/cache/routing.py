@@ -22,13 +22,20 @@ from hardkv.cache.hiding import Past
 from hardkv.cache.latent import Latent
 from hardkv.cache.static import StaticTokens, static_attention
 from hardkv.cache.steps import UnknownLength
+from hardkv.kernels.autocast import attended_dtype, suspended
 
 
 def _wrap_attention(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, except that keys of a HardKVCache go to its layer."""
 
     def attention(
-        module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Any,
+        value: Any,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Any, Any]:
         if isinstance(key, KVHandle) and isinstance(key.new, StaticTokens):
             return _static(name, module, query, key, kwargs)
@@ -59,6 +66,7 @@ def _static(
     name: str, module: torch.nn.Module, query: Tensor, key: KVHandle, kwargs: dict[str, Any]
 ) -> tuple[Tensor, None]:
     """`_routed` for the one token of a static step, whose model was seen to be routed in the prefill."""
+    query = query.to(attended_dtype(query))
     new, latent = key.new, Latent.of(module, key, query)
     if kwargs.get("sliding_window") != new.window:
         raise NotImplementedError(
@@ -109,21 +117,22 @@ def _routed(
     padding = None if plain else _padding(mask, query.shape[0], new)
     new.layer.check_module(module)
     scale, softcap = _scale(query, kwargs), _softcap(name, kwargs)
-    latent = Latent.of(module, key, query)
+    attended = query.detach().to(new.keys.dtype)
+    latent = Latent.of(module, key, attended)
     if new.start == 0:  # the first call: nothing is compressed yet, and the original kernel is exact
         full_mask = mask.original if isinstance(mask, HardKVMask) else mask
         states = new.given if latent is None else latent.expand(new)
         result = original(module, query, *states, full_mask, **kwargs)
         install()  # a kernel of the hub may just have been loaded, and registered, again
-        with torch.no_grad():
-            query = query.detach() if latent is None else latent.absorb(query.detach())
-            new.layer.prefill(new, query, padding, scale=scale, softcap=softcap)
+        with torch.no_grad(), suspended(query.device):
+            attended = attended if latent is None else latent.absorb(attended)
+            new.layer.prefill(new, attended, padding, scale=scale, softcap=softcap)
         return result
     (new_mask, past), sinks = _mask_of_new(mask, padding, new), kwargs.get("s_aux")
-    with torch.no_grad():
+    with torch.no_grad(), suspended(query.device):
         out = new.layer.decode(
             new,
-            query.detach() if latent is None else latent.absorb(query.detach()),
+            attended if latent is None else latent.absorb(attended),
             padding,
             new_mask,
             past,
@@ -133,6 +142,7 @@ def _routed(
         )  # [B, Hq, q, Dv]
         if latent is not None:
             out = latent.emit(out)
+    out = out.to(attended_dtype(query))
     inputs = [x for x in (query, *new.given, sinks) if x is not None and x.requires_grad]
     if inputs and torch.is_grad_enabled():
         out = _NoGradient.apply(out, *inputs)
@@ -311,7 +321,8 @@ def install() -> None:
                 f"transformers {transformers.__version__} keeps its attention registry differently from the versions "
                 "hardkv was tested with: please report it and use a tested version (see the README)"
             )
-    for name, function in list(AttentionInterface._global_mapping.items()):
+    entries: list[tuple[str, Any]] = list(AttentionInterface._global_mapping.items())
+    for name, function in entries:
         if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
             AttentionInterface.register(name, _mark(_wrap_attention(name, function), function))  # type: ignore[arg-type]
     for name, function in list(AttentionMaskInterface._global_mapping.items()):

@@ -17,6 +17,7 @@ from hardkv.cache.queries import QueryRing
 from hardkv.cache.tiers import Tiers, sequences_of
 from hardkv.cache.trace import Recorder
 from hardkv.config import HardKVConfig
+from hardkv.kernels.autocast import attended_dtype
 from hardkv.selectors.budgets import Budget
 
 
@@ -105,8 +106,13 @@ class LayerState(CacheLayerMixin):
         return f"{type(self).__name__}(scorer={self.settings.scorer}, budget={self.budget}{held})"
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Remember shapes, dtype and device of the first keys `[B, H, q, D]` and values `[B, H, q, Dv]`."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        """Remember shapes, dtypes and device of the first keys `[B, H, q, D]` and values `[B, H, q, Dv]`.
+
+        Under autocast they may come in two dtypes, and DynamicCache has values in the larger; attention reads both in
+        a third, which is stored.
+        """
+        self.dtype, self.device = attended_dtype(key_states), key_states.device
+        self.dense_dtypes = key_states.dtype, torch.promote_types(key_states.dtype, value_states.dtype)
         self.batch_size, self.num_kv_heads, _, self.head_dim = key_states.shape
         self.value_dim = value_states.shape[-1]
         self.is_initialized = True
@@ -280,5 +286,5 @@ class LayerState(CacheLayerMixin):
         """Bytes that DynamicCache would hold for the same columns."""
         if not self.seen:
             return 0
-        columns = self.batch_size * self.num_kv_heads * self.seen
-        return columns * (self.head_dim + self.value_dim) * self.dtype.itemsize
+        keys, values = (dtype.itemsize for dtype in self.dense_dtypes)
+        return self.batch_size * self.num_kv_heads * self.seen * (self.head_dim * keys + self.value_dim * values)

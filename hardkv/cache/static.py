@@ -20,6 +20,7 @@ from hardkv.cache.pool import Pool
 from hardkv.cache.together import compress_together
 from hardkv.cache.windows import LAST, StaticWindow
 from hardkv.kernels.append import append_step
+from hardkv.kernels.autocast import suspended
 
 
 class StaticDecoding:
@@ -175,12 +176,30 @@ class StaticDecoding:
             scale, softcap, sinks: as in `kernels.attention.attend_tiers`.
 
         Returns:
-            `[B, Hq, 1, Dv]`.
+            `[B, Hq, 1, Dv]`, in the query's dtype; what is stored keeps its own.
         """
-        if layer_idx in self.windows:
-            return self.windows[layer_idx].attend(
-                query, keys, values, self.column, store, scale=scale, softcap=softcap, sinks=sinks
-            )
+        window = self.windows.get(layer_idx)
+        given, held = query.dtype, (self.pools[layer_idx].dense if window is None else window).keys.dtype
+        query, keys, values = query.to(held), keys.to(held), values.to(held)
+        with suspended(query.device):
+            if window is None:
+                out = self._attend(layer_idx, query, keys, values, store, scale=scale, softcap=softcap, sinks=sinks)
+            else:
+                out = window.attend(query, keys, values, self.column, store, scale=scale, softcap=softcap, sinks=sinks)
+        return out.to(given)
+
+    def _attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        store: bool,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         layer, pool = self.layers[layer_idx], self.pools[layer_idx]
         assert layer.tiers is not None
         dense = layer.tiers.dense

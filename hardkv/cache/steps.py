@@ -115,6 +115,7 @@ class DecodeSteps:
         self.captures = self.replays = 0
         self._inputs: dict[str, Any] = {}
         self._weights: tuple[int, ...] = ()  # addresses, which nobody changes while steps are made
+        self._autocast: Any = None  # the caller's, which nobody changes either
         self._forget()
 
     def __reduce__(self) -> Any:
@@ -160,6 +161,10 @@ class DecodeSteps:
         model = self._model()
         assert model is not None
         self._settle_weights(model)
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        if autocast != self._autocast:
+            self._forget()
+            self._autocast = autocast
         self._take({name: value for name, value in inputs.items() if name not in REPLACED})
         for layer in cache._compressed:
             if layer.event_due:  # held until all layers had read the keys
@@ -271,6 +276,7 @@ class DecodeSteps:
             return
         self._graph = self._logits = None
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        torch.clear_autocast_cache()  # it keeps casts of weights while its block lasts: no graph may read or make them
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = self._run()
@@ -282,6 +288,8 @@ class DecodeSteps:
                 f"the forward of {type(model).__name__} cannot be captured in a CUDA graph ({error}): leave out "
                 "custom_generate=graphed" + ("" if self.compiled else ", or try graphed with compile=True")
             ) from error
+        finally:
+            torch.clear_autocast_cache()
         self._graph, self._logits, self._place = graph, logits, place
         self.captures += 1
 

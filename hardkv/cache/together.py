@@ -11,6 +11,7 @@ from hardkv.cache.event import Event, check, groups, select
 from hardkv.cache.merged import Selection
 from hardkv.cache.offload import ToHost
 from hardkv.cache.tiers import Tiers
+from hardkv.kernels.autocast import suspended
 
 if TYPE_CHECKING:
     from hardkv.cache.layer import HardKVLayer
@@ -93,8 +94,10 @@ class Compression:
 
         selections: dict[torch.device, list[tuple[list[int], Selection]]] = {}
         for group in groups(self.events, tiers, rings):
-            selection = select(of(self.events, group), of(tiers, group), of(rings, group))
-            selections.setdefault(layers[group[0]].device, []).append((group, selection))
+            device = layers[group[0]].device
+            with suspended(device):
+                selection = select(of(self.events, group), of(tiers, group), of(rings, group))
+            selections.setdefault(device, []).append((group, selection))
         self.selected = [
             (selected, ToHost(torch.cat([selection.sizes for _, selection in selected])))
             for selected in selections.values()

@@ -26,10 +26,10 @@ class StaticWindow:
         assert layer.values is not None
         self.layer, self.attention, self.size = layer, attention, layer.sliding_window
         batch, heads, _, _ = layer.keys.shape
-        device = layer.keys.device
+        dtype, device = self._dtype(layer), layer.keys.device
         with torch.inference_mode(False):
             self.keys, self.values = (  # [B, H, W, D]
-                torch.empty(*states.shape[:2], self.size, states.shape[3], dtype=states.dtype, device=device)
+                torch.empty(*states.shape[:2], self.size, states.shape[3], dtype=dtype, device=device)
                 for states in (layer.keys, layer.values)
             )
             self.positions = torch.zeros(batch, self.size, dtype=torch.int32, device=device)
@@ -38,6 +38,13 @@ class StaticWindow:
             self._hidden = torch.zeros(1, 1, 1, dtype=torch.bool, device=device)
         self.padded = False  # whether a column may be hidden
 
+    @staticmethod
+    def _dtype(layer: DynamicSlidingWindowLayer) -> torch.dtype:
+        """One for keys and values, which autocast may leave with two."""
+        assert layer.keys is not None
+        assert layer.values is not None
+        return torch.promote_types(layer.keys.dtype, layer.values.dtype)
+
     def fits(self, layer: DynamicSlidingWindowLayer) -> bool:
         """Whether the ring serves the layer as it is now."""
         keys = layer.keys
@@ -45,7 +52,7 @@ class StaticWindow:
             layer is self.layer
             and keys is not None
             and keys.shape[:2] == self.keys.shape[:2]
-            and keys.dtype == self.keys.dtype
+            and self._dtype(layer) == self.keys.dtype
             and keys.device == self.keys.device
         )
 
@@ -57,7 +64,7 @@ class StaticWindow:
         self.padded = padding is not None and not bool(padding.all())
         for ring, states in ((self.keys, self.layer.keys), (self.values, self.layer.values)):
             assert states is not None
-            ring.index_copy_(2, slots, states[:, :, states.shape[2] - slots.shape[0] :])
+            ring.index_copy_(2, slots, states[:, :, states.shape[2] - slots.shape[0] :].to(ring.dtype))
         positions = columns.to(torch.int32).expand(self.fill.shape[0], -1)
         self.positions[:, slots] = positions if padding is None else positions.masked_fill(~padding, LAST)
 
@@ -65,7 +72,10 @@ class StaticWindow:
         """Let the layer hold what it would after `seen` columns."""
         if self.layer.cumulative_length != seen:
             slots, _ = self._newest(seen)
-            keys, values = self.keys.index_select(2, slots), self.values.index_select(2, slots)
+            assert self.layer.keys is not None
+            assert self.layer.values is not None
+            keys = self.keys.index_select(2, slots).to(self.layer.keys.dtype)
+            values = self.values.index_select(2, slots).to(self.layer.values.dtype)
             self.layer.keys, self.layer.values, self.layer.cumulative_length = keys, values, seen
 
     def _newest(self, seen: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardkv.kernels.attention import accumulation_dtype
+from hardkv.kernels.autocast import suspended
 from hardkv.kernels.backends import current, kernels_for
 from hardkv.kernels.rows import Rows, padded_index
 
@@ -60,7 +61,8 @@ def window_attention(
                 exclude=exclude,
                 sinks=sinks,
             )
-    return window_attention_reference(*tensors, rows, num_kv_heads, scale, softcap, reduce, exclude, sinks)
+    with suspended(keys.device):
+        return window_attention_reference(*tensors, rows, num_kv_heads, scale, softcap, reduce, exclude, sinks)
 
 
 def window_attention_reference(

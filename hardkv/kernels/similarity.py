@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hardkv.kernels.attention import accumulation_dtype
+from hardkv.kernels.autocast import suspended
 from hardkv.kernels.backends import current, kernels_for
 from hardkv.kernels.rows import Rows
 
@@ -40,7 +41,8 @@ def mean_cosine(keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float 
         with current(keys):
             bounds = rows.cu_seqlens, rows.longest
             return kernel.mean_cosine(keys, *bounds, threshold=threshold, eps=eps, reach=reach)
-    return mean_cosine_reference(keys, rows, threshold, eps, reach)
+    with suspended(keys.device):
+        return mean_cosine_reference(keys, rows, threshold, eps, reach)
 
 
 def mean_cosine_reference(keys: Tensor, rows: Rows, threshold: float, eps: float, reach: int) -> Tensor:

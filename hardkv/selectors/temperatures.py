@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hardkv.kernels.autocast import suspended
 from hardkv.selectors.checks import check_name
 
 SOLVERS = ("adam", "bisect")
@@ -116,7 +117,7 @@ def fit_temperatures(
         )
     scores, reference, mask = _checked(scores, reference, p, mask)
     n_rows = scores.shape[0]
-    with torch.no_grad():
+    with torch.no_grad(), suspended(scores.device):
         problem = _prepare(scores, reference, p, mask)
         counts, samples = problem.m, problem.used.sum(-1)
         temperatures = scores.new_ones(n_rows)
@@ -176,9 +177,10 @@ def kept_counts(
             f"temperatures has shape {list(temperatures.shape)} and begins {temperatures.flatten()[:8].tolist()}; it "
             f"must be [{scores.shape[0]}], one positive finite number per row of scores. Pass None for no calibration."
         )
-    z = _sorted_logits(scores, mask)
-    weights = (z / temperatures.to(z)[:, None, None]).softmax(-1)
-    counts, _ = _top_p(weights, (reference * ~mask).sum(-1), mask.sum(-1), p)
+    with suspended(scores.device):
+        z = _sorted_logits(scores, mask)
+        weights = (z / temperatures.to(z)[:, None, None]).softmax(-1)
+        counts, _ = _top_p(weights, (reference * ~mask).sum(-1), mask.sum(-1), p)
     return counts
 
 

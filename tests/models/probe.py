@@ -323,6 +323,18 @@ def uncompressed(layer: Any) -> list[Tensor]:
     return _tensors(layer)
 
 
+def autocast_rounding(model_type: str) -> Tensor:
+    """Differences `[NEW, 2, V]` of a cache that evicts nothing from DynamicCache, both under autocast to bfloat16."""
+    model = tiny_model(model_type)
+    caches = DynamicCache(config=model.config), HardKVCache(config=model.config, **HOLD_ALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, actual = (run(model, cache) for cache in caches)
+    stored = {layer.tiers.dense.keys.dtype for layer in caches[1]._compressed if layer.tiers is not None}
+    if stored != {torch.bfloat16}:
+        raise Defect(f"stores {stored} under autocast")
+    return (actual - expected).float()
+
+
 def rounding(model_type: str, dtype: torch.dtype) -> Tensor:
     """Differences `[NEW, 2, V]` of an evicting cache from the oracle in half precision, both finite.
 

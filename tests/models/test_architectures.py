@@ -20,6 +20,7 @@ from tests.models.probe import (
     REFUSED,
     SUPPORTED,
     Defect,
+    autocast_rounding,
     probe,
     probe_graphed,
     rounding,
@@ -27,9 +28,11 @@ from tests.models.probe import (
 from tests.models.tiny import TYPES, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about tiny configs
-# 0.9 quantiles, of logits of a few units: a rounding may move a token to other experts, and change it altogether
 # Of every kind one, for decoding by static steps; the others are slow tests.
 GRAPHED = ["deepseek_v3", "gemma2", "llama4", "mistral", "qwen2_moe", "qwen3_next", "recurrent_gemma", "whisper"]
+# Whose own code stores float32 beside bfloat16, with any cache.
+NO_AUTOCAST = ["dbrx", "xmod"]
+# 0.9 quantiles, of logits of a few units: a rounding may move a token to other experts, and change it altogether
 HALF = {torch.bfloat16: 0.05, torch.float16: 0.006}
 
 
@@ -62,6 +65,18 @@ def test_architecture_in_half_precision(model_type, dtype):
         assert rounding(model_type, dtype).abs().quantile(0.9) < HALF[dtype]
     else:
         assert verdict_of(model_type).reason
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=[] if name in GRAPHED else pytest.mark.slow)
+        for name, verdict in (compatibility.committed() or {}).items()
+        if verdict["status"] == SUPPORTED and name not in NO_AUTOCAST
+    ],
+)
+def test_architecture_under_autocast(model_type):
+    assert autocast_rounding(model_type).abs().quantile(0.9) < HALF[torch.bfloat16]
 
 
 @pytest.mark.parametrize(
