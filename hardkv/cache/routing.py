@@ -324,7 +324,7 @@ def install() -> None:
     entries: list[tuple[str, Any]] = list(AttentionInterface._global_mapping.items())
     for name, function in entries:
         if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
-            AttentionInterface.register(name, _mark(_wrap_attention(name, function), function))  # type: ignore[arg-type]
+            AttentionInterface.register(name, _mark(_wrap_attention(name, function), function))
     for name, function in list(AttentionMaskInterface._global_mapping.items()):
         if not name.startswith("paged|") and not hasattr(function, "_hardkv"):
             AttentionMaskInterface.register(name, _wrap_mask(function))  # type: ignore[arg-type]

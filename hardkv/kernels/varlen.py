@@ -294,7 +294,7 @@ def varlen_attention(
     elif bound:
         parts.append(_attend_dense(chosen, q, dense_keys, dense_values, fill, bound, q_len, scale, softcap))
     if not parts:
-        nothing = torch.zeros(rows, q_len, group, value_dim, device=query.device)
+        nothing = torch.zeros(rows, q_len, group, value_dim, dtype=torch.float32, device=query.device)
         parts.append((nothing, torch.full_like(nothing[..., 0], -torch.inf)))
     if sinks is not None:
         logit = sinks.float().view(1, num_kv_heads, 1, group).expand(batch, -1, q_len, -1).flatten(0, 1)

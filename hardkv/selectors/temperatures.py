@@ -208,9 +208,9 @@ class _Problem:
         """Bisect each sample's own log T. Returns per row their lowest and highest, and whether no T matters."""
         n_best, n_live = (self.z == 0).sum(-1), (self.z > _DEAD).sum(-1)
         flat = ((n_best == n_live) | (self.m >= n_live) | ~self.used).all(-1)
-        coldest = (n_best - self.m).clamp(min=0) / n_best  # the rest's mass for T -> 0 and T -> infinity
-        hottest = (n_live - self.m).clamp(min=0) / n_live
-        goal = self.target.clamp(coldest.to(self.target), hottest.to(self.target))  # ties can put the target beyond
+        # the rest's mass for T -> 0 and T -> infinity
+        coldest, hottest = ((n - self.m).clamp(min=0).to(self.target) / n for n in (n_best, n_live))
+        goal = self.target.clamp(coldest, hottest)  # ties can put the target beyond
 
         zero = torch.zeros_like(goal)
         gap = self.rest_mass(zero) - goal

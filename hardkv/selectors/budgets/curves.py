@@ -97,4 +97,5 @@ def middles(counts: Tensor) -> Tensor:
 
 def reach(count: Tensor, context: Tensor) -> Tensor:
     """Which share of the contexts from a quarter of `context` to all of it have more than `count` tokens."""
+    context = context.to(count)  # a number times integers would have the default dtype
     return ((context - count) / ((1 - CONTEXT_FROM) * context)).clamp(0.0, 1.0)

@@ -64,7 +64,7 @@ class Plan:
         """Counts of all rows, int64 `[B, rows]`, for sequences of `tokens [B]` with `protected [B]` a row."""
         n, floor, cap = risk.n, risk.floor, risk.cap
         if isinstance(floor, float):
-            low = protected + (floor * (n - protected).clamp_min(0)).long()
+            low = protected + (floor * (n - protected).clamp_min(0).float()).long()
         else:
             low = protected.clamp_min(floor)
         high = tokens if cap is None else tokens.minimum(protected.clamp_min(cap))
