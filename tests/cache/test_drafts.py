@@ -54,3 +54,29 @@ def test_a_crop_behind_the_last_event_counts_from_there(draft):
     read(PROMPT - 1)
     torch.testing.assert_close(observed.queries, whole.observe(0).queries)
     assert observed.query_valid.all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_batch_goes_on_as_if_what_was_cropped_had_never_been(recording, padded, tiny_model, tiny_prompts):
+    """The crop brings a held event, at which rows with pads hold unequal numbers of new tokens."""
+    model, inputs = tiny_model("llama", num_hidden_layers=1), tiny_prompts(2, PROMPT, new=12)
+    inputs["attention_mask"][0, [PROMPT + 1, PROMPT + 4]] = 0
+    cache, twin = (HardKVCache(config=model.config, window=WINDOW, sinks=1, interval=3, budget=8) for _ in range(2))
+
+    def read(cache, count):
+        new = slice(cache.get_seq_length(), cache.get_seq_length() + count)
+        mask = inputs["attention_mask"][:, : new.stop] if padded else None
+        with torch.no_grad():
+            logits = model(inputs["input_ids"][:, new], attention_mask=mask, past_key_values=cache).logits[:, -1]
+        return logits[mask[:, -1].bool()] if padded else logits
+
+    if recording:
+        cache.layers[0].activate_past_recording()
+    torch.testing.assert_close(read(cache, PROMPT), read(twin, PROMPT))
+    taken = 3 if recording else 1  # which brings an event, or not
+    read(cache, taken + 1)
+    cache.crop(-1)
+    read(twin, taken)
+    for count in (1, 1, 1, 3):
+        torch.testing.assert_close(read(cache, count), read(twin, count))

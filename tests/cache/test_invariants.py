@@ -140,6 +140,9 @@ class Ledger:
             assert tiers["condensed"][row] + tiers["dense"][row] == read  # each once, the window in the dense tier
             assert tiers["sparse"][row] == waiting
         sparse = layer.tiers.sparse
+        for tier in (layer.tiers.condensed, sparse):  # what kernels are compiled for
+            assert (tier.cu_seqlens.dtype, tier.positions.dtype) == (torch.int32, torch.int32)
+            assert tier.misses.dtype == torch.uint8
         for row, missed in enumerate(ragged_rows(sparse, sparse.misses)):
             assert missed.tolist() == [self.misses[row][position] for position in tiers["sparse"][row]]
         rank = [idx for idx, other in enumerate(cache.layers) if hasattr(other, "tiers")].index(self.index)
