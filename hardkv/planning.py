@@ -110,7 +110,7 @@ def plan(
             if cache.settings.calibration is not None and layer.budget.uses_temperature:
                 condensed += batch * heads * 4
             recent += batch * (heads * columns * token + columns * 4 + 16)  # positions, fill, tokens so far
-            recent += batch * layer.first  # whether a mask hid what was stored
+            recent += batch * layer.first * (max_length + 1)  # the last mask, and whether one was not followed
             queries += batch * (window + 1) * (query_heads * dim * dtype.itemsize + 1)
         elif isinstance(layer, DynamicSlidingWindowLayer):
             sliding += batch * heads * min(layer.sliding_window, max_length) * token
