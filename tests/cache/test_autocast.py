@@ -17,7 +17,7 @@ from hardkv.kernels.rows import Rows
 from hardkv.kernels.scoring import window_attention
 from hardkv.kernels.similarity import mean_cosine
 from hardkv.selectors import TopP, fit_temperatures
-from hardkv.selectors.calibration import kept_counts
+from hardkv.selectors.temperatures import kept_counts
 
 HOLD_ALL = dict(budget=1000, window=4, sinks=1, interval=3)  # an event every 3 tokens, and nothing is lost
 EVICT = dict(budget=8, window=4, sinks=1, interval=3)
