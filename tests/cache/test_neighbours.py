@@ -17,10 +17,10 @@ from hardkv.calibration_file import geometry
 from hardkv.selectors import SCORERS, AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
 from tests.cache.conftest import PAD, VOCABULARY
 
-NEW = 19
+NEW = 13
 PROMPTS = (6, 30, 17)  # tokens of the rows; the first is shorter than the window and the sinks
 COLUMNS = max(PROMPTS)
-SIZES = {"window": 7, "sinks": 1, "interval": 4}
+SIZES = {"window": 7, "sinks": 1, "interval": 3}
 BUDGETS = [TopK(12), AdaKV(12), Pyramid(12, beta=2), Adaptive(12, floor=9), TopP(0.6, floor=9, cap=16)]
 WITH_TEMPERATURES = [Adaptive(12), TopP(0.6, floor=9, cap=16), Pyramid(Adaptive(12), beta=2)]
 SETTINGS = {"": {}, "patience": {"patience": 2}, "pinned": {"pin_prompt": True}}
@@ -122,12 +122,11 @@ def test_a_row_does_not_depend_on_its_neighbours(scorer, budget, settings, model
     if settings.get("calibration") == "online" and not settings.get("pin_prompt"):
         assert {tiers.fitted for tiers in (layer.tiers for layer in together[1].layers)} == {(1, 0, 0)}
     other_ids, other_mask = prompts(2, (COLUMNS, 11))
-    beside = run(model, settings, torch.cat([other_ids, ids[:1]]), torch.cat([other_mask, mask[:1]]))
+    beside = run(model, settings, torch.cat([other_ids, ids[:2]]), torch.cat([other_mask, mask[:2]]))
     assert_same_row(together, 0, beside, 2)
-    for row in (0, 1):
-        pads = COLUMNS - PROMPTS[row]
-        alone = run(model, settings, ids[row : row + 1, pads:], mask[row : row + 1, pads:])
-        assert_same_row(together, row, alone, 0, pads)
+    assert_same_row(together, 1, beside, 3)
+    pads = COLUMNS - PROMPTS[0]
+    assert_same_row(together, 0, run(model, settings, ids[:1, pads:], mask[:1, pads:]), 0, pads)
 
 
 @pytest.mark.parametrize("settings", [{}, *CALIBRATED.values()], ids=str)
@@ -151,7 +150,8 @@ def test_each_row_is_fitted_again_from_its_own_first_fit_on(refit, model):
     """
     ids, mask = prompts(1)
     settings = {"scorer": "snapkv", "budget": Adaptive(12), "calibration": "online", "refit": refit}
-    cache, before, changed = HardKVCache(config=model.config, **SIZES | settings), None, [[], [], []]
+    cache = HardKVCache(config=model.config, **SIZES | {"interval": 4} | settings)
+    before, changed = None, [[], [], []]
     with torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
         for step in range(33):
@@ -175,22 +175,22 @@ def test_rows_go_on_with_their_own_fits(model):
     rows = torch.tensor([1, 0, 0, 2])
 
     def steps(cache, mask, count):
-        for step in range(count):
+        for _ in range(count):
             mask = F.pad(mask, (0, 1), value=1)
-            new = torch.full((len(mask), 1), 5 + step)
+            new = torch.full((len(mask), 1), 5 + mask.shape[1])
             with torch.no_grad():
                 model(new, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache)
         return mask
 
-    for before in (0, 4, 9):
+    for before in (0, 7):
         one, other = (HardKVCache(config=model.config, **settings) for _ in range(2))
         for cache in (one, other):
             with torch.no_grad():
                 model(ids, attention_mask=mask, past_key_values=cache)
         picked = steps(one, mask, before)[rows]
         one.batch_select_indices(rows)
-        steps(one, picked, 24 - before)
-        steps(other, mask, 24)
+        steps(one, picked, 18 - before)
+        steps(other, mask, 18)
         for layer, theirs in zip(one.layers, other.layers, strict=True):
             assert layer.tiers.fitted == tuple(theirs.tiers.fitted[row] for row in rows.tolist()) == (0, 1, 1, 0)
             temperatures = theirs.tiers.temperatures.view(3, -1)[rows]
@@ -208,8 +208,10 @@ def test_every_row_is_fitted_once(pin_prompt, model, monkeypatch):
 
     monkeypatch.setattr(event, "fit_temperatures", counting)
     settings = {"scorer": "snapkv", "budget": Adaptive(42), "calibration": "online", "pin_prompt": pin_prompt}
+    if pin_prompt:
+        settings |= {"window": 4, "interval": 9}
     _, cache = run(model, settings, *prompts(1))
     tiers = cache.layers[0].tiers
     assert sum(fits) == 2 * 3 * tiers.shape[1]
-    assert tiers.fitted == ((2, 2, 2) if pin_prompt else (1, 0, 0))
+    assert tiers.fitted == ((1, 1, 1) if pin_prompt else (1, 0, 0))
     assert (tiers.temperatures != 1).any()
