@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from hardkv.selectors.risk import reach
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hardkv import HardKVCache, calibrate, graphed
 from hardkv.selectors import AdaKV, Risk, RiskCurves, TopP, fit_temperatures
+from hardkv.selectors.budgets import reach
 
 EVICT = dict(budget=8, window=4, sinks=1, interval=3)
 SETTINGS = {
