@@ -6,9 +6,15 @@ import torch
 from torch import Tensor
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
+def _available(kind: str) -> bool:
+    """Whether devices of a kind know autocast."""
+    return torch.amp.is_autocast_available(kind)
+
+
 def active(device: torch.device) -> bool:
     """Whether the caller's autocast is on for the device."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def attended_dtype(states: Tensor) -> torch.dtype:

@@ -1,0 +1,62 @@
+"""Memory on the way: a prompt and its events take hardly more than with DynamicCache, on the PyTorch path too."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from hardkv import HardKVCache
+
+TOKENS = 1000
+MODELS = {
+    "heads": (4, 4, 32, torch.float32, 32),
+    "grouped": (8, 2, 64, torch.bfloat16, 32),
+    "one head, long window": (8, 1, 64, torch.bfloat16, 64),
+}
+
+pytestmark = pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="looks at the CPU's allocator")
+
+
+def peak_bytes(call, path):
+    """The most that was allocated at a time during a call, by every allocation of the process, beyond what was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    profiler.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    totals = [event["args"]["Total Allocated"] for event in changes]
+    return max(totals) - (totals[0] - changes[0]["args"]["Bytes"])
+
+
+# What more than dense, as a multiple of what the prompt's keys and values take: a chunk attends over float32 copies.
+@pytest.mark.parametrize(("chunk", "more"), [(TOKENS, 0.25), (250, 8)])
+@pytest.mark.parametrize("name", MODELS)
+def test_peak_of_a_prompt(name, chunk, more, tmp_path):
+    heads, kv_heads, dim, dtype, window = MODELS[name]
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=dim,
+        max_position_embeddings=TOKENS,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval().to(dtype)
+    ids = torch.randint(5, 256, (1, TOKENS))
+
+    @torch.inference_mode()
+    def run(cache):
+        for part in ids.split(chunk, 1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+
+    run(DynamicCache(config=config))
+    dense = peak_bytes(lambda: run(DynamicCache(config=config)), tmp_path / "trace.json")
+    held = 2 * 2 * kv_heads * TOKENS * dim * dtype.itemsize
+    for scorer in ("snapkv", "rkv"):
+        made = HardKVCache(config=config, scorer=scorer, budget=TOKENS // 2, window=window)
+        assert peak_bytes(lambda cache=made: run(cache), tmp_path / "trace.json") <= dense + more * held, scorer
