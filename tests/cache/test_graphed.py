@@ -301,8 +301,10 @@ def test_what_follows_without_static_steps(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ids = torch.randint(2, 40, (3, mask.shape[1] - 2 + 3))
+        seen = torch.ones_like(ids)
+        seen[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"][[1, 0, 1]]
         outs = [
-            model.generate(ids, **{CACHE: cache}, max_new_tokens=8, do_sample=False, **extra)
+            model.generate(ids, attention_mask=seen, **{CACHE: cache}, max_new_tokens=8, do_sample=False, **extra)
             for cache, extra in zip(caches, ({}, {"custom_generate": graphed}), strict=True)
         ]
     assert torch.equal(*outs)

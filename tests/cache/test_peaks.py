@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(torch.get_default_device().type != "cpu", reason
 
 
 def peak_bytes(call, path):
-    """The most that was allocated at a time during a call, by every allocation of the process, beyond what was before."""
+    """The most that was allocated at a time during a call, beyond what was before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     profiler.export_chrome_trace(str(path))
