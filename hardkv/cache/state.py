@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hardkv.cache.handles import HeldStates, LogicalLen
 from hardkv.cache.handover import use_cache_of_forward
@@ -108,11 +108,12 @@ class LayerState(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember shapes, dtypes and device of the first keys `[B, H, q, D]` and values `[B, H, q, Dv]`.
 
-        Under autocast they may come in two dtypes, and DynamicCache has values in the larger; attention reads both in
-        a third, which is stored.
+        Under autocast they may come in two dtypes, which DynamicCache keeps, and attention reads both in a third, which
+        is stored.
         """
         self.dtype, self.device = attended_dtype(key_states), key_states.device
-        self.dense_dtypes = key_states.dtype, torch.promote_types(key_states.dtype, value_states.dtype)
+        dense = DynamicLayer().update(key_states[:, :, :0], value_states[:, :, :0])
+        self.dense_dtypes = tuple(states.dtype for states in dense)
         self.batch_size, self.num_kv_heads, _, self.head_dim = key_states.shape
         self.value_dim = value_states.shape[-1]
         self.is_initialized = True
