@@ -217,10 +217,10 @@ def first() -> str:
 def prompts() -> str:
     """Time to the first token with every scorer, as a multiple of DynamicCache's."""
     found: dict[tuple[bool, str, int], dict[str, dict[str, Any]]] = {}
-    for record in read("prompts"):
+    for record in read("prompts")["records"]:
         place = "cpu" in record["machine"], record["model"], record["context"]
         found.setdefault(place, {})[record["scorer"]] = record
-    scorers = list(dict.fromkeys(record["scorer"] for record in read("prompts") if record["scorer"]))
+    scorers = list(dict.fromkeys(record["scorer"] for record in read("prompts")["records"] if record["scorer"]))
     rows = []
     for (on_cpu, model, context), records in sorted(found.items()):
         where = f"{SHAPES.get(model, model)}, {'CPU' if on_cpu else 'H200'}"

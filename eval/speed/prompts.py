@@ -75,13 +75,13 @@ def main(argv: list[str] | None = None) -> None:
         bench = Bench("two small layers", SMALL, device, torch.float32)
         where = {"cpu": platform.machine(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
         where["torch"] = torch.__version__
-    found = json.loads(args.out.read_text()) if args.out.exists() else []
+    found = json.loads(args.out.read_text())["records"] if args.out.exists() else []
     for length in args.lengths:
         for record in measure(bench, length, args.repeats):
             record["machine"] = where
             found = [old for old in found if _key(old) != _key(record)] + [record]
             print(f"{length} {record['scorer'] or record['method']}: {record['ratio']:.3f}, {record['seconds']:.3f} s")
-        write_text(args.out, json.dumps(found, indent=1) + "\n")
+        write_text(args.out, json.dumps({"records": found}, indent=1) + "\n")
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:

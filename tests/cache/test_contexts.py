@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hardkv import HardKVCache, calibrate, graphed
 from hardkv.selectors import AdaKV, Risk, RiskCurves, TopP, fit_temperatures
-from hardkv.selectors.budgets import reach
+from hardkv.selectors.budgets.curves import reach
 
 EVICT = dict(budget=8, window=4, sinks=1, interval=3)
 SETTINGS = {

@@ -168,6 +168,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import LlamaForCausalLM
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 
 torch.set_num_threads(1)
 state = PartialState(cpu=True)

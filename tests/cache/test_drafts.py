@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 
 WINDOW, PROMPT = 4, 20
 
@@ -19,7 +20,7 @@ def draft(tiny_model, tiny_prompts):
         def read(count):
             start = cache.get_seq_length()
             with torch.no_grad():
-                model(ids[:, start : start + count], past_key_values=cache)
+                model(ids[:, start : start + count], **{CACHE: cache})
 
         read(PROMPT)
         cache.layers[0].activate_past_recording()
@@ -68,7 +69,7 @@ def test_a_batch_goes_on_as_if_what_was_cropped_had_never_been(recording, padded
         new = slice(cache.get_seq_length(), cache.get_seq_length() + count)
         mask = inputs["attention_mask"][:, : new.stop] if padded else None
         with torch.no_grad():
-            logits = model(inputs["input_ids"][:, new], attention_mask=mask, past_key_values=cache).logits[:, -1]
+            logits = model(inputs["input_ids"][:, new], attention_mask=mask, **{CACHE: cache}).logits[:, -1]
         return logits[mask[:, -1].bool()] if padded else logits
 
     if recording:

@@ -294,7 +294,7 @@ def test_a_sliding_layer_that_dies_while_it_stores(name, models, monkeypatch):
     model = models[name]
     cache = filled(model)
 
-    def update(layer, keys, values, *args):
+    def update(layer, keys, values, *args, **kwargs):
         layer.cumulative_length += keys.shape[-2]
         out_of_memory()
 

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from hardkv import HardKVCache, graphed
+from hardkv.cache.argument import CACHE
 from hardkv.cache.handover import WAITING
 
 EVICT = {"budget": 12, "window": 4, "sinks": 1, "interval": 3}
@@ -61,10 +62,10 @@ def test_a_cache_that_never_comes_to_the_model_is_noticed(lost, attn, tiny_model
     model = tiny_model("llama", attn=attn)
     cache = HardKVCache(config=model.config, **EVICT)
     with lost(model), pytest.raises(NotImplementedError, match="LlamaForCausalLM runs without it.*DynamicCache"):
-        model.generate(**tiny_prompts(2), past_key_values=cache, **GREEDY)
+        model.generate(**tiny_prompts(2), **{CACHE: cache}, **GREEDY)
     assert cache.get_seq_length() == 0
-    expected = model.generate(**tiny_prompts(2), past_key_values=HardKVCache(config=model.config, **EVICT), **GREEDY)
-    assert torch.equal(model.generate(**tiny_prompts(2), past_key_values=cache, **GREEDY), expected)
+    expected = model.generate(**tiny_prompts(2), **{CACHE: HardKVCache(config=model.config, **EVICT)}, **GREEDY)
+    assert torch.equal(model.generate(**tiny_prompts(2), **{CACHE: cache}, **GREEDY), expected)
     assert not WAITING
 
 
@@ -73,7 +74,7 @@ def test_graphed_notices_it_too(lost, tiny_model, tiny_prompts):
     model = tiny_model("llama")
     cache = HardKVCache(config=model.config, **EVICT)
     with lost(model), pytest.raises(NotImplementedError, match="LlamaForCausalLM runs without it"):
-        model.generate(**tiny_prompts(2), past_key_values=cache, custom_generate=graphed, **GREEDY)
+        model.generate(**tiny_prompts(2), **{CACHE: cache}, custom_generate=graphed, **GREEDY)
 
 
 def test_graphed_looks_itself(monkeypatch, tiny_model, tiny_prompts):
@@ -82,16 +83,16 @@ def test_graphed_looks_itself(monkeypatch, tiny_model, tiny_prompts):
     model = tiny_model("llama")
     cache = HardKVCache(config=model.config, **EVICT)
     with dropping(model), pytest.raises(NotImplementedError, match="LlamaForCausalLM runs without it"):
-        model.generate(**tiny_prompts(2), past_key_values=cache, custom_generate=graphed, **GREEDY)
+        model.generate(**tiny_prompts(2), **{CACHE: cache}, custom_generate=graphed, **GREEDY)
 
 
 def test_a_cache_that_holds_a_turn_is_missed_as_well(tiny_model, tiny_prompts):
     model, inputs = tiny_model("llama"), tiny_prompts(1)
     cache = HardKVCache(config=model.config, **EVICT)
-    out = model.generate(**inputs, past_key_values=cache, **GREEDY)
+    out = model.generate(**inputs, **{CACHE: cache}, **GREEDY)
     held = cache.get_seq_length()
     with dropping(model), pytest.raises(NotImplementedError, match="runs without it"):
-        model.generate(out, past_key_values=cache, **GREEDY)
+        model.generate(out, **{CACHE: cache}, **GREEDY)
     assert cache.get_seq_length() == held
 
 
@@ -107,12 +108,12 @@ def test_a_call_that_failed_before_its_forward_leaves_nothing_behind(tiny_model,
 
     expected = model.generate(**inputs, **GREEDY)
     with prepared_by(model, fail), pytest.raises(RuntimeError, match="before the forward"):
-        model.generate(**inputs, past_key_values=cache, **GREEDY)
+        model.generate(**inputs, **{CACHE: cache}, **GREEDY)
     assert WAITING
     model(**inputs)  # the same model, by nobody's generate()
     assert not WAITING
     with prepared_by(model, fail), pytest.raises(RuntimeError, match="before the forward"):
-        model.generate(**inputs, past_key_values=cache, **GREEDY)
+        model.generate(**inputs, **{CACHE: cache}, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY), expected)
 
 
@@ -133,7 +134,7 @@ def test_the_same_model_without_the_cache_while_it_waits(tiny_model, tiny_prompt
 
     cache = HardKVCache(config=model.config, **EVICT)
     with prepared_by(model, generate_densely):
-        model.generate(**inputs, past_key_values=cache, **GREEDY)
+        model.generate(**inputs, **{CACHE: cache}, **GREEDY)
     assert len(found) == 2
     assert all(torch.equal(each, expected) for each in found)
     assert cache.get_seq_length() == 18
@@ -146,7 +147,7 @@ def test_lengths_may_be_asked_as_often_as_one_likes(tiny_model, tiny_prompts):
     assert [cache.get_seq_length() for _ in range(3)] == [0, 0, 0]
     assert [int(cache.get_mask_sizes(5, 0)[0]) for _ in range(3)] == [5, 5, 5]
     model(**inputs)
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     assert cache.get_seq_length() == 13
 
 
@@ -159,12 +160,12 @@ def test_gradient_checkpointing_drops_no_cache_in_silence(name, attn, tiny_model
     model, inputs = tiny_model(name, attn=attn), tiny_prompts(2)
     model.gradient_checkpointing_enable()
     cache = HardKVCache(config=model.config, **EVICT)
-    expected = model(**inputs, past_key_values=HardKVCache(config=model.config, **EVICT)).logits
+    expected = model(**inputs, **{CACHE: HardKVCache(config=model.config, **EVICT)}).logits
     model.train()
     with pytest.raises(NotImplementedError, match=r"checkpointing drops caches.*model.eval\(\)"):
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE: cache}, use_cache=True)
     model.eval()
-    assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)
+    assert torch.equal(model(**inputs, **{CACHE: cache}).logits, expected)
     assert cache.get_seq_length() == 13
 
 
@@ -193,9 +194,9 @@ def test_use_cache_false_is_refused_by_generate(attn, source, how, tiny_model, t
     if source == "generation_config":
         model.generation_config.use_cache = False
     with pytest.raises(ValueError, match=r"use_cache=False.*feeds all tokens again.*pass use_cache=True"):
-        model.generate(inputs["input_ids"], past_key_values=cache, **arguments)  # without a mask, which would show it
+        model.generate(inputs["input_ids"], **{CACHE: cache}, **arguments)  # without a mask, which would show it
     assert cache.get_seq_length() == 0
-    model.generate(inputs["input_ids"], past_key_values=cache, **(arguments | {"use_cache": True}))
+    model.generate(inputs["input_ids"], **{CACHE: cache}, **(arguments | {"use_cache": True}))
     assert cache.get_seq_length() == 18
     model.generate(inputs["input_ids"], max_new_tokens=3, use_cache=False)  # nobody's cache
 
@@ -208,10 +209,10 @@ def test_use_cache_false_with_all_tokens_again_is_refused_by_forward(name, sourc
     arguments = {"use_cache": False} if source == "argument" else {}
     model.config.use_cache = source == "argument"
     cache = HardKVCache(config=model.config, **EVICT)
-    model(ids, past_key_values=cache, **arguments)  # as DynamicCache: one forward uses what it is given
+    model(ids, **{CACHE: cache}, **arguments)  # as DynamicCache: one forward uses what it is given
     with pytest.raises(ValueError, match="14 tokens come after the 13.*seem to be fed again.*use_cache=True"):
-        model(torch.cat([ids, ids[:, :1]], 1), past_key_values=cache, **arguments)
+        model(torch.cat([ids, ids[:, :1]], 1), **{CACHE: cache}, **arguments)
     assert cache.get_seq_length() == 13
-    model(ids[:, :5], past_key_values=cache, **arguments)  # what is new goes in
-    model(ids, past_key_values=cache, use_cache=True)
+    model(ids[:, :5], **{CACHE: cache}, **arguments)  # what is new goes in
+    model(ids, **{CACHE: cache}, use_cache=True)
     assert cache.get_seq_length() == 31

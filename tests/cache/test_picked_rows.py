@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import Adaptive
 
 SIZES = {"window": 4, "sinks": 1, "interval": 6}
@@ -31,7 +32,7 @@ def forwards(model, cache, inputs, start, stop):
         end = column + 1 if column else PROMPT
         ids, mask = inputs["input_ids"][:, column:end], inputs["attention_mask"][:, :end]
         with torch.no_grad():
-            logits = model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
+            logits = model(ids, attention_mask=mask, **{CACHE: cache}).logits[:, -1]
         column = end
     return logits
 

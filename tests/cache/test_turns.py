@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hardkv import HardKVCache, graphed
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV, Adaptive, TopP
 from tests.cache.conftest import DEVICE, PAD, VOCABULARY, make_prompts
 from tests.cache.following import Follower
@@ -35,7 +36,7 @@ def forward(model, cache, ids: Tensor, mask: Tensor, **kwargs) -> Tensor:
     positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     arguments = {"attention_mask": mask, "position_ids": positions} | kwargs
     with torch.no_grad():
-        return model(ids, past_key_values=cache, **arguments).logits
+        return model(ids, **{CACHE: cache}, **arguments).logits
 
 
 def converse(model, cache, batch: int = 3, between: int = 6):
@@ -300,7 +301,7 @@ def answers(model, cache, turns: int = 3, batch: int = 3, new: int = 8, custom=N
         arguments["custom_generate"] = custom
     for turn in range(turns):
         end = ENDS[turn]
-        ids = model.generate(ids, attention_mask=mask, past_key_values=cache, eos_token_id=end, **arguments)
+        ids = model.generate(ids, attention_mask=mask, **{CACHE: cache}, eos_token_id=end, **arguments)
         fresh = ids[:, mask.shape[1] :]
         out.append(fresh)
         ends = torch.isin(fresh, torch.tensor(end)).long()

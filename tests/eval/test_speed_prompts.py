@@ -57,7 +57,7 @@ def test_a_second_run_replaces_its_own_records(bench, monkeypatch, tmp_path):
     out = tmp_path / "prompts.json"
     for lengths in (["200", "300"], ["300"]):
         prompts.main(["--out", str(out), "--repeats", "1", "--lengths", *lengths])
-    records = json.loads(out.read_text())
+    records = json.loads(out.read_text())["records"]
     assert sorted((record["context"], record["scorer"]) for record in records) == sorted(
         (length, scorer) for length in (200, 300) for _, scorer in prompts.CACHES
     )
