@@ -21,7 +21,7 @@ class HardKVConfig:
 
     Args:
         scorer: name ("rkv", "attention", "snapkv", or registered by you) or an object with `score(observation)`. "rkv"
-            is for long reasoning; its selections take longest, by the square of what a head holds.
+            is for long reasoning; its selections take longest, as each token is compared with up to 4,096 others.
         budget: int n, the mean tokens kept per KV head, or a budget object from `hardkv.selectors`. An integer means
             TopK(n); with a calibration that holds risk curves Risk(n), with temperatures only Adaptive(n).
         window: newest tokens always kept; their queries score all others.
