@@ -187,6 +187,8 @@ class Plain:
         """Every head judges its tokens by the queries that it was shown."""
         assert self.columns is not None
         for layer in range(LAYERS):
+            if not any(head for b in range(self.batch) for head in self.held[b][layer]):
+                continue  # nothing is held, so nobody is asked
             shown = observed.pop(0)
             self._check_observed(shown, layer)
             for b in range(self.batch):
