@@ -1,12 +1,14 @@
 """Nothing is left behind from one generation to the next, or from one step to the next: no object, no context variable.
 
-With the garbage collector off, so that a cycle shows as an object left behind.
+With the garbage collector off, so that a cycle shows as an object left behind. What `generate()` itself leaves with a
+DynamicCache (three objects a generation with transformers 5.17, none with 5.24) does not count.
 """
 
 import contextvars
 import gc
 
 import pytest
+from transformers import DynamicCache
 
 from hardkv import HardKVCache
 from hardkv.cache.argument import CACHE
@@ -23,12 +25,12 @@ OPTIONS = {
 }
 
 
-def generations(model, count, new, cache=None, **options):
+def generations(model, count, new, cache=None, kind=HardKVCache, **options):
     """Generate `count` times, each with a cache of its own unless one is reset."""
     for _ in range(count):
         if cache is not None:
             cache.reset()
-        own = HardKVCache(config=model.config, **SETTINGS) if cache is None else cache
+        own = kind(config=model.config, **(SETTINGS if kind is HardKVCache else {})) if cache is None else cache
         model.generate(**make_prompts(2), **{CACHE: own}, max_new_tokens=new, **options)
 
 
@@ -45,6 +47,11 @@ def left_behind(run):
         gc.enable()
 
 
+def by_generate(model, count, new):
+    """Objects that transformers leaves behind without us."""
+    return left_behind(lambda: generations(model, count, new, kind=DynamicCache, do_sample=False))[0]
+
+
 @pytest.mark.parametrize("way", OPTIONS)
 @pytest.mark.parametrize("reused", [False, True], ids=["new", "reset"])
 def test_generations_leave_nothing_behind(way, reused):
@@ -52,7 +59,7 @@ def test_generations_leave_nothing_behind(way, reused):
     cache = HardKVCache(config=model.config, **SETTINGS) if reused else None
     options = OPTIONS[way] | {"do_sample": False}
     objects, variables = left_behind(lambda: generations(model, GENERATIONS, 6, cache, **options))
-    assert objects < GENERATIONS  # not one of each generation
+    assert objects - by_generate(model, GENERATIONS, 6) < GENERATIONS  # not one of each generation
     assert variables == 0
 
 
@@ -61,7 +68,7 @@ def test_steps_leave_nothing_behind(way):
     model, new = make_model("qwen3", num_hidden_layers=2), 80
     options = OPTIONS[way] | {"do_sample": True, "top_k": 5, "repetition_penalty": 1.1}
     objects, variables = left_behind(lambda: generations(model, 1, new, **options))
-    assert objects < new
+    assert objects - by_generate(model, 1, new) < new
     assert variables == 0
 
 
@@ -70,5 +77,5 @@ def test_layers_of_other_kinds_leave_nothing_behind(name):
     """Sliding windows, linear attention, latents."""
     model, options = tiny_model(name), OPTIONS["graphed"] | {"do_sample": False}
     objects, variables = left_behind(lambda: generations(model, GENERATIONS, 6, **options))
-    assert objects < GENERATIONS
+    assert objects - by_generate(model, GENERATIONS, 6) < GENERATIONS
     assert variables == 0
