@@ -273,6 +273,7 @@ def on(device: str):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("attention", ["auto", "torch", "flash_attn"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
@@ -291,6 +292,7 @@ def test_on_a_gpu(name, dtype, attention, tiny_model, tiny_prompts, run_feed):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
 def test_graphs_on_a_gpu(compile, tiny_model, tiny_prompts):
     """Autocast keeps casts of weights until its block ends: a graph must not read them in the next one.
