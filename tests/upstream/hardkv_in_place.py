@@ -138,7 +138,7 @@ def attended_for_tests(update: Any) -> Any:
             return handles
         new = handles[0].new
         if new.start:
-            layer.decode(new, keys, None, None, scale=1.0, softcap=None, sinks=None)
+            layer.decode(new, keys, None, None, None, scale=1.0, softcap=None, sinks=None)
         else:
             layer.prefill(new, keys, None, scale=1.0, softcap=None)
         return layer.keys, layer.values
