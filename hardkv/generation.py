@@ -5,7 +5,6 @@ events nothing that a step reads changes its place, so the step is captured once
 (`hardkv.cache.steps`); the next token is drawn on the device, and the host reads one flag a step, one step late.
 """
 
-import sys
 from collections import deque
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hardkv.cache.argument import CACHE, take
 from hardkv.cache.cache import HardKVCache
+from hardkv.cache.callers import callers
 from hardkv.cache.handover import refuse_dropped
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
@@ -168,11 +168,9 @@ def runs_ahead(device: torch.device) -> bool:
 
 def _caller() -> dict[str, Any]:
     """Arguments of the `generate()` that called which it does not hand on to a function of the user's own."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
             return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model", "synced_gpus")}
-        frame = frame.f_back
     return {}
 
 

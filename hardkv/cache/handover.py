@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from hardkv.cache.callers import callers
 from hardkv.cache.whole import WholeCache
 
 # By thread, the cache that generate() was given and no forward has asked yet. Attention looks here, so it is a plain
@@ -105,23 +106,19 @@ class GivenCache(WholeCache):
 
 def _generate_under_way() -> dict[str, Any] | None:
     """The local variables of transformers' innermost `generate()` that this thread is in."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         if frame.f_code.co_name == "generate" and "model_kwargs" in frame.f_code.co_varnames:
             return frame.f_locals
-        frame = frame.f_back
     return None
 
 
 def use_cache_of_forward() -> bool | None:
     """What `use_cache` is in the model's forward that this thread is in, the config's where nobody gave it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         if frame.f_code.co_name == "forward" and "use_cache" in frame.f_code.co_varnames:
             given = frame.f_locals
             if isinstance(given["self"], PreTrainedModel):  # a layer's may be a default that nobody cared for
                 return given["use_cache"]
-        frame = frame.f_back
     return None
 
 

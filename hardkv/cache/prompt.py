@@ -1,7 +1,6 @@
 """Whose tokens a forward pass brings: the prompt's, or those that `generate()` drew."""
 
-import sys
-from typing import Any
+from hardkv.cache.callers import callers
 
 
 def generate_prefills() -> bool:
@@ -9,9 +8,7 @@ def generate_prefills() -> bool:
 
     Nothing that reaches a cache tells such a chunk from a drawn token, but who called does.
     """
-    frame: Any = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         if frame.f_code.co_name == "_prefill" and "generation_config" in frame.f_code.co_varnames:
             return True
-        frame = frame.f_back
     return False
