@@ -22,9 +22,9 @@ from hardkv.cache.callers import callers
 from hardkv.cache.handover import refuse_dropped
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
-from hardkv.cache.offload import ToHost
 from hardkv.cache.static import linear_of, states_of
 from hardkv.cache.steps import DecodeSteps
+from hardkv.cache.storage.offload import ToHost
 from hardkv.cache.whole import HALF_DONE
 from hardkv.kernels.attention import backend_for
 

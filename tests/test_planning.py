@@ -10,7 +10,7 @@ from transformers import DynamicCache, Gemma4TextConfig
 import hardkv
 from hardkv import HardKVCache, graphed
 from hardkv.cache.hybrid import HybridLayer
-from hardkv.cache.tiers import storage_nbytes
+from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, TopK, TopP
 from tests.cache.conftest import generate_logits, make_model, make_prompts
 from tests.models.tiny import tiny_model

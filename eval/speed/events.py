@@ -16,9 +16,9 @@ from eval.speed.operations import TOLERANCE, reference_kernels, relative_error
 from eval.speed.timing import CudaTimer, describe
 from hardkv import HardKVConfig
 from hardkv.cache.layer import HardKVLayer
-from hardkv.cache.queries import QueryRing
-from hardkv.cache.tiers import Tiers
-from hardkv.cache.together import compress_together
+from hardkv.cache.schedule import run_events
+from hardkv.cache.storage.queries import QueryRing
+from hardkv.cache.storage.tiers import Tiers
 from hardkv.kernels import attention
 from hardkv.selectors import Risk, RiskCurves, TopK
 
@@ -74,12 +74,11 @@ def make_layers(model: Model, setting: Setting, budget: str, alike: bool, count:
         tiers = make_tiers(setting, lengths, setting.capacity, model.seen, place, alike)
         layer = HardKVLayer(settings_for(model, setting, "attention"), budgets[place], place)
         layer.lazy_initialization(tiers.dense.keys, tiers.dense.values)
-        layer.tiers = replace(tiers, compressed_at=model.seen - setting.interval, events=1)
         draw, query_heads = setting.normal(place + 1000), setting.heads * setting.group
         queries = draw(model.batch, query_heads, setting.window, setting.dim)
-        layer.ring = QueryRing(queries, setting.window)
-        layer.ring.append(queries, None, model.seen - setting.window)
-        layer.scale = setting.dim**-0.5
+        ring = QueryRing(queries, setting.window)
+        ring.append(queries, None, model.seen - setting.window)
+        layer.restore(replace(tiers, compressed_at=model.seen - setting.interval, events=1), ring, setting.dim**-0.5)
         layers.append(layer)
     return layers
 
@@ -100,8 +99,9 @@ def fitting_layers(model: Model, setting: Setting, free: int) -> int:
 def restored(layers: Sequence[HardKVLayer], tiers: Sequence[Tiers]) -> Callable[[], None]:
     """Put back the old tiers, which an event only reads, and drop the new ones; returns the call of their event."""
     for layer, old in zip(layers, tiers, strict=True):
-        layer.tiers = old
-    return partial(compress_together, layers)
+        assert layer.ring is not None
+        layer.restore(old, layer.ring, layer.scale)
+    return partial(run_events, layers)
 
 
 def event_error(layer: HardKVLayer, old: Tiers) -> float:

@@ -48,8 +48,8 @@ from eval.speed.kernel_time import Profiler
 from eval.speed.timing import CudaTimer, copy_bandwidth, describe
 from hardkv import Calibration, HardKVCache, graphed
 from hardkv.cache.argument import CACHE
-from hardkv.cache.queries import QueryRing
-from hardkv.cache.tiers import storage_nbytes
+from hardkv.cache.storage.memory import storage_nbytes
+from hardkv.cache.storage.queries import QueryRing
 from hardkv.calibration_file import geometry
 from hardkv.files import file_to_write, write_text
 from hardkv.selectors import Risk, TopK
@@ -198,10 +198,9 @@ class Bench:
             tiers = make_tiers(setting, lengths, fill, case.context, idx)
             layer.lazy_initialization(tiers.dense.keys, tiers.dense.values)
             queries = setting.normal(idx + 1000)(case.batch, heads * setting.group, setting.window, setting.dim)
-            layer.ring = QueryRing(queries, setting.window + 1)
-            layer.ring.append(queries, None, case.context - setting.window)
-            layer.tiers = replace(tiers, compressed_at=case.context, events=1)
-            layer.scale, layer.prompt_length = setting.dim**-0.5, case.context
+            ring = QueryRing(queries, setting.window + 1)
+            ring.append(queries, None, case.context - setting.window)
+            layer.restore(replace(tiers, compressed_at=case.context, events=1), ring, setting.dim**-0.5)
         return cache
 
     def _fill(self, cache: Any, case: Case) -> Any:

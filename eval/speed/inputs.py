@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
+from hardkv.cache.storage.dense import DenseTier
+from hardkv.cache.storage.ragged import Columns, RaggedTier
+from hardkv.cache.storage.tiers import Tiers
 from hardkv.kernels.rows import Rows, cumulative
 
 # Logical length of synthetic sequences, from which what is kept is a part.
@@ -103,13 +105,13 @@ def make_tiers(setting: Setting, lengths: Tensor, fill: int, seen: int, seed: in
         common = draw(batch, heads, 1, dim) * 1.5**0.5
         dense_keys += common
         keys += common.view(-1, dim)[rows.ids]
-    condensed = RaggedTier(
+    columns = Columns(
         keys,
         draw(rows.total, dim),
         (slot * (seen - fill) // length).to(torch.int32),
         torch.zeros(rows.total, dtype=torch.uint8, device=setting.device),
-        rows,
     )
+    condensed = RaggedTier(columns, rows)
     dense = DenseTier(
         dense_keys,
         draw(batch, heads, setting.capacity, dim),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from eval.speed.inputs import SEEN, Setting, Shape, make_tiers, slots
-from hardkv.cache.merged import Merged
-from hardkv.cache.tiers import DenseTier
+from hardkv.cache.events.held import HeldTokens
+from hardkv.cache.storage.dense import DenseTier
 from hardkv.kernels import append, attention, compaction, layout, scoring, selection, similarity, varlen
 from hardkv.kernels.rows import Rows
 from hardkv.kernels.similarity import REACH
@@ -126,7 +126,7 @@ class Attention(Operation):
         """The package alone, all tokens in one contiguous tier: what it could do without a dense tier."""
         if self.joined is None:
             query = self.query.unflatten(1, (self.setting.heads, -1)).transpose(2, 3)  # [B, H, q, G, D]
-            merged = Merged.of([self.tiers], 0, 0, 0)
+            merged = HeldTokens.of([self.tiers], 0, 0, 0)
             cu_q = torch.arange(self.rows + 1, dtype=torch.int32, device=query.device) * self.queries
             tokens = merged.gather([self.tiers], 0), merged.gather([self.tiers], 1)
             self.joined = query.flatten(0, 2).contiguous(), *tokens, cu_q, merged.rows
@@ -351,7 +351,7 @@ class Compaction(Operation):
         fill = setting.capacity
         self.tiers = make_tiers(setting, (shape.draw(seed) - fill).clamp_min(1), fill, SEEN, seed)
         random = torch.Generator(setting.device).manual_seed(seed)
-        merged = Merged.of([self.tiers], setting.window, 0, 0)
+        merged = HeldTokens.of([self.tiers], setting.window, 0, 0)
         self.merged = replace(merged, misses=torch.empty_like(merged.misses).random_(0, 255, generator=random))
         chosen = torch.rand(self.merged.rows.total, generator=random, device=setting.device) < 0.85
         chosen |= self.merged.address >= self.tiers.condensed.rows.total

@@ -20,16 +20,17 @@ from transformers.cache_utils import (
 
 from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.handover import GivenCache
-from hardkv.cache.hiding import UNREAD
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.incoming import what_else
 from hardkv.cache.layer import HardKVLayer
-from hardkv.cache.offload import Offload
 from hardkv.cache.routing import install
+from hardkv.cache.schedule import EventSchedule, run_events
 from hardkv.cache.stats import Stats
 from hardkv.cache.steps import DecodeSteps
-from hardkv.cache.tiers import TIERS, Tiers, storage_nbytes
-from hardkv.cache.together import Together, compress_together
+from hardkv.cache.storage.hidden import UNREAD
+from hardkv.cache.storage.memory import storage_nbytes
+from hardkv.cache.storage.offload import Offload
+from hardkv.cache.storage.tiers import TIERS, Tiers
 from hardkv.cache.trace import Recorder, Trace
 from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
@@ -88,7 +89,7 @@ class HardKVCache(GivenCache):
             scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload
         )
         self._offload = Offload() if offload else None
-        self._together: Together | None = None
+        self._schedule: EventSchedule | None = None
         self.steps: DecodeSteps | None = None  # of hardkv.generation
         self.warnings: list[str] = []
         self._recorder: Recorder | None = None
@@ -130,7 +131,7 @@ class HardKVCache(GivenCache):
                 ours.temperatures = calibration.temperatures[rank]
             self.layers[idx] = ours
         if not offload:
-            self._together = Together(self._compressed)
+            self._schedule = EventSchedule(self._compressed)
         if warning := self._uncompressed(type(config).__name__, full):
             self._warn(warning)
 
@@ -213,12 +214,11 @@ class HardKVCache(GivenCache):
             for each in (layer, self._after(layer_idx)):  # the next one comes while this one computes
                 if each is not None and each.tiers is not None:
                     self._offload.fetch(each.layer_idx, each.tiers, each.device)
-        if self._together is not None:
-            self._together.finish()
-        handles = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+        if self._schedule is not None:
+            self._schedule.finish()
         if isinstance(layer, HardKVLayer):
-            handles[0].new.together = self._together  # type: ignore[union-attr]
-        return handles
+            return layer.update(key_states, value_states, *args, schedule=self._schedule, **kwargs)
+        return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
 
     def _after(self, layer_idx: int) -> HardKVLayer | None:
         """The next layer that this cache compresses."""
@@ -269,7 +269,7 @@ class HardKVCache(GivenCache):
                 self._recorder.crop()
         due = [layer for layer in self._compressed if layer.record_past and layer.event_due]
         if self._offload is None:
-            compress_together(due)
+            run_events(due)
         else:
             for layer in due:  # one at a time on the device
                 layer.compress()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from hardkv.cache.layer import HardKVLayer
+    from hardkv.cache.schedule import EventSchedule
     from hardkv.cache.static import StaticTokens
-    from hardkv.cache.together import Together
 
 
 class UnroutedKVError(RuntimeError):
@@ -70,7 +70,14 @@ class NewTokens:
     Of latents and rotated keys `keys` are both, joined, and `values` have no width: they are the keys' first part.
     """
 
-    def __init__(self, layer: "HardKVLayer", keys: Tensor, values: Tensor, start: int):
+    def __init__(
+        self,
+        layer: "HardKVLayer",
+        keys: Tensor,
+        values: Tensor,
+        start: int,
+        schedule: "EventSchedule | None" = None,
+    ):
         self.layer, self.latent = layer, layer.latent
         self.given = (keys, values)  # with their graph
         self.keys = keys.detach().to(layer.dtype)
@@ -80,7 +87,7 @@ class NewTokens:
             self.values = self.keys[..., :0]
         self.start = start  # column of the first of them
         self.ingested_at: int | None = None  # the layer's event count when they were stored
-        self.together: Together | None = None  # the layers whose events run together; None: each alone
+        self.schedule = schedule  # when the layer's events run; None: alone, at once
 
     @property
     def stop(self) -> int:

@@ -6,7 +6,8 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from hardkv.cache.layer import HardKVLayer
-from hardkv.cache.tiers import sequences_of, storage_nbytes
+from hardkv.cache.storage.memory import storage_nbytes
+from hardkv.cache.storage.tiers import sequences_of
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
 

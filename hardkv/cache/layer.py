@@ -1,29 +1,29 @@
 """One layer of the cache: stores what attention brings, attends over the tiers, and compresses at events."""
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hardkv.cache.event import Event, condense, observe
+from hardkv.cache.events.run import Events
 from hardkv.cache.handles import KVHandle, LatentHandle, NewTokens, UnroutedKVError
-from hardkv.cache.hiding import Past, noted, seen_through
 from hardkv.cache.incoming import check_alike, what_else
-from hardkv.cache.merged import Selection
+from hardkv.cache.layer_events import LayerEvents
 from hardkv.cache.prompt import generate_prefills
-from hardkv.cache.queries import QueryRing
+from hardkv.cache.protocol import LayerProtocol
+from hardkv.cache.schedule import EventSchedule, run_events
 from hardkv.cache.shards import local_heads
-from hardkv.cache.state import LayerState
-from hardkv.cache.tiers import DenseTier, Tiers, storage_nbytes
-from hardkv.cache.together import compress_together
+from hardkv.cache.storage.dense import DenseTier
+from hardkv.cache.storage.hidden import Past, noted, seen_through
+from hardkv.cache.storage.memory import storage_nbytes
+from hardkv.cache.storage.queries import QueryRing
+from hardkv.cache.storage.tiers import Tiers
 from hardkv.kernels.attention import attend_tiers
 from hardkv.kernels.autocast import active
-from hardkv.selectors.observation import Observation
 
 
-class HardKVLayer(LayerState):
+class HardKVLayer(LayerEvents, LayerProtocol):
     """Cascade Cache of one attention layer.
 
     A forward pass calls `update()`, which only wraps the new keys and values, then attention, which calls `prefill()`
@@ -35,8 +35,19 @@ class HardKVLayer(LayerState):
     # ------------------------------------------------------------------ called by the model
 
     @torch.compiler.disable
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[KVHandle, KVHandle]:
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        schedule: EventSchedule | None = None,
+        **kwargs: Any,
+    ) -> tuple[KVHandle, KVHandle]:
         """Wrap new keys and values for attention, which stores them; nothing is stored here.
+
+        Args:
+            key_states: `[B, H, q, D]`. value_states: `[B, H, q, Dv]`.
+            schedule: when this layer's events run; None: alone, at once.
 
         Raises:
             ValueError: values do not fit the keys, or both not what the cache holds.
@@ -57,7 +68,7 @@ class HardKVLayer(LayerState):
                 )
         if self.event_due:  # held back by recording, or because later layers still had to read
             self.compress()
-        new = NewTokens(self, key_states, value_states, self.seen)
+        new = NewTokens(self, key_states, value_states, self.seen, schedule)
         handle = LatentHandle if self.latent else KVHandle
         return handle(new, key_states), handle(new, value_states)
 
@@ -92,8 +103,8 @@ class HardKVLayer(LayerState):
             return
         self._check_pinned(new, padding)
         valid = _columns(padding, new)
-        together, nbytes = new.together, storage_nbytes([new.keys, new.values])
-        waits = together is not None and together.may_wait(self, nbytes)
+        schedule, nbytes = new.schedule, storage_nbytes([new.keys, new.values])
+        waits = schedule is not None and schedule.may_wait(self, nbytes)
         if valid is None and not self._event_held:
             dense = DenseTier.view(new.keys, new.values)
         else:  # pads must go, and what outlives this call must not alias the model's activations
@@ -104,14 +115,14 @@ class HardKVLayer(LayerState):
         if self.first:
             tiers = noted(tiers, valid)
         if not self._event_held and not waits:
-            tiers = self.placed(condense(self.event(tiers, scale, softcap), tiers, ring))
+            ((_, tiers),) = Events([self._inputs(tiers, ring, scale, softcap)]).finish()
         if self.offloading is not None:
             tiers = self.offloading.leave(self.layer_idx, tiers)
         self._store(new, tiers, ring, scale, softcap)
         if self.recorder is not None and tiers.compressed_at is not None:
             self.recorder.event(self)
-        if together is not None:
-            together.prefilled(self, nbytes)
+        if schedule is not None:
+            schedule.prefilled(self, nbytes)
 
     def decode(
         self,
@@ -158,10 +169,10 @@ class HardKVLayer(LayerState):
             assert self.tiers is not None
             bound = self.tiers.dense.bound
             out = self.attend(query, bound, new.start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask)
-            if new.together is not None:
-                new.together.decoded(self)
+            if new.schedule is not None:
+                new.schedule.decoded(self)
             elif self.ready:
-                compress_together([self])
+                run_events([self])
             return out
 
     def attend(
@@ -269,44 +280,6 @@ class HardKVLayer(LayerState):
                 f"exceeds the {limit} tokens a head may keep in layer {self.layer_idx} ({self.budget}): raise the "
                 "budget or set pin_prompt=False"
             )
-
-    # ------------------------------------------------------------------ events
-
-    def compress(self) -> None:
-        """Run an event now: score every token, apply the budget, give back the bytes of what lost."""
-        with self._on_device():
-            compress_together([self])
-
-    def observe(self) -> Observation:
-        """What an event would show the scorer now."""
-        with self._on_device():
-            assert self.tiers is not None
-            assert self.ring is not None
-            return observe(self.event(self.tiers, self.scale, self.softcap), self.tiers, self.ring)
-
-    def placed(self, tiers: Tiers) -> Tiers:
-        """The tiers of an event where they shall lie."""
-        return tiers if self.pool is None else self.pool.hold(tiers)
-
-    def selected(self, selection: Selection, place: int, index: tuple[Tensor, Tensor], sizes: Sequence[int]) -> Tiers:
-        """The tiers that an event leaves, where they shall lie.
-
-        Args:
-            selection: of some layers, in which this one has a `place`. index, sizes: see `Selection.finish`.
-        """
-        window, interval = self.settings.window, self.settings.interval
-        assert self.tiers is not None
-        if self.pool is not None:
-            tiers = self.pool.compacted(self.tiers, selection, index, sizes, place, window)
-            if tiers is not None:
-                return tiers
-        return self.placed(selection.finish(place, self.tiers, index, sizes, window, interval))
-
-    def event(self, tiers: Tiers, scale: float, softcap: float | None) -> Event:
-        """What an event of these tiers needs to know."""
-        latent = self.head_dim if self.latent else None
-        pinned = self.pinned(tiers.seen)
-        return Event(self.settings, self.budget, pinned, scale, softcap, self.temperatures, latent)
 
 
 def _columns(padding: Tensor | None, new: NewTokens) -> Tensor | None:

@@ -18,10 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hardkv.cache import handover
 from hardkv.cache.handles import HardKVMask, KVHandle, LogicalLen, NewTokens, UnroutedKVError
-from hardkv.cache.hiding import Past
 from hardkv.cache.latent import Latent
 from hardkv.cache.static import StaticTokens, static_attention
 from hardkv.cache.steps import UnknownLength
+from hardkv.cache.storage.hidden import Past
 from hardkv.kernels.autocast import attended_dtype, suspended
 
 

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hardkv.cache.tiers import Tiers, rows_of, storage_nbytes
-
-if TYPE_CHECKING:
-    from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.storage.memory import storage_nbytes
+from hardkv.cache.storage.tiers import Tiers, rows_of
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,31 @@ class HeldByLayer:
         return HeldByLayer(self.heads, {name: each.below(length) for name, each in self.tiers.items()})
 
 
+class HoldingLayer(Protocol):
+    """What a snapshot needs of a layer."""
+
+    layer_idx: int
+    tiers: Tiers | None
+
+    @property
+    def seen(self) -> int:
+        """Columns so far."""
+        ...
+
+    @property
+    def events(self) -> int:
+        """Selection events so far."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        ...
+
+    def dense_nbytes(self) -> int:
+        """Bytes that DynamicCache would hold."""
+        ...
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What all compressed layers held at one moment.
@@ -118,7 +141,7 @@ class Snapshot:
     layers: list[HeldByLayer]
 
     @classmethod
-    def of(cls, layers: "Sequence[HardKVLayer]", known: Mapping[int, HeldByLayer]) -> "Snapshot":
+    def of(cls, layers: Sequence[HoldingLayer], known: Mapping[int, HeldByLayer]) -> "Snapshot":
         """Of layers as they are now; what `known` says of a layer, by its index, goes before what it holds."""
         return cls(
             seen=max(layer.seen for layer in layers),

@@ -8,7 +8,6 @@ always, and the layer's `Pool` moves them to the old addresses.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from hardkv.cache.layer import HardKVLayer
-from hardkv.cache.pool import Pool
-from hardkv.cache.together import compress_together
+from hardkv.cache.schedule import run_events
+from hardkv.cache.storage.pool import Pool
 from hardkv.cache.windows import LAST, StaticWindow
 from hardkv.kernels.append import append_step
 from hardkv.kernels.autocast import suspended
@@ -96,10 +95,7 @@ class StaticDecoding:
             window.load(padding)
 
     def _hold(self, idx: int) -> None:
-        layer, pool = self.layers[idx], self.pools[idx]
-        assert layer.tiers is not None
-        assert layer.ring is not None
-        layer.tiers, layer.ring = pool.hold(layer.tiers), pool.hold_ring(layer.ring)
+        self.layers[idx].hold_in(self.pools[idx])
 
     def _note_fill(self) -> None:
         if self.pools:
@@ -119,7 +115,7 @@ class StaticDecoding:
         """An event of every layer, and back to the pools, one layer after the other."""
         self._count()
         with self.placing():
-            compress_together(list(self.layers.values()))
+            run_events(list(self.layers.values()))
         self._note_fill()
 
     @contextmanager
@@ -129,12 +125,12 @@ class StaticDecoding:
         What fails within leaves tiers that nobody can use.
         """
         for idx, layer in self.layers.items():
-            layer.pool = self.pools[idx]
+            layer.place_events(self.pools[idx])
         try:
             yield
         finally:
             for layer in self.layers.values():
-                layer.pool = None
+                layer.place_events(None)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -207,7 +203,7 @@ class StaticDecoding:
             stored = dense.keys, dense.values, dense.positions, dense.fill
             append_step(*stored, pool.ring.buffer, self.column, query, keys, values[..., : dense.values.shape[-1]])
         # the whole room: PyTorch gives an empty slice no address, and events fill it without a new capture
-        room = pool.tokens[0], pool.tokens[1]
+        room = pool.tokens.keys, pool.tokens.values
         return layer.attend(query, dense.capacity, LAST, scale=scale, softcap=softcap, sinks=sinks, room=room)
 
     def settle(self) -> None:
@@ -222,14 +218,7 @@ class StaticDecoding:
         if not count:
             return
         for layer in self.layers.values():
-            tiers, ring = layer.tiers, layer.ring
-            assert tiers is not None
-            assert ring is not None
-            prompt_length = tiers.seen if layer.prompt_length is None else layer.prompt_length
-            dense = replace(tiers.dense, bound=tiers.dense.bound + count)
-            tiers = replace(tiers, dense=dense, tokens=tiers.tokens + count, seen=tiers.seen + count)
-            ring.appended(count, tiers.seen)
-            layer.tiers, layer.prompt_length = tiers, prompt_length
+            layer.advance(count)
         self.filled += count
 
     def recover(self) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from zipfile import is_zipfile
 
 import numpy as np
@@ -12,17 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardkv.cache.snapshot import HeldByLayer, Positions, Snapshot
-from hardkv.cache.tiers import TIERS, sequences_of
+from hardkv.cache.snapshot import HeldByLayer, HoldingLayer, Positions, Snapshot
+from hardkv.cache.storage.tiers import TIERS, sequences_of
+from hardkv.config import HardKVConfig
 from hardkv.files import replacing
-
-if TYPE_CHECKING:
-    from hardkv.cache.cache import HardKVCache
-    from hardkv.cache.layer import HardKVLayer
 
 FORMAT = 1
 # What a snapshot knows beside positions.
 NUMBERS = ("seen", "events", "nbytes", "dense_nbytes")
+
+
+class RecordedCache(Protocol):
+    """What a trace needs of a cache."""
+
+    settings: HardKVConfig
+
+    @property
+    def _compressed(self) -> Sequence[HoldingLayer]: ...
 
 
 class Trace:
@@ -51,7 +57,7 @@ class Trace:
         self.snapshots = list(snapshots)
 
     @classmethod
-    def of(cls, cache: "HardKVCache") -> "Trace":
+    def of(cls, cache: RecordedCache) -> "Trace":
         """One snapshot of a cache as it is now; none of one that is empty, or whose last forward died midway."""
         given = cache.settings
         numbers = {name: getattr(given, name) for name in ("window", "sinks", "interval", "patience", "pin_prompt")}
@@ -274,7 +280,7 @@ class Recorder:
     Copies and pickles of a cache are not recorded.
     """
 
-    def __init__(self, cache: "HardKVCache"):
+    def __init__(self, cache: RecordedCache):
         self.trace = Trace.of(cache)
         self._layers = cache._compressed
         # layers that had an event which others are still to have, by the event's number
@@ -283,7 +289,7 @@ class Recorder:
     def __reduce__(self) -> Any:
         return type(None), ()
 
-    def event(self, layer: "HardKVLayer") -> None:
+    def event(self, layer: HoldingLayer) -> None:
         """A layer has just had an event."""
         assert layer.tiers is not None
         done = self._pending.setdefault(layer.events, {})
@@ -313,7 +319,7 @@ class Recorder:
         elif length < self.trace.columns:
             self.trace._change(lambda layer: layer.below(length))
 
-    def finish(self, cache: "HardKVCache") -> None:
+    def finish(self, cache: RecordedCache) -> None:
         """A last snapshot, unless the newest is of this very moment."""
         now = Trace.of(cache).snapshots
         before = self.trace.snapshots[-1:]
@@ -322,7 +328,7 @@ class Recorder:
             self.trace.snapshots += now
 
 
-def _used(layers: "Sequence[HardKVLayer]") -> "list[HardKVLayer]":
+def _used(layers: Sequence[HoldingLayer]) -> list[HoldingLayer]:
     """Those that hold tokens: a model need not use all."""
     return [layer for layer in layers if layer.seen]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hardkv.cache import HardKVCache, Trace
-from hardkv.cache.tiers import TIERS
+from hardkv.cache.storage.tiers import TIERS
 from hardkv.extras import require
 from hardkv.viz.figures import STATES, TIER_COLOURS, trace_of
 from hardkv.viz.html import Html

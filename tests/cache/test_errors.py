@@ -701,7 +701,7 @@ def test_a_held_event_that_raises_in_crop(layer, tiny_model, tiny_prompts):
 
 def test_storing_that_raises_is_not_done_twice(monkeypatch, tiny_model, tiny_prompts):
     """A failure after the dense tier was written, in the very first layer: the token must not be there twice."""
-    from hardkv.cache.queries import QueryRing
+    from hardkv.cache.storage.queries import QueryRing
 
     model = tiny_model("llama", "sdpa")
     cache, fresh = (HardKVCache(config=model.config, **EVICT) for _ in range(2))

@@ -26,9 +26,9 @@ import hardkv.generation as module
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
 from hardkv.cache.handles import KVHandle, UnroutedKVError
-from hardkv.cache.pool import GROWTH, Pool
 from hardkv.cache.siblings import adjacent
 from hardkv.cache.static import StaticTokens
+from hardkv.cache.storage.pool import GROWTH, Pool
 from hardkv.cache.windows import LAST
 from hardkv.calibration_file import geometry
 from hardkv.generation import graphed

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hardkv import HardKVCache, Stats
 from hardkv.cache.argument import CACHE
 from hardkv.cache.stats import format_bytes
-from hardkv.cache.tiers import storage_nbytes
+from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.selectors import RKV, AdaKV, SnapKV
 
 EVICT: dict[str, Any] = {"budget": 8, "window": 4, "sinks": 1, "interval": 3}

@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
 
 from hardkv import HardKVCache
-from hardkv.cache import together
+from hardkv.cache import schedule
 from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, TopK, TopP
 
@@ -80,8 +80,8 @@ def test_nbytes_is_what_the_object_graph_holds(name, batch, budget, patience, ti
     for _ in run_feed(model, cache, **inputs, chunks=[40] + [1] * 20 + [10]):
         reported = cache.nbytes()
         assert reported == cache.stats().nbytes == bytes_of(held_by(cache))
-        assert cache._together.under_way is None
-        assert not walk(vars(cache) | {"layers": None, "_together": None})  # nothing beside the layers
+        assert cache._schedule.under_way is None
+        assert not walk(vars(cache) | {"layers": None, "_schedule": None})  # nothing beside the layers
         for layer in cache.layers:
             if not hasattr(layer, "tiers"):
                 continue  # transformers' sliding-window layers
@@ -208,7 +208,7 @@ def test_prefill_holds_no_more_uncompressed_layers_than_may_wait(wait, padded, m
     """Full keys are gone when the next layer's come, but for layers that wait to be compressed with others."""
     batch = 3 if padded else 1
     model, inputs = tiny_model("llama", num_hidden_layers=4), tiny_prompts(batch, 60)
-    monkeypatch.setattr(together, "WAITING_BYTES", int((wait + 0.5) * batch * 2 * 60 * 2 * 8 * 4))
+    monkeypatch.setattr(schedule, "WAITING_BYTES", int((wait + 0.5) * batch * 2 * 60 * 2 * 8 * 4))
     cache = HardKVCache(config=model.config, budget=24, **SIZES)
     made, alive, uncompressed = [], [], []
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
-from hardkv.cache import event
+from hardkv.cache.events import select as event
 from hardkv.calibration_file import geometry
 from hardkv.selectors import SCORERS, AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
 from tests.cache.conftest import PAD, VOCABULARY

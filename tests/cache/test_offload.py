@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from hardkv import HardKVCache, HardKVConfig
-from hardkv.cache import offload
 from hardkv.cache.argument import CACHE
+from hardkv.cache.storage import offload
 from hardkv.selectors import AdaKV
 from tests.cache.following import Follower
 from tests.cache.test_modes import EVICT, MODELS, MODES, extended, greedy, held, look_up, repetitive, step

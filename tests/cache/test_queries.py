@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardkv.cache.queries import QueryRing
+from hardkv.cache.storage.queries import QueryRing
 
 BATCH, HEADS, DIM = 2, 2, 1
 

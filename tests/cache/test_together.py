@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from hardkv import HardKVCache
-from hardkv.cache import event
 from hardkv.cache.argument import CACHE
+from hardkv.cache.events import run as events
+from hardkv.cache.events import select as event
 from hardkv.selectors import RKV, AdaKV, Adaptive, Attention, Pyramid, Risk, RiskCurves, SnapKV, TopK, TopP
 
 SIZES = {"window": 4, "sinks": 1, "interval": 6}
@@ -37,18 +38,17 @@ def groups(monkeypatch):
     sizes = []
     select = event.select
 
-    def spy(events, *args):
-        sizes.append(len(events))
-        return select(events, *args)
+    def spy(inputs):
+        sizes.append(len(inputs))
+        return select(inputs)
 
-    monkeypatch.setattr(event, "select", spy)
-    monkeypatch.setattr("hardkv.cache.together.select", spy)
+    monkeypatch.setattr(events, "select", spy)
     return sizes
 
 
 def apart(monkeypatch):
     """Layers that wait for no other, each in an event of its own."""
-    monkeypatch.setattr("hardkv.cache.together.WAITING_BYTES", 0)
+    monkeypatch.setattr("hardkv.cache.schedule.WAITING_BYTES", 0)
     monkeypatch.setattr(event, "TOGETHER_BYTES", 0)
     monkeypatch.setattr(event, "TOGETHER_SHARE", 0)
 

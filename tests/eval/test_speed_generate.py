@@ -10,7 +10,7 @@ from transformers import Qwen3Config
 from eval.speed.generate import METHODS, SLOW_WARM, Bench, Case, _key, run
 from eval.speed.generate_report import NAMES, event_share, markdown, targets
 from eval.speed.kernel_time import kind_of, summarise
-from hardkv.cache.tiers import storage_nbytes
+from hardkv.cache.storage.memory import storage_nbytes
 
 COMMITTED = Path(__file__).parents[2] / "eval/results/generate.json"
 

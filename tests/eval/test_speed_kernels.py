@@ -341,7 +341,7 @@ def test_layers_are_an_interval_after_an_event():
         assert (held == held[:, :1]).all()
         assert (held.unique().numel() == 1) == (budget == "topk")
         assert all(layer.event_due and layer.ready for layer in layers)
-        events.compress_together(layers)
+        events.run_events(layers)
         again = torch.stack([layer.tiers.lengths() for layer in layers])
         assert torch.equal(again, held - SETTING.interval)  # static counts: what an event leaves is what it found
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from hardkv.cache.tiers import TIERS
+from hardkv.cache.storage.tiers import TIERS
 from hardkv.extras import MissingPackageError
 from hardkv.viz import explore
 from hardkv.viz.explore import draw

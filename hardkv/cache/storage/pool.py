@@ -1,15 +1,15 @@
 """Room for a layer's tokens at addresses that stay, for CUDA graphs."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hardkv.cache.merged import Selection
-from hardkv.cache.queries import QueryRing
-from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
+from hardkv.cache.storage.dense import DenseTier
+from hardkv.cache.storage.queries import QueryRing
+from hardkv.cache.storage.ragged import Columns, RaggedTier
+from hardkv.cache.storage.tiers import Tiers
 from hardkv.kernels.compaction import compact
 from hardkv.kernels.rows import Rows
 
@@ -36,15 +36,14 @@ class Pool:
 
     def _grow(self, like: RaggedTier, room: int) -> None:
         with torch.inference_mode(False):
-            self.tokens = [
-                torch.empty(room, *each.shape[1:], dtype=each.dtype, device=each.device)
-                for each in (like.keys, like.values, like.positions, like.misses)
-            ]
+            self.tokens = like.columns.map(
+                lambda column: torch.empty(room, *column.shape[1:], dtype=column.dtype, device=column.device)
+            )
 
     @property
     def room(self) -> int:
         """Tokens of the condensed tier that fit."""
-        return self.tokens[0].shape[0]
+        return self.tokens.keys.shape[0]
 
     def fits(self, tiers: Tiers) -> bool:
         """Whether these are of the pool's shapes; the condensed tier's length apart."""
@@ -69,10 +68,8 @@ class Pool:
         total = condensed.rows.total
         if total > self.room:
             self._grow(condensed, int(total * GROWTH))
-        held = [buffer[:total] for buffer in self.tokens]
-        for buffer, new in zip(
-            held, (condensed.keys, condensed.values, condensed.positions, condensed.misses), strict=True
-        ):
+        held = self.tokens.map(lambda buffer: buffer[:total])
+        for buffer, new in zip(held, condensed.columns, strict=True):
             _move(new, buffer)
         for buffer, new in ((self.dense.keys, dense.keys), (self.dense.values, dense.values)):
             _move(new[:, :, :bound], buffer[:, :, :bound])
@@ -85,60 +82,47 @@ class Pool:
             dense=replace(self.dense, bound=bound, even=dense.even),
         )
 
-    def compacted(
-        self,
-        tiers: Tiers,
-        selection: Selection,
-        index: tuple[Tensor, Tensor],
-        sizes: Sequence[int],
-        place: int,
-        window: int,
-    ) -> Tiers | None:
-        """The tiers after an event that leaves every row as long as it was, made in place; None for other events.
+    def compact(
+        self, tiers: Tiers, address: Tensor, index: Tensor, positions: Tensor, misses: Tensor, longest: int, window: int
+    ) -> tuple[RaggedTier, DenseTier] | None:
+        """The condensed and dense tier after an event that leaves every row as long as it was, in place; else None.
 
         Args:
-            tiers: in this pool. selection, index, sizes: as in `Selection.finish`, of this layer.
-            place: the layer's in the selection. window: tokens that stay in the dense tier.
+            tiers: in this pool, without a sparse tier after the event.
+            address: int64 `[N]`, of all tokens. index: int64 `[n]`, which of them the condensed tier takes.
+            positions: int32 `[N]`. misses: uint8 `[N]`. longest: the longest new row.
+            window: tokens that stay in the dense tier.
         """
         condensed, dense = tiers.condensed, tiers.dense
         rows, kept = condensed.rows, min(dense.bound, window)
         number = self.cu_seqlens.shape[0] - 1
         if not (
-            rows.total == sizes[0] == number * rows.longest  # all rows of one length
-            and rows.longest == sizes[1]
+            rows.total == index.shape[0] == number * rows.longest  # all rows of one length
+            and rows.longest == longest
             and not tiers.sparse.rows.total
-            and not sizes[2]
-            and condensed.keys.data_ptr() == self.tokens[0][: rows.total].data_ptr()
+            and condensed.keys.data_ptr() == self.tokens.keys[: rows.total].data_ptr()
             and dense.keys.data_ptr() == self.dense.keys.data_ptr()
             and dense.even
             and dense.bound >= 2 * kept  # what stays does not lie where it goes
         ):
             return None
-        held = [buffer[: rows.total] for buffer in self.tokens]
-        chosen = selection.address, index[0], selection.positions, selection.misses
-        compact(held, (dense.keys, dense.values), self.cu_seqlens, *chosen)
+        held = self.tokens.map(lambda buffer: buffer[: rows.total])
+        compact(held, (dense.keys, dense.values), self.cu_seqlens, address, index, positions, misses)
         newest = slice(dense.bound - kept, dense.bound)
         for buffer in (self.dense.keys, self.dense.values):
             buffer[:, :, :kept].copy_(buffer[:, :, newest])
         self.dense.positions[:, :kept].copy_(self.dense.positions[:, newest])
         self.dense.fill.fill_(kept)
-        return tiers.after_event(
-            self._condensed(held, rows.longest, kept),
-            tiers.sparse,
-            replace(self.dense, bound=kept),
-            selection.temperatures[place],
-            selection.fitted[place],
-        )
+        return self._condensed(held, rows.longest, kept), replace(self.dense, bound=kept)
 
-    def _condensed(self, held: Sequence[Tensor], longest: int, bound: int) -> RaggedTier:
+    def _condensed(self, held: Columns, longest: int, bound: int) -> RaggedTier:
         """The tier of what lies in `held`, in rows as `cu_seqlens` has them; the schedules of earlier ones cut anew."""
-        keys, values, positions, misses = held
-        rows = Rows(self.cu_seqlens, keys.shape[0], longest, self.schedules, self.room)
+        rows = Rows(self.cu_seqlens, held.keys.shape[0], longest, self.schedules, self.room)
         if self.schedules:
             from hardkv.kernels.triton.schedule import recut_schedules
 
             recut_schedules(rows, bound)
-        return RaggedTier(keys, values, positions, misses, rows)
+        return RaggedTier(held, rows)
 
     def hold_ring(self, ring: QueryRing) -> QueryRing:
         """The same queries at the pool's addresses."""

@@ -7,11 +7,13 @@ next event, from which a transfer blocks.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from hardkv.cache.tiers import RaggedTier, Tiers
+from hardkv.cache.storage.ragged import RaggedTier
+from hardkv.cache.storage.tiers import Tiers
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class Offload:
 
 def _moved(home: tuple[RaggedTier, RaggedTier], device: torch.device) -> tuple[RaggedTier, RaggedTier]:
     condensed, sparse = (
-        replace(tier, keys=to_device(tier.keys, device), values=to_device(tier.values, device)) for tier in home
+        replace(tier, columns=tier.columns.map_states(partial(to_device, device=device))) for tier in home
     )
     return condensed, sparse
 
@@ -121,4 +123,4 @@ def _left(tier: RaggedTier, arrival: Arrival | None) -> RaggedTier:
         for home, here in zip(arrival.home, arrival.here, strict=True):
             if here is tier:
                 return home
-    return replace(tier, keys=to_host(tier.keys), values=to_host(tier.values))
+    return replace(tier, columns=tier.columns.map_states(to_host))

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardkv.cache.queries import QueryRing
-from hardkv.cache.tiers import DenseTier, RaggedTier, Tiers
-from hardkv.kernels.rows import Rows, count_per_row, cumulative
+from hardkv.cache.storage.dense import DenseTier
+from hardkv.cache.storage.queries import QueryRing
+from hardkv.cache.storage.ragged import RaggedTier
+from hardkv.cache.storage.tiers import Tiers
 
 UNREAD = (
     "since the last event the attention mask of a step of one token hid or showed past tokens of {} sequences as no "
@@ -66,8 +67,9 @@ class Past:
             if tiers.shown is not None:
                 shown[:, : tiers.shown.shape[1]] &= tiers.shown
         if drops:
-            condensed, sparse = (_ragged(tier, hidden) for tier in (tiers.condensed, tiers.sparse))
-            tiers = replace(tiers, condensed=condensed, sparse=sparse, dense=_dense(tiers.dense, hidden))
+            condensed, sparse = (tier.without(_of_ragged(tier, hidden)) for tier in (tiers.condensed, tiers.sparse))
+            dense = tiers.dense.without(_of_dense(tiers.dense, hidden))
+            tiers = replace(tiers, condensed=condensed, sparse=sparse, dense=dense)
             ring = ring.without(hidden)
         return replace(tiers, tokens=tokens, shown=shown), ring
 
@@ -101,37 +103,13 @@ def _of_ragged(tier: RaggedTier, columns: Tensor) -> Tensor:
     return columns[tier.rows.ids // heads, tier.positions.long()]
 
 
-def _of_dense(tier: DenseTier, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """`columns [B, seen]` at every slot, and which slots hold a token, bool `[B, C]` each."""
-    held = torch.arange(tier.capacity, device=columns.device) < tier.fill[:, None]
-    return columns.gather(1, tier.positions.long().masked_fill(~held, 0)) & held, held
+def _of_dense(tier: DenseTier, columns: Tensor) -> Tensor:
+    """`columns [B, seen]` at every slot that holds a token, bool `[B, C]`."""
+    held = tier.held()
+    return columns.gather(1, tier.positions.long().masked_fill(~held, 0)) & held
 
 
 def _holds(tiers: Tiers, columns: Tensor) -> Tensor:
     """Whether a token of the marked columns, bool `[B, seen]`, is held, bool scalar."""
     ragged = [_of_ragged(tier, columns).any() for tier in (tiers.condensed, tiers.sparse)]
-    return torch.stack([*ragged, _of_dense(tiers.dense, columns)[0].any()]).any()
-
-
-def _ragged(tier: RaggedTier, hidden: Tensor) -> RaggedTier:
-    stays = ~_of_ragged(tier, hidden)
-    token = stays.nonzero()[:, 0]
-    if token.shape[0] == tier.rows.total:
-        return tier
-    lengths = count_per_row(stays, tier.cu_seqlens)
-    rows = Rows(cumulative(lengths), token.shape[0], int(lengths.max()))
-    return RaggedTier(tier.keys[token], tier.values[token], tier.positions[token], tier.misses[token], rows)
-
-
-def _dense(tier: DenseTier, hidden: Tensor) -> DenseTier:
-    gone, held = _of_dense(tier, hidden)
-    stays = held & ~gone
-    fill = stays.sum(1)
-    least, most = torch.stack([fill.min(), fill.max()]).tolist()
-    slot = torch.argsort((~stays).to(torch.uint8), dim=1, stable=True)[:, :most]
-    sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
-    left = DenseTier.allocate(tier.keys, tier.values, tier.capacity, fill, most)
-    for new, old in ((left.keys, tier.keys), (left.values, tier.values)):
-        new[:, :, :most] = old[sequence, :, slot].transpose(1, 2)
-    left.positions[:, :most] = tier.positions[sequence, slot]
-    return replace(left, even=least == most)
+    return torch.stack([*ragged, _of_dense(tiers.dense, columns).any()]).any()

@@ -1,0 +1,107 @@
+"""The tokens that some layers hold, in one row order: what an event looks at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hardkv.cache.storage.tiers import Tiers
+from hardkv.kernels.compaction import gather_tokens
+from hardkv.kernels.layout import layout
+from hardkv.kernels.rows import Rows, cumulative
+
+
+@dataclass(frozen=True)
+class HeldTokens:
+    """The held tokens of L layers of one shape: row (l * B + b) * H + h, in each by position."""
+
+    positions: Tensor  # int32 [N]
+    misses: Tensor  # uint8 [N]
+    address: Tensor  # int64 [N], over the condensed, sparse and dense slots of the token's layer
+    stays: Tensor  # bool [N], the newest tokens of the dense tier, which stay there
+    window_mask: Tensor  # bool [N], the row's newest `window` tokens
+    protected: Tensor  # bool [N], tokens kept whatever their score
+    rows: Rows
+    layers: list[Rows]  # of each layer
+
+    @classmethod
+    def of(cls, layers: Sequence[Tiers], window: int, sinks: int, pinned: int) -> "HeldTokens":
+        """Lay out the layers' tokens; see `lay_out`."""
+        found = [lay_out(tiers, window, sinks, pinned) for tiers in layers]
+        tokens, rows = [tokens for tokens, _ in found], [rows for _, rows in found]
+        columns = tokens[0] if len(layers) == 1 else [torch.cat(parts) for parts in zip(*tokens, strict=True)]
+        positions, misses, address, stays, window_mask, protected = columns
+        whole = rows[0] if len(layers) == 1 else concatenated(rows)
+        return cls(positions, misses, address, stays, window_mask, protected, whole, rows)
+
+    @property
+    def totals(self) -> list[int]:
+        """Tokens of each layer."""
+        return [rows.total for rows in self.layers]
+
+    def gather(self, layers: Sequence[Tiers], kind: int) -> Tensor:
+        """Keys (0) or values (1) of all tokens, `[N, D]`."""
+        sources = [[source[kind] for source in tiers.sources] for tiers in layers]
+        out = sources[0][0].new_empty(self.rows.total, sources[0][0].shape[-1])
+        for source, address, place in zip(
+            sources, self.address.split(self.totals), out.split(self.totals), strict=True
+        ):
+            gather_tokens(source, address, out=place)
+        return out
+
+
+def concatenated(rows: Sequence[Rows]) -> Rows:
+    """Rows one behind the other."""
+    first, *others = rows
+    bounds, total = [first.cu_seqlens], first.total
+    for part in others:
+        bounds.append(part.cu_seqlens[1:] + total)
+        total += part.total
+    return Rows(torch.cat(bounds), total, max(part.longest for part in rows))
+
+
+def lay_out(tiers: Tiers, window: int, sinks: int, pinned: int) -> tuple[tuple[Tensor, ...], Rows]:
+    """Lay out every token of one layer by row and position.
+
+    Args:
+        tiers: of the layer.
+        window, sinks: newest and first tokens of a row that are protected. pinned: so are columns below it.
+
+    Returns:
+        What `kernels.layout.layout` tells of every token, and the rows.
+    """
+    dense, device = tiers.dense, tiers.dense.fill.device
+    _, num_kv_heads = tiers.shape
+    # what is ragged comes first in every row, as all of it is older than the dense tier
+    ragged = [tier for tier in (tiers.condensed, tiers.sparse) if tier.rows.total] or [tiers.condensed]
+    positions, misses, older, order = ragged[0].positions, ragged[0].misses, ragged[0].cu_seqlens, None
+    if len(ragged) == 2:
+        positions = torch.cat([tier.positions for tier in ragged])
+        misses = torch.cat([tier.misses for tier in ragged])
+        older = ragged[0].cu_seqlens + ragged[1].cu_seqlens
+        order = torch.argsort((torch.cat([tier.rows.ids for tier in ragged]) << 32) + positions)
+    if dense.even:
+        bounds = torch.add(older, _numbers(older.shape[0], device), alpha=dense.bound)
+        total = positions.shape[0] + (older.shape[0] - 1) * dense.bound
+    else:
+        bounds = older + cumulative(dense.fill.repeat_interleave(num_kv_heads))
+        ragged_total = positions.shape[0]
+        total = int(bounds[-1]) if dense.total is None else ragged_total + dense.total * num_kv_heads
+    rows = Rows(bounds, total, sum(tier.rows.longest for tier in ragged) + dense.bound)
+    tokens = layout(
+        *(rows, older, order, positions, misses, dense.positions, dense.fill),
+        capacity=dense.capacity,
+        window=window,
+        sinks=sinks,
+        pinned=pinned,
+    )
+    return tokens, rows
+
+
+@lru_cache(maxsize=16)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """0, 1, ..., int32, made once for a number of rows and a device."""
+    with torch.inference_mode(False):
+        return torch.arange(count, dtype=torch.int32, device=device)

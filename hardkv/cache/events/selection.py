@@ -1,0 +1,109 @@
+"""What an event decides: which tokens stay in which tier, and the tiers that hold them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hardkv.cache.events.held import HeldTokens
+from hardkv.cache.events.inputs import EventInputs
+from hardkv.cache.storage.ragged import Columns, RaggedTier
+from hardkv.cache.storage.tiers import Tiers
+from hardkv.kernels.compaction import gather_tiers
+from hardkv.kernels.layout import assign
+from hardkv.kernels.rows import Rows
+
+
+class Sizes(NamedTuple):
+    """What the host reads of one layer's selection before it makes the new tiers."""
+
+    condensed: int  # tokens
+    longest_condensed: int  # longest row
+    sparse: int
+    longest_sparse: int
+    least_fill: int  # of the dense tier
+    sound: int  # whether the selection can be trusted
+    hidden: int  # sequences that had past tokens hidden by a step's mask; see `storage.hidden`
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What an event of L layers decided, all on the device: the sizes of the new tiers are read later, all at once."""
+
+    positions: Tensor  # int32 [N]
+    misses: Tensor  # uint8 [N], counted on
+    address: Tensor  # int64 [N]
+    chosen: tuple[Tensor, Tensor]  # bool [N] each: selected tokens outside the window; deselected ones on probation
+    cu_seqlens: Tensor  # int32 [2, L, R + 1], of both ragged tiers of every layer
+    temperatures: Sequence[Tensor | None]  # [R] of each layer, what the event selected with, to be kept
+    fitted: Sequence[tuple[int | None, ...]]  # of each layer, see `Tiers`
+    sizes: Tensor  # int64 [L, 7], `Sizes` of every layer
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[Tiers],
+        held: HeldTokens,
+        keep: Tensor,
+        sound: Tensor,
+        patience: int,
+        temperatures: Sequence[Tensor | None],
+        fitted: Sequence[tuple[int | None, ...]],
+    ) -> "Selection":
+        """Sort the tokens into tiers.
+
+        Args:
+            keep: bool `[N]`, the selected tokens; those that stay in the dense tier must be among them.
+            sound: bool scalar, whether the selection can be trusted.
+            patience: misses a token survives in the sparse tier.
+        """
+        misses, condensed, sparse, lengths = assign(keep, held.stays, held.misses, held.rows, patience)
+        lengths = lengths.view(2, len(layers), -1)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(2, dtype=torch.int32), (1, 0))
+        found = torch.stack([lengths.sum(2), lengths.amax(2)], -1).transpose(0, 1).flatten(1)  # [L, 4]
+        fill = torch.stack([tiers.dense.fill for tiers in layers]).amin(1, keepdim=True)
+        none = found.new_zeros(())
+        hidden = torch.stack([none if tiers.hidden is None else tiers.hidden.sum() for tiers in layers])
+        sizes = torch.cat([found, fill, sound.long().expand(len(layers), 1), hidden[:, None]], 1)
+        chosen = condensed, sparse
+        return cls(held.positions, misses, held.address, chosen, cu_seqlens, temperatures, fitted, sizes)
+
+    def index(self, sizes: Sequence[Sizes]) -> list[tuple[Tensor, Tensor]]:
+        """Of every layer, which tokens its new condensed and sparse tiers take; `sizes` were read on the host."""
+        totals = [[size.condensed for size in sizes], [size.sparse for size in sizes]]
+        both = [
+            torch.nonzero_static(mask, size=sum(each))[:, 0].split(each)
+            for mask, each in zip(self.chosen, totals, strict=True)
+        ]
+        return list(zip(*both, strict=True))
+
+    def tiers(self, layer: int, inputs: EventInputs, index: tuple[Tensor, Tensor], sizes: Sizes) -> Tiers:
+        """The new tiers of one of the layers: exactly sized, or in its pool, whose old ones are lost if this fails.
+
+        Args:
+            layer: its place among the layers. inputs: of its event. index: from `index`. sizes: of this layer.
+        """
+        old, settings, pool = inputs.tiers, inputs.settings, inputs.pool
+        fits = self.temperatures[layer], self.fitted[layer]
+        if pool is not None and not sizes.sparse:
+            chosen = self.address, index[0], self.positions, self.misses
+            in_place = pool.compact(old, *chosen, sizes.longest_condensed, settings.window)
+            if in_place is not None:
+                condensed, dense = in_place
+                return old.after_event(condensed, old.sparse, dense, *fits)
+        condensed, sparse = (
+            RaggedTier(
+                Columns(*gather_tiers(old.sources, self.address, index[kind], self.positions, self.misses)),
+                # a copy: nothing that stays keeps the other layers' alive
+                Rows(self.cu_seqlens[kind, layer].clone(), total, longest),
+            )
+            for kind, total, longest in (
+                (0, sizes.condensed, sizes.longest_condensed),
+                (1, sizes.sparse, sizes.longest_sparse),
+            )
+        )
+        dense = old.dense.newest(settings.window, settings.window + settings.interval, sizes.least_fill)
+        tiers = old.after_event(condensed, sparse, dense, *fits)
+        return tiers if pool is None else pool.hold(tiers)

@@ -1,0 +1,99 @@
+"""The ragged tiers, condensed and sparse: rows of tokens of any lengths, which change only at events."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hardkv.kernels.rows import Rows, count_per_row, cumulative, padded_index
+
+
+class Columns(NamedTuple):
+    """What is stored of N tokens; storage and compaction move all of it alike."""
+
+    keys: Tensor  # [N, D]
+    values: Tensor  # [N, Dv]
+    positions: Tensor  # int32 [N]
+    misses: Tensor  # uint8 [N], consecutive events that did not select the token
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Columns":
+        """The same columns after `function`."""
+        return Columns(*map(function, self))
+
+    def map_states(self, function: Callable[[Tensor], Tensor]) -> "Columns":
+        """The same columns with `function` applied to keys and values, which are nearly all of the bytes."""
+        return self._replace(keys=function(self.keys), values=function(self.values))
+
+
+@dataclass(frozen=True)
+class RaggedTier:
+    """R rows of tokens, flat: a row is contiguous and ascends in position. Never written after it is made."""
+
+    columns: Columns
+    rows: Rows
+
+    @classmethod
+    def empty(cls, rows: int, keys: Tensor, values: Tensor) -> "RaggedTier":
+        """No tokens, with the head dims, dtype and device of `keys [..., D]` and `values [..., Dv]`."""
+        columns = Columns(
+            keys.new_empty(0, keys.shape[-1]),
+            values.new_empty(0, values.shape[-1]),
+            torch.empty(0, dtype=torch.int32, device=keys.device),
+            torch.empty(0, dtype=torch.uint8, device=keys.device),
+        )
+        return cls(columns, Rows(torch.zeros(rows + 1, dtype=torch.int32, device=keys.device), 0, 0))
+
+    @property
+    def keys(self) -> Tensor:
+        """`[N, D]`."""
+        return self.columns.keys
+
+    @property
+    def values(self) -> Tensor:
+        """`[N, Dv]`."""
+        return self.columns.values
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 `[N]`."""
+        return self.columns.positions
+
+    @property
+    def misses(self) -> Tensor:
+        """uint8 `[N]`, consecutive events that did not select the token."""
+        return self.columns.misses
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Where rows begin and end, int32 `[R + 1]`."""
+        return self.rows.cu_seqlens
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of every row, int32 `[R]`."""
+        return self.cu_seqlens.diff()
+
+    def select_rows(self, rows: Tensor) -> "RaggedTier":
+        """A tier of the given rows (int64), in that order; a row may come several times or never."""
+        lengths = self.lengths[rows].long()
+        width = int(lengths.max()) if rows.numel() else 0
+        index, valid = padded_index(self.cu_seqlens[:-1][rows], lengths, width)
+        token = index[valid]
+        return RaggedTier(self._take(token), Rows(cumulative(lengths), token.shape[0], width))
+
+    def without(self, gone: Tensor) -> "RaggedTier":
+        """A tier without the marked tokens, bool `[N]`; the host waits for their number."""
+        token = (~gone).nonzero()[:, 0]
+        if token.shape[0] == self.rows.total:
+            return self
+        lengths = count_per_row(~gone, self.cu_seqlens)
+        return RaggedTier(self._take(token), Rows(cumulative(lengths), token.shape[0], int(lengths.max())))
+
+    def _take(self, token: Tensor) -> Columns:
+        return self.columns.map(lambda column: column[token])
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes; schedules once they have been made."""
+        return [*self.columns, *self.rows.tensors()]
