@@ -18,26 +18,34 @@ KINDS = ("passed", REFUSED, OTHER, ANYWAY, *COUNTED[1:])
 
 ABOUT = """# Transformers' own tests
 
-What transformers tests its caches and `generate()` with, run with a HardKVCache wherever they make a DynamicCache: with
-one that selects every few tokens and keeps all, so that every expectation of equality holds for it too; then with one
-that evicts, where what is generated may differ. The tests are those that every model inherits for generation (greedy,
-sampling, beams, assisted and prompt-lookup decoding, continuing from a cache or from embeddings, left padding, position
-ids, offloading), and the general ones of caches and generation.
+Transformers tests its caches and `generate()` with these tests. We run them with a HardKVCache wherever they make a
+DynamicCache. In the first run, the cache has an event every few tokens and keeps all tokens, so that every expectation
+of equality holds for it too. In the second run, the cache evicts, and generated tokens may differ.
 
-- **passed**: attention went through a HardKVCache, and all that the test asserts holds.
-- **refused**: hardkv raised its own error, which says why.
-- **differs**: the test expects what a HardKVCache does not have; the reasons are below.
-- **fails anyway**: also with DynamicCache, with the machine and the versions of this run; or before any cache was made.
-- **not touched**: passed, but attention never went through a layer of ours (tests without a cache or with a
-  StaticCache, models without a full-attention layer), or, where it should be, nothing was evicted.
-- **skipped**: by the test itself, mostly for want of a GPU or because it does not suit the model, and slow tests.
+The tests are those that every model inherits for generation (greedy, sampling, beams, assisted and prompt-lookup
+decoding, continuing from a cache or from embeddings, left padding, position ids, offloading), and the general tests of
+caches and generation.
 
-What is put in place differs from what users have in this: an encoder-decoder's cache of its encoder stays a
-DynamicCache, as [Limits](limits.md) says; tests of assisted decoding do not ask for attention weights, which a
-HardKVCache gives for the first forward only; what tests read of a layer's keys and values is gathered from its tiers,
-zero where a head has evicted; and what they hand to `update()` themselves is attended at once. Tests that compile a
-model around a StaticCache are left out. Without a network, checkpoints are tiny random ones and, of a package,
-SmolLM2-135M: tests that know what another checkpoint generates fail anyway.
+- **passed**: attention went through a HardKVCache, and everything that the test asserts holds.
+- **refused**: hardkv raised its own error, which names the reason.
+- **differs**: the test expects something that a HardKVCache does not have. The reasons are below.
+- **fails anyway**: the test also fails with DynamicCache, on the machine and with the versions of this run, or it fails
+  before it makes a cache.
+- **not touched**: the test passed, but attention never went through a layer of ours (tests without a cache or with a
+  StaticCache, models without a full-attention layer). In the second run, also tests in which nothing was evicted.
+- **skipped**: the test skipped itself, mostly because it needs a GPU or does not suit the model, or it is slow.
+
+The setup differs from what users have in four ways:
+
+- The encoder cache of an encoder-decoder stays a DynamicCache, as [Limits](limits.md) says.
+- Tests of assisted decoding do not ask for attention weights, because a HardKVCache gives them for the first forward
+  only.
+- When a test reads a layer's keys and values, they are gathered from the layer's tiers. They are zero where a head has
+  evicted a token.
+- When a test passes keys and values to `update()` itself, they are attended at once.
+
+We leave out tests that compile a model around a StaticCache. Without a network, checkpoints are tiny random ones and
+SmolLM2-135M, which comes in a package. Tests that know what another checkpoint generates therefore fail anyway.
 """
 
 
@@ -77,8 +85,8 @@ def page(results: dict[str, Any]) -> str:
         if cache in results:
             lines += section(cache, title, results[cache])
     lines += [
-        "`python -m tests.upstream.run --tests CHECKOUT`, CHECKOUT a copy of transformers' repository, measures it",
-        "again and writes this page from `upstream.json`.",
+        "`python -m tests.upstream.run --tests CHECKOUT` runs the tests again and writes this page from",
+        "`upstream.json`. CHECKOUT is a copy of transformers' repository.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -115,7 +123,7 @@ def section(cache: str, title: str, entry: dict[str, Any]) -> list[str]:
     ]
     if anyway:
         same = sum(test["same"] for test in anyway)
-        lines += [f"Of {len(anyway)} tests that fail with DynamicCache too, {same} do so with the same words.", ""]
+        lines += [f"Of {len(anyway)} tests that also fail with DynamicCache, {same} fail with the same message.", ""]
     if reasons:
         lines += ["| | because | tests | families |", "|---|---|---|---|"]
         for (kind, reason), tests in sorted(reasons.items()):
