@@ -26,12 +26,13 @@ SWITCHING = ["phi3", "phi4_multimodal", "phimoe"]
 Table = dict[str, dict[str, Any]]  # a Verdict's fields by model type
 
 SECTIONS = {
-    REFUSED: "An error names the reason before anything is stored; use transformers' DynamicCache.",
-    NOTHING: "HardKVCache works as DynamicCache does and warns that there is nothing for it to compress. Some of these "
-    "types have checkpoints without a sliding window (Mistral), which are compressed.",
-    NO_CACHE: "transformers' own DynamicCache does not serve these types (most have no keys and values, or a cache of "
-    "their own), so HardKVCache cannot either.",
-    NOT_BUILT: "Not tested: no tiny model could be built.",
+    REFUSED: "HardKVCache raises an error that names the reason before it stores anything. Use transformers' "
+    "DynamicCache.",
+    NOTHING: "HardKVCache works like DynamicCache and warns that it has nothing to compress. Some of these types have "
+    "checkpoints without a sliding window (Mistral), which HardKVCache compresses.",
+    NO_CACHE: "transformers' own DynamicCache does not work with these types, so HardKVCache cannot either. Most have "
+    "no keys and values, or a cache of their own.",
+    NOT_BUILT: "We could not build a tiny model of these types, so they are not tested.",
 }
 
 
@@ -81,11 +82,16 @@ def page(results: dict[str, Table]) -> str:
     lines = [
         "# Models that HardKVCache works with",
         "",
-        f"Every type that transformers {version} lists as a causal language model, as a tiny random model, prompt in a "
-        "left-padded batch, then one token at a time. *Supported* means: without eviction the logits are those of "
-        "DynamicCache; with it, over several selections, those of plain attention in which every KV head sees what "
-        "`cache.kept()` says it holds; in float16 and bfloat16 the same within rounding. Models of pictures and text "
-        "are tested on text here, and Gemma 3, LLaVA, Mllama and Qwen2.5-VL with pictures elsewhere.",
+        f"We test every type that transformers {version} lists as a causal language model, as a tiny random model. A "
+        "left-padded batch brings the prompt, and then one token follows at a time. This page reports the results for "
+        "text. Other tests run Gemma 3, LLaVA, Mllama and Qwen2.5-VL with pictures.",
+        "",
+        "*Supported* means:",
+        "",
+        "- without eviction, the logits equal those of DynamicCache;",
+        "- with eviction, over several events, the logits equal those of plain attention in which every KV head sees "
+        "only what `cache.kept()` says it holds;",
+        "- in float16 and bfloat16, both hold within rounding.",
         "",
         "| | " + " | ".join(results) + " |",
         "|---|" + "---|" * len(results),
@@ -94,25 +100,27 @@ def page(results: dict[str, Table]) -> str:
             for status in STATUSES
         ),
         "",
-        "Written by `python -m tests.models.compatibility` from what it measured, which is in `compatibility.json`.",
+        "`python -m tests.models.compatibility` measures the types and writes this page and `compatibility.json`.",
         "",
         "## Supported",
         "",
-        "All layers are compressed: " + listing(name for name in by_status[SUPPORTED] if is_whole(newest[name])) + ".",
+        "In these types, all layers are compressed: "
+        + listing(name for name in by_status[SUPPORTED] if is_whole(newest[name]))
+        + ".",
         "",
-        "Layers with full attention are compressed, others (sliding windows, linear attention, convolutions, "
-        "keys of another layer or of a picture) stay as DynamicCache has them: "
+        "In these types, layers with full attention are compressed. The others (sliding windows, linear attention, "
+        "convolutions, keys of another layer or of a picture) stay as DynamicCache has them: "
         + listing(name for name in by_status[SUPPORTED] if not is_whole(newest[name]))
         + ".",
     ]
     lines += [
         "",
-        "Checkpoints with LongRoPE of "
+        "LongRoPE checkpoints of "
         + listing(SWITCHING)
-        + " rotate all keys otherwise once a text exceeds `original_max_position_embeddings` tokens, and drop their "
-        "cache for that. A HardKVCache holds texts on either side. `generate()` ends with an error where a text that "
-        "began below gets there, and warns before; `graphed` then computes it again, where it works with the model "
-        "(not with `phimoe`, whose step the host waits for, nor with transformers 5.17 beyond that length).",
+        + " rotate all keys differently once a text exceeds `original_max_position_embeddings` tokens, and drop their "
+        "cache at that point. A HardKVCache holds texts that stay on either side of this length. If a text grows "
+        "beyond it, `generate()` first warns and then raises an error. `graphed` computes the text again instead, but "
+        "not with `phimoe`, whose step the host waits for, and not with transformers 5.17 beyond that length.",
     ]
     stepped = [name for name in sorted(newest) if newest[name].get("graphed") == YES]
     refused = [name for name in sorted(newest) if newest[name].get("graphed", YES) not in (YES, "")]
@@ -120,14 +128,14 @@ def page(results: dict[str, Table]) -> str:
         "",
         "## Graphed",
         "",
-        "`custom_generate=graphed` decodes by replays of a CUDA graph. Compared with generate()'s own loop and the "
-        "same evicting cache: the same logits within rounding, the same tokens kept, the same states and sliding "
-        "windows. A CPU stands in for the GPU here: the operators of one step are recorded and run again for the next "
-        "steps up to the event. It is so with " + listing(stepped) + ".",
+        "`custom_generate=graphed` decodes by replaying a CUDA graph. We compare it with generate()'s own loop and the "
+        "same evicting cache: logits must be equal within rounding, and kept tokens, states and sliding windows must "
+        "be equal. A CPU stands in for the GPU here: the test records the operators of one step and runs them again "
+        "for the next steps up to the event. `graphed` works with " + listing(stepped) + ".",
         "",
-        "The others are refused:",
+        "It refuses the others:",
         "",
-        "| type | because of |",
+        "| type | reason |",
         "|---|---|",
         *(f"| `{name}` | {why_not_graphed(newest[name]['graphed'])} |" for name in refused),
     ]
@@ -137,7 +145,7 @@ def page(results: dict[str, Table]) -> str:
         lines += [f"| `{name}` | {first_sentence(newest[name]['reason'])} |" for name in by_status[status]]
     for other, table in list(results.items())[1:]:
         different = ", ".join(differences(newest, table)) or "none"
-        lines += ["", f"## With transformers {other}", "", f"Types with another result than above: {different}."]
+        lines += ["", f"## With transformers {other}", "", f"These types have a different result: {different}."]
     return "\n".join(lines) + "\n"
 
 
