@@ -26,9 +26,10 @@ EDGE = 0.05
 
 # For a page with results of the committed reasoner.
 REASONER = """\
-- The reasoner with other lengths, windows and intervals. Empty cells of its tables were not run; most lie below budgets
-  at which next to nothing is solved already. These commands make the committed model's, and its calibrations;
-  `python -m eval.report eval-runs/reasoner --to eval/results/reasoner-40` then writes what this page reads:
+- The reasoner with other lengths, windows and intervals. We did not run the empty cells of its tables; most lie below
+  budgets at which a method already solves next to nothing. These commands make the calibrations and results of the
+  committed model. Then `python -m eval.report eval-runs/reasoner --to eval/results/reasoner-40` writes the file that
+  this page reads:
 
 ```bash
 for scorer in attention snapkv rkv; do python -m eval.reasoner.calibrate --scorer $scorer --count 6; done
@@ -40,9 +41,9 @@ python -m eval.run --task reasoner --difficulty 40 --limit 200 --batch-size 200 
 """
 
 PAPER = """\
-No checkpoint of several billion parameters has been run. These commands make the table of the paper (HARD-KV,
-[2606.28831](https://arxiv.org/abs/2606.28831)) for Qwen3-8B, with budgets of 1,024, 2,048 and 4,096 tokens; interrupted
-ones go on when they are started again:
+We have not run any checkpoint of several billion parameters. These commands make the table of the paper (HARD-KV,
+[2606.28831](https://arxiv.org/abs/2606.28831)) for Qwen3-8B, with budgets of 1,024, 2,048 and 4,096 tokens. If a
+command is interrupted, start it again and it continues:
 
 ```bash
 pip install -e '.[eval]'
@@ -129,15 +130,20 @@ def page(reports: Mapping[str, Mapping[str, Any]], study: Study, model: str) -> 
     lines = [
         "# Results",
         "",
-        "Written by `python -m eval.results_page`, from the JSON files in [eval/results](../eval/results).",
+        "`python -m eval.results_page` writes this page from the JSON files in [eval/results](../eval/results).",
         "",
-        "Two kinds of measurement: accuracy of whole answers (`python -m eval.run`), and the loss on given texts, "
-        f"teacher-forced, above the dense cache's (`python -m eval.budgets`, {model}). Both compare with `TopK`, an "
-        "even split, at equal bytes. Intervals are of 95 %, over problems or texts, paired. What helps has an interval "
-        "beyond no difference at every budget that was measured; what does not has one on the other side; the rest is "
-        "open. Budgets at which both fail, or both succeed, in more than 95 of 100 problems tell nothing and do not "
-        "count. "
-        f"Accuracy on fewer than {FEWEST} problems stays open. Nothing is corrected for the number of comparisons.",
+        "There are two kinds of measurement:",
+        "",
+        "- the accuracy of whole answers (`python -m eval.run`);",
+        f"- the loss on given texts, teacher-forced, above the dense cache's (`python -m eval.budgets`, {model}).",
+        "",
+        "Both compare a method with `TopK`, an even split, at equal bytes. Intervals are 95 % intervals over problems "
+        "or texts, paired.",
+        "",
+        "A method helps if its whole interval is better than no difference at every measured budget. It does not help "
+        "if its whole interval is worse at every measured budget. All other methods are open. A budget does not count "
+        "if `TopK` and the method both fail, or both succeed, in more than 95 of 100 problems. Accuracy on fewer than "
+        f"{FEWEST} problems stays open. Nothing is corrected for the number of comparisons.",
         "",
     ]
     for title, kind in (("What helps", "helps"), ("What does not", "does not"), ("Open", "open")):
