@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hardkv.cache.argument import argument_of
-from hardkv.calibration_file import Calibration, describe_scorer, geometry, model_name
+from hardkv.cache.model import Traits
+from hardkv.calibration_file import Calibration, describe_scorer
 from hardkv.config import HardKVConfig
 from hardkv.fingerprint import fingerprint
 from hardkv.selectors.checks import check_count, check_fraction, check_name
@@ -90,7 +91,8 @@ def calibrate(
     window, sinks, interval = checked.window, checked.sinks, checked.interval
     p = check_fraction("p", p, low_open=True)
     check_name("solver", solver, SOLVERS)
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    traits = Traits.of(model.config)
+    room = traits.max_positions
     if length is None:
         length = LENGTH if room is None else min(LENGTH, room)
     length = check_count("length", length, 1)
@@ -152,8 +154,8 @@ def calibrate(
         counts=counts,
         risk=torch.stack([record.curve() for record in records]),
         provenance={
-            "name": model_name(model.config),
-            "geometry": geometry(model.config),
+            "name": traits.name,
+            "geometry": traits.geometry,
             "weights": weights,
             "layers": cache.compressed_layers,
             "scorer": describe_scorer(get_scorer(scorer)),
@@ -211,7 +213,7 @@ def load_tokenizer(model: Any) -> Any:
     Raises:
         ValueError: there is none.
     """
-    name = model_name(model.config)
+    name = Traits.of(model.config).name
     try:
         if not name:
             raise OSError("it was not loaded from a checkpoint")

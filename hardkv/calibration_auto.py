@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hardkv.cache.model import Traits
 from hardkv.calibration import calibrate, load_tokenizer
-from hardkv.calibration_file import FORMAT, Calibration, describe_scorer, geometry
+from hardkv.calibration_file import FORMAT, Calibration, describe_scorer
 from hardkv.config import HardKVConfig
 from hardkv.fingerprint import fingerprint
 from hardkv.selectors.scorers.scorer import get_scorer
@@ -56,11 +57,11 @@ def auto(config: Any, settings: HardKVConfig, warn: Callable[[str], Any] = warni
     scorer = get_scorer(settings.scorer)
     described = describe_scorer(scorer)
     # beside weights, what attention depends on; the model's name and folder are not among it
-    text = config.get_text_config(decoder=True).to_dict()
-    identity = [FORMAT, geometry(config), text.get("rope_parameters"), weights, described]
+    traits = Traits.of(config)
+    identity = [FORMAT, traits.geometry, traits.rope, weights, described]
     identity += [settings.window, settings.sinks, settings.interval]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    name = f"{config.model_type}-{described.get('name', 'scorer')}-{digest}.safetensors"
+    name = f"{traits.model_type}-{described.get('name', 'scorer')}-{digest}.safetensors"
     if name in _unsaved:
         return _unsaved[name]
     try:

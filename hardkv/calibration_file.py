@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from hardkv.cache.model import Traits
 from hardkv.files import replacing
 from hardkv.selectors.budgets import RiskCurves
 from hardkv.selectors.scorers.scorer import Scorer, scorer_to_dict
@@ -19,31 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = "1"
-# What of a model's config decides whether a calibration fits it.
-GEOMETRY = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
-
-
-def geometry(config: Any) -> dict[str, Any]:
-    """What a calibration remembers of a model's config."""
-    text = config.get_text_config(decoder=True)
-    varies = getattr(text, "per_layer_attributes", None) or ()  # heads of Gemma 4's full layers are larger
-
-    each = {name: [getattr(layer, name) for layer in text.per_layer_config] for name in GEOMETRY if name in varies}
-    return {name: each[name] if name in varies else getattr(text, name, None) for name in GEOMETRY}
-
-
-def model_name(config: Any) -> str:
-    """The checkpoint's folder or hub id, empty for a model made from a config."""
-    return str(getattr(config, "_name_or_path", "") or "")
 
 
 def describe_scorer(scorer: Scorer) -> dict[str, Any]:
@@ -184,8 +160,9 @@ class Calibration:
             layers: indices of the layers that the cache compresses.
         """
         ours = {**self.provenance.get("geometry", {}), "layers": self.provenance.get("layers")}
-        self._compare("model", ours, {**geometry(config), "layers": layers})
-        made_for, name = self.provenance.get("name"), model_name(config)
+        traits = Traits.of(config)
+        self._compare("model", ours, {**traits.geometry, "layers": layers})
+        made_for, name = self.provenance.get("name"), traits.name
         if made_for and name and Path(made_for).name != Path(name).name:
             return f"the calibration was made for {made_for!r} and is used with {name!r}"
         return None

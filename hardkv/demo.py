@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hardkv.cache import HardKVCache
 from hardkv.cache.argument import CACHE
+from hardkv.cache.model import Traits
 from hardkv.cache.stats import format_bytes
 from hardkv.cli import InputError
 from hardkv.config import HardKVConfig
@@ -224,7 +225,7 @@ def run_demo(
     prompt_tokens = inputs["input_ids"].shape[1]
     say(f"Prompt: {prompt_tokens:,} tokens, which end with the question: {question}")
     tell_settings(say, configs)
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = Traits.of(model.config).max_positions
     if room is not None and prompt_tokens + max_new_tokens > room:
         say(f"This model was made for at most {room:,} tokens: expect nonsense.", style="yellow")
     check_caches(model, configs)

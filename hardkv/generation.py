@@ -22,6 +22,7 @@ from hardkv.cache.callers import callers
 from hardkv.cache.handover import refuse_dropped
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.model import Traits
 from hardkv.cache.static import linear_of, states_of
 from hardkv.cache.steps import DecodeSteps
 from hardkv.cache.storage.offload import ToHost
@@ -130,7 +131,7 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool, assistant_mo
         got = type(cache).__name__
         raise TypeError(f"custom_generate=graphed needs {CACHE}=HardKVCache(config=model.config), got {got}")
     layers = {type(layer).__name__ for layer in cache.layers if type(layer) not in STEPPED}
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    traits = Traits.of(model.config)
     devices = {parameter.device for parameter in model.parameters()}
     mode = config.get_generation_mode(assistant_model)
     given = {name: getattr(config, name, None) for name in OTHER_MODES}
@@ -143,12 +144,12 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool, assistant_mo
         "offload=True": cache._offload is not None,
         "a cache built without config=model.config": not cache.layers,
         f"the layers of a kind of their own in {what} ({', '.join(sorted(layers))})": bool(layers),
-        f"the chunked attention of {what}": "chunked_attention" in kinds,
+        f"the chunked attention of {what}": "chunked_attention" in traits.layer_types,
         "a cache that records the past (assisted decoding)": any(
             getattr(x, "record_past", False) for x in cache.layers
         ),
         f"{what} on several devices ({', '.join(sorted(map(str, devices)))})": len(devices) > 1,
-        f"the encoder and decoder of {what}": model.config.is_encoder_decoder,
+        f"the encoder and decoder of {what}": traits.is_encoder_decoder,
     }
     for reason, refused in refusals.items():
         if refused:

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 from hardkv.cache.cache import HardKVCache
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.model import Traits
 from hardkv.cache.stats import format_bytes
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
@@ -87,7 +88,7 @@ def plan(
     batch, max_length = check_count("batch", batch, 1), check_count("max_length", max_length, 1)
     prompt_length = check_count("prompt_length", prompt_length, 0, max_length)
     cache = HardKVCache(config=config, budget=budget, **settings)
-    text = config.get_text_config(decoder=True)
+    traits = Traits.of(config)
     if any(layer.latent for layer in cache._compressed):
         raise ValueError("plan() does not know latent attention (MLA): ask cache.nbytes() after a prompt")
     window, columns = cache.settings.window, cache.settings.window + cache.settings.interval
@@ -95,7 +96,7 @@ def plan(
     condensed = recent = queries = sliding = dense = 0
     fixed, uncounted = cache.settings.patience == 0, set()
     for idx, layer in enumerate(cache.layers):
-        query_heads, heads, dim, value_dim = _heads_of(text.per_layer_config[idx])
+        query_heads, heads, dim, value_dim = traits.heads(idx)
         token = (dim + value_dim) * dtype.itemsize  # key and value
         if isinstance(layer, HardKVLayer):
             if isinstance(layer, HybridLayer):
@@ -117,16 +118,6 @@ def plan(
         else:
             uncounted.add(type(layer).__name__)
     return MemoryPlan(condensed, recent, queries, sliding, dense + sliding, fixed, tuple(sorted(uncounted)))
-
-
-def _heads_of(config: Any) -> tuple[int, int, int, int]:
-    """Query heads, KV heads, and the width of their keys and values in one layer, by its config."""
-    query_heads = config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or query_heads
-    if getattr(config, "multi_query", False):  # GPTBigCode
-        heads = 1
-    dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-    return query_heads, heads, dim, getattr(config, "v_head_dim", None) or dim
 
 
 def max_batch_size(

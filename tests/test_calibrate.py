@@ -21,7 +21,8 @@ import hardkv.calibration
 import hardkv.survey
 from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.cache.argument import CACHE
-from hardkv.calibration_file import describe_scorer, geometry
+from hardkv.cache.model import Traits
+from hardkv.calibration_file import describe_scorer
 from hardkv.selectors import Adaptive, Risk, TopP, fit_temperatures, get_scorer
 from hardkv.survey import restack, squared_attention
 from tests.cache import conftest as tiny
@@ -329,7 +330,7 @@ class TestMeasurement:
         found = calibrate(model, texts, scorer=scorer, p=0.7, **SIZES, **QUIET).provenance
         expected = {
             "name": "",
-            "geometry": geometry(model.config),
+            "geometry": Traits.of(model.config).geometry,
             "layers": [0, 1, 2],
             "scorer": {"name": "snapkv", "kernel_size": 3, "pooling": "max", "group_reduce": "mean"},
             **SIZES,
@@ -663,7 +664,7 @@ def handmade_temperatures(model, layers, scorer):
     temperatures = torch.tensor([0.25, 4.0, 2.0, 0.5, 1.5, 0.3])[: len(layers) * HEADS].view(len(layers), HEADS)
     provenance = {
         "name": "",
-        "geometry": geometry(model.config),
+        "geometry": Traits.of(model.config).geometry,
         "layers": layers,
         "scorer": describe_scorer(get_scorer(scorer)),
         "window": SIZES["window"],

@@ -11,7 +11,7 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, LlamaForCaus
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
-from hardkv.calibration_file import geometry, model_name
+from hardkv.cache.model import Traits
 from hardkv.selectors import AdaKV, Adaptive, Attention, Pyramid, Risk, SnapKV, TopK, TopP
 
 HEADS = 2
@@ -41,8 +41,8 @@ def make(config=None, layers=(0, 1, 2), **changes):
         "risk": torch.rand(*shape, 5, generator=generator).cumsum(-1).flip(-1) * torch.tensor([1, 1, 1, 1, 0]),
         "kept": torch.randint(0, 200, (3, *shape), generator=generator),
         "provenance": {
-            "name": model_name(config),
-            "geometry": geometry(config),
+            "name": Traits.of(config).name,
+            "geometry": Traits.of(config).geometry,
             "weights": "0123456789abcdef",
             "layers": list(layers),
             **SETTINGS,

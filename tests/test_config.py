@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
-from hardkv.calibration_file import describe_scorer, geometry
+from hardkv.cache.model import Traits
+from hardkv.calibration_file import describe_scorer
 from hardkv.selectors import (
     BUDGETS,
     RKV,
@@ -78,7 +79,7 @@ def calibrated(tmp_path):
         model_config = LlamaConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
         provenance = {
             "name": "",
-            "geometry": geometry(model_config),
+            "geometry": Traits.of(model_config).geometry,
             "layers": [0, 1, 2],
             "scorer": describe_scorer(get_scorer(scorer)),
             "window": 16,

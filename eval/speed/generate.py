@@ -48,9 +48,9 @@ from eval.speed.kernel_time import Profiler
 from eval.speed.timing import CudaTimer, copy_bandwidth, describe
 from hardkv import Calibration, HardKVCache, graphed
 from hardkv.cache.argument import CACHE
+from hardkv.cache.model import Traits
 from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.cache.storage.queries import QueryRing
-from hardkv.calibration_file import geometry
 from hardkv.files import file_to_write, write_text
 from hardkv.selectors import Risk, TopK
 
@@ -174,7 +174,7 @@ class Bench:
             return HardKVCache(config=self.config, budget=TopK(kept), **options)
         ones = torch.ones(self.curves.loss.shape[:2])
         layers = list(range(self.config.num_hidden_layers))
-        provenance = {"geometry": geometry(self.config), "layers": layers}
+        provenance = {"geometry": Traits.of(self.config).geometry, "layers": layers}
         provenance |= {"scorer": hardkv.HardKVConfig(scorer=scorer).to_dict()["scorer"], "window": window}
         calibration = Calibration(ones, ones, self.curves.counts, self.curves.loss.float(), None, provenance)
         return HardKVCache(config=self.config, budget=Risk(kept), calibration=calibration, **options)

@@ -23,6 +23,7 @@ from hardkv.cache.handover import GivenCache
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.incoming import what_else
 from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.model import Traits
 from hardkv.cache.routing import install
 from hardkv.cache.schedule import EventSchedule, run_events
 from hardkv.cache.stats import Stats
@@ -93,10 +94,6 @@ class HardKVCache(GivenCache):
         self.steps: DecodeSteps | None = None  # of hardkv.generation
         self.warnings: list[str] = []
         self._recorder: Recorder | None = None
-        if config is not None and not hasattr(config, "get_text_config"):
-            raise TypeError(
-                f"config={type(config).__name__} must be a model's config: HardKVCache(config=model.config)"
-            )
         super().__init__(config=config)
         install()
         if config is None:
@@ -104,14 +101,8 @@ class HardKVCache(GivenCache):
                 raise ValueError("a calibration needs to know the model: pass config=model.config")
             self._layer_budgets(None)  # raises for a budget that needs to know the model
             return
-        text = config.get_text_config(decoder=True)
-        # Layers that read another layer's keys do so after its attention ran.
-        shared = bool(getattr(text, "num_kv_shared_layers", 0)) or any(getattr(text, "kv_sharing_modes", None) or ())
-        # of a config whose layers differ, such values cannot be asked for
-        latent = "kv_lora_rank" in (getattr(text, "per_layer_attributes", None) or ()) or bool(
-            getattr(text, "kv_lora_rank", None)
-        )
-        self._cross = frozenset(getattr(text, "cross_attention_layers", None) or ())
+        traits = Traits.of(config)
+        self._cross = traits.cross_attention_layers
         whole = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
         full = [idx for idx, layer in enumerate(self.layers) if type(layer) in whole and idx not in self._cross]
         if self.settings.calibration == "auto":
@@ -125,8 +116,8 @@ class HardKVCache(GivenCache):
         calibration = self.settings.calibration
         for rank, (idx, budget) in enumerate(zip(full, self._layer_budgets(len(full)), strict=True)):
             ours = self._new_layer(idx, budget, getattr(self.layers[idx], "number_of_states", 0))
-            ours.shared = shared
-            ours.latent = latent
+            ours.shared = traits.shares_keys
+            ours.latent = traits.latent
             if isinstance(calibration, Calibration) and budget.uses_temperature:
                 ours.temperatures = calibration.temperatures[rank]
             self.layers[idx] = ours

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from hardkv.cache.callers import callers
+from hardkv.cache.model import Traits
 from hardkv.cache.whole import WholeCache
 
 # By thread, the cache that generate() was given and no forward has asked yet. Attention looks here, so it is a plain
@@ -34,9 +35,9 @@ class GivenCache(WholeCache):
 
     def __init__(self, config: Any = None):
         self._given = False
-        self._limit: int | None = getattr(config, "original_max_position_embeddings", None)
-        rope = {} if self._limit is None else config.rope_parameters
-        self._rotates_anew = rope.get("rope_type", "default") != "default"  # else keys stay right beyond the limit
+        traits = None if config is None else Traits.of(config)
+        self._limit = None if traits is None else traits.original_max_positions
+        self._rotates_anew = traits is not None and traits.rotates_anew  # else keys stay right beyond the limit
         super().__init__(config=config)
 
     @property
@@ -141,7 +142,7 @@ def check_given(module: torch.nn.Module) -> None:
         return
     model = call["self"]
     ours = any(value is cache for value in call["model_kwargs"].values())
-    if ours and getattr(module, "config", None) is model.config.get_text_config(decoder=True):
+    if ours and getattr(module, "config", None) is Traits.of(model.config).text:
         refuse_dropped(type(model).__name__)
 
 

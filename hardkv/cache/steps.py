@@ -21,6 +21,7 @@ from hardkv.cache import siblings
 from hardkv.cache.argument import NAMES, argument_of
 from hardkv.cache.handles import KVHandle, LatentHandle
 from hardkv.cache.hybrid import HybridLayer
+from hardkv.cache.model import Traits
 from hardkv.cache.static import StaticDecoding, StaticTokens
 
 if TYPE_CHECKING:
@@ -245,8 +246,7 @@ class DecodeSteps:
         compiled = self.compiled and self._runs > 0  # the first run finds what the model asks the cache
         forward = _compile(model) if compiled else model
         length = 1 if compiled else UnknownLength(1)
-        count = model.config.get_text_config(decoder=True).num_hidden_layers
-        layers: list[Any] = [_seen_of(decoding, idx, length) for idx in range(count)]
+        layers: list[Any] = [_seen_of(decoding, idx, length) for idx in range(Traits.of(model.config).num_layers)]
         before = [] if self._runs else _held_by_modules(model)
         watching = siblings.watch(model) if self.compiled and not self._runs else nullcontext()
         with decoding.step(), watching:

@@ -26,11 +26,11 @@ import hardkv.generation as module
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
 from hardkv.cache.handles import KVHandle, UnroutedKVError
+from hardkv.cache.model import Traits
 from hardkv.cache.siblings import adjacent
 from hardkv.cache.static import StaticTokens
 from hardkv.cache.storage.pool import GROWTH, Pool
 from hardkv.cache.windows import LAST
-from hardkv.calibration_file import geometry
 from hardkv.generation import graphed
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
 from tests.cache.conftest import generate_logits, make_model, make_prompts
@@ -62,7 +62,7 @@ def risk(model, n):
     loss = torch.exp(-steep.view(config.num_hidden_layers, -1, 1) * counts) * (1 - counts / 64)
     temperatures = torch.ones(loss.shape[:2])
     provenance = {
-        **{"geometry": geometry(config), "layers": list(range(config.num_hidden_layers))},
+        **{"geometry": Traits.of(config).geometry, "layers": list(range(config.num_hidden_layers))},
         **{"scorer": HardKVConfig().to_dict()["scorer"], "window": EVICT["window"]},
     }
     return {"budget": Risk(n), "calibration": Calibration(temperatures, temperatures, counts, loss, None, provenance)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.events import select as event
-from hardkv.calibration_file import geometry
+from hardkv.cache.model import Traits
 from hardkv.selectors import SCORERS, AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
 from tests.cache.conftest import PAD, VOCABULARY
 
@@ -51,7 +51,7 @@ def measured(model, scorer: str) -> Calibration:
     loss = torch.exp(-steep.view(*shape, 1) * counts) * (1 - counts / 64)
     temperatures = torch.linspace(0.2, 1.5, shape[0] * shape[1]).view(shape)
     provenance = {
-        **{"geometry": geometry(config), "layers": list(range(shape[0]))},
+        **{"geometry": Traits.of(config).geometry, "layers": list(range(shape[0]))},
         **{"scorer": HardKVConfig(scorer=scorer).to_dict()["scorer"], "window": SIZES["window"]},
     }
     return Calibration(temperatures, temperatures, counts, loss, None, provenance)

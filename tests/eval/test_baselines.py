@@ -6,7 +6,8 @@ import torch
 from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed, importance
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
-from hardkv.calibration_file import describe_scorer, geometry
+from hardkv.cache.model import Traits
+from hardkv.calibration_file import describe_scorer
 from hardkv.selectors import Observation, Risk, RiskCurves
 from hardkv.selectors.ranking import Ranking
 from tests.cache import conftest as tiny
@@ -178,7 +179,7 @@ def make_calibration(model, curves):
         counts=curves.counts,
         risk=curves.loss,
         provenance={
-            "geometry": geometry(model.config),
+            "geometry": Traits.of(model.config).geometry,
             "layers": list(range(LAYERS)),
             "scorer": describe_scorer(HardKVConfig().scorer),
             "window": 8,

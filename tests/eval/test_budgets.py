@@ -20,7 +20,8 @@ from eval.budgets_report import Study, report
 from eval.teacher_forced import teacher_forced
 from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.cache.argument import CACHE
-from hardkv.calibration_file import describe_scorer, geometry
+from hardkv.cache.model import Traits
+from hardkv.calibration_file import describe_scorer
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP, get_scorer
 from tests.cache import conftest as tiny
 
@@ -89,7 +90,7 @@ def make_calibration(model, scorer):
         counts=counts,
         risk=weight * (36 / counts - 36 / 320),
         provenance={
-            "geometry": geometry(model.config),
+            "geometry": Traits.of(model.config).geometry,
             "layers": [0, 1, 2],
             "scorer": describe_scorer(get_scorer(scorer)),
             "window": 32,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
-from hardkv.calibration_file import describe_scorer, geometry
+from hardkv.cache.model import Traits
+from hardkv.calibration_file import describe_scorer
 from hardkv.selectors import Observation, Pyramid, Risk, RiskCurves, TopK, get_budget, get_scorer
 from hardkv.selectors.budgets import budget_to_dict
 from hardkv.selectors.ranking import Ranking
@@ -722,7 +723,7 @@ def full_layers(model):
 def made_for(model, scorer="attention"):
     return {
         "name": "",
-        "geometry": geometry(model.config),
+        "geometry": Traits.of(model.config).geometry,
         "layers": full_layers(model),
         "scorer": describe_scorer(get_scorer(scorer)),
         "window": SIZES["window"],
