@@ -199,15 +199,16 @@ class SurveyCache(HardKVCache):
         measure: "Callable[[Step], Tensor]",
         settings: HardKVConfig,
     ):
-        self._survey = lambda idx: _Survey(Record(edges), idx, every, measure)
+        def make_layer(settings: HardKVConfig, budget: Budget, layer_idx: int, states: int) -> HardKVLayer:
+            survey = _Survey(Record(edges), layer_idx, every, measure)
+            if states:
+                return _HybridSurveyLayer(settings, survey, layer_idx, states)
+            return _SurveyLayer(settings, survey, layer_idx)
+
+        self._make_layer = make_layer
         chosen = {name: getattr(settings, name) for name in ("scorer", "budget", "window", "sinks", "interval")}
         super().__init__(config, **chosen)
         records.extend(layer.budget.record for layer in self._compressed)  # type: ignore[attr-defined]
-
-    def _new_layer(self, idx: int, budget: Budget, states: int = 0) -> HardKVLayer:
-        if states:
-            return _HybridSurveyLayer(self.settings, self._survey(idx), idx, states)
-        return _SurveyLayer(self.settings, self._survey(idx), idx)
 
     def restack(self) -> None:
         """After a forward: the next order of every layer that had an event, all at once, as each takes many steps."""

@@ -1,7 +1,7 @@
 """HardKVCache: what `generate(past_key_values=...)` takes."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -9,15 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from hardkv.cache.build import LayerFactory, build_layers, build_unknown_layer, check_unknown, make_layer
 from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.handover import GivenCache
 from hardkv.cache.hybrid import HybridLayer
@@ -70,6 +64,8 @@ class HardKVCache(GivenCache):
         ```
     """
 
+    _make_layer: LayerFactory = staticmethod(make_layer)
+
     def __init__(
         self,
         config: Any = None,
@@ -97,75 +93,19 @@ class HardKVCache(GivenCache):
         super().__init__(config=config)
         install()
         if config is None:
-            if self.settings.calibration not in (None, "online"):
-                raise ValueError("a calibration needs to know the model: pass config=model.config")
-            self._layer_budgets(None)  # raises for a budget that needs to know the model
+            check_unknown(self.settings)
             return
         traits = Traits.of(config)
         self._cross = traits.cross_attention_layers
-        whole = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-        full = [idx for idx, layer in enumerate(self.layers) if type(layer) in whole and idx not in self._cross]
-        if self.settings.calibration == "auto":
-            from hardkv.calibration_auto import auto  # builds on this class
-
-            self.settings.calibration = auto(config, self.settings, self._warn)
-        elif isinstance(self.settings.calibration, Calibration) and (
-            warning := self.settings.calibration.check_model(config, full)
-        ):
-            self._warn(warning)
-        calibration = self.settings.calibration
-        for rank, (idx, budget) in enumerate(zip(full, self._layer_budgets(len(full)), strict=True)):
-            ours = self._new_layer(idx, budget, getattr(self.layers[idx], "number_of_states", 0))
-            ours.shared = traits.shares_keys
-            ours.latent = traits.latent
-            if isinstance(calibration, Calibration) and budget.uses_temperature:
-                ours.temperatures = calibration.temperatures[rank]
-            self.layers[idx] = ours
+        self.layers = build_layers(traits, self.settings, self.layers, self._offload, self._make_layer, self._warn)
         if not offload:
             self._schedule = EventSchedule(self._compressed)
-        if warning := self._uncompressed(type(config).__name__, full):
-            self._warn(warning)
-
-    def _uncompressed(self, model: str, full: list[int]) -> str | None:
-        """What grows although it is in a HardKVCache, and whether that compresses nothing at all; None: nothing."""
-        bounded = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
-        rest = [
-            self.layers[idx] for idx in self._attention if idx not in full and type(self.layers[idx]) not in bounded
-        ]
-        nothing = "" if full else ": HardKVCache compresses nothing here"
-        if rest:
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in rest}))
-            return (
-                f"{len(rest)} of {len(self.layers)} layers of {model} are of a kind of their own ({kinds}), which "
-                f"HardKVCache leaves as DynamicCache has it{nothing}"
-            )
-        if not full:
-            bounds = "sliding-window and linear layers are already bounded"
-            return f"no layer of {model} uses full attention ({bounds}){nothing}"
-        return None
-
-    def _layer_budgets(self, num_layers: int | None) -> Sequence[Budget]:
-        budget, calibration = self.settings.budget, self.settings.calibration
-        assert isinstance(budget, Budget)
-        has_risk = isinstance(calibration, Calibration) and calibration.risk is not None
-        curves = calibration.curves if has_risk else None  # type: ignore[union-attr]
-        return budget.for_layers(num_layers, self.settings.window + self.settings.sinks, curves)
-
-    def _new_layer(self, idx: int, budget: Budget, states: int = 0) -> HardKVLayer:
-        """The layer `idx`; `states` of a linear attention lie beside its keys and values."""
-        if states:
-            layer: HardKVLayer = HybridLayer(self.settings, budget, idx, states)
-        else:
-            layer = HardKVLayer(self.settings, budget, idx)
-        layer.offloading = self._offload
-        layer.first = not self._compressed
-        return layer
 
     def _warn(self, message: str) -> None:
         """Tell once, and keep telling in `stats()`."""
         if message not in self.warnings:
             self.warnings.append(message)
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)  # of who calls HardKVCache(...), which calls build_layers()
 
     @property
     def _compressed(self) -> list[HardKVLayer]:
@@ -186,9 +126,7 @@ class HardKVCache(GivenCache):
         if self.layer_class_to_replicate is not None:  # built without a config: layers appear as they are used
             while len(self.layers) <= layer_idx:
                 idx = len(self.layers)
-                ours = self._new_layer(idx, self._layer_budgets(None)[0])
-                ours.knows_model = False
-                self.layers.append(ours)
+                self.layers.append(build_unknown_layer(idx, self.settings, self._offload, self._make_layer))
         elif layer_idx >= len(self.layers):
             raise RuntimeError(
                 f"layer {layer_idx} asks for a cache of {len(self.layers)} layers: it was built with another model's "

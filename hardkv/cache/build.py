@@ -1,0 +1,125 @@
+"""From a model and a cache's settings to layers: which ones the cache compresses, by which budgets; what to warn of."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+
+from hardkv.cache.hybrid import HybridLayer
+from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.model import Traits
+from hardkv.cache.storage.offload import Offload
+from hardkv.calibration_file import Calibration
+from hardkv.config import HardKVConfig
+from hardkv.selectors.budgets import Budget
+
+# Takes settings, budget, layer_idx, and how many states of a linear attention lie beside the keys and values.
+LayerFactory = Callable[[HardKVConfig, Budget, int, int], HardKVLayer]
+
+# DynamicCache's layers that keep every token, which are replaced, and those that keep the newest tokens.
+FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+SLIDING = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+
+
+def make_layer(settings: HardKVConfig, budget: Budget, layer_idx: int, states: int) -> HardKVLayer:
+    """The `LayerFactory` of HardKVCache."""
+    if states:
+        return HybridLayer(settings, budget, layer_idx, states)
+    return HardKVLayer(settings, budget, layer_idx)
+
+
+def build_layers(
+    traits: Traits,
+    settings: HardKVConfig,
+    layers: Sequence[Any],
+    offload: Offload | None,
+    make: LayerFactory,
+    warn: Callable[[str], None],
+) -> list[Any]:
+    """The layers of a cache that knows its model. A calibration "auto" in `settings` becomes a `Calibration`.
+
+    Args:
+        traits: of the model. settings: of the cache.
+        layers: what DynamicCache has for every layer of the model. Where they use full attention they are replaced.
+        offload: what keeps compressed layers in host memory, None without. make: makes them.
+        warn: is told what the user should know.
+
+    Raises:
+        ValueError: the calibration was made for another model, or the budget does not fit the number of layers.
+    """
+    cross = traits.cross_attention_layers
+    full = [idx for idx, layer in enumerate(layers) if type(layer) in FULL and idx not in cross]
+    if settings.calibration == "auto":
+        from hardkv.calibration_auto import auto  # builds on this file
+
+        settings.calibration = auto(traits.config, settings, warn)
+    elif isinstance(settings.calibration, Calibration) and (
+        warning := settings.calibration.check_model(traits.config, full)
+    ):
+        warn(warning)
+    calibration, built = settings.calibration, list(layers)
+    for rank, (idx, budget) in enumerate(zip(full, _budgets(settings, len(full)), strict=True)):
+        layer = make(settings, budget, idx, getattr(layers[idx], "number_of_states", 0))
+        layer.first, layer.offloading = rank == 0, offload
+        layer.shared, layer.latent = traits.shares_keys, traits.latent
+        if isinstance(calibration, Calibration) and budget.uses_temperature:
+            layer.temperatures = calibration.temperatures[rank]
+        built[idx] = layer
+    if warning := _not_compressed(traits, layers):
+        warn(warning)
+    return built
+
+
+def build_unknown_layer(
+    layer_idx: int, settings: HardKVConfig, offload: Offload | None, make: LayerFactory
+) -> HardKVLayer:
+    """The layer `layer_idx` of a cache that does not know its model, which has full attention then."""
+    layer = make(settings, _budgets(settings, None)[0], layer_idx, 0)
+    layer.first, layer.offloading, layer.knows_model = layer_idx == 0, offload, False
+    return layer
+
+
+def check_unknown(settings: HardKVConfig) -> None:
+    """Raise ValueError for a calibration or a budget that needs to know the model."""
+    if settings.calibration not in (None, "online"):
+        raise ValueError("a calibration needs to know the model: pass config=model.config")
+    _budgets(settings, None)
+
+
+def _budgets(settings: HardKVConfig, num_layers: int | None) -> Sequence[Budget]:
+    """The budget of every compressed layer; of one for all where `num_layers` is None."""
+    budget, calibration = settings.budget, settings.calibration
+    assert isinstance(budget, Budget)
+    has_risk = isinstance(calibration, Calibration) and calibration.risk is not None
+    curves = calibration.curves if has_risk else None  # type: ignore[union-attr]
+    return budget.for_layers(num_layers, settings.window + settings.sinks, curves)
+
+
+def _not_compressed(traits: Traits, layers: Sequence[Any]) -> str | None:
+    """Which layers grow although they are in a HardKVCache, and whether it compresses nothing at all; None: neither."""
+    model = type(traits.config).__name__
+    attention = [
+        type(layer)
+        for idx, layer in enumerate(layers)
+        if isinstance(layer, CacheLayerMixin) and idx not in traits.cross_attention_layers
+    ]
+    rest = [kind for kind in attention if kind not in FULL + SLIDING]
+    compresses = any(kind in FULL for kind in attention)
+    nothing = "" if compresses else ": HardKVCache compresses nothing here"
+    if rest:
+        kinds = ", ".join(sorted({kind.__name__ for kind in rest}))
+        return (
+            f"{len(rest)} of {len(layers)} layers of {model} are of a kind of their own ({kinds}), which HardKVCache "
+            f"leaves as DynamicCache has it{nothing}"
+        )
+    if not compresses:
+        return (
+            f"no layer of {model} uses full attention (sliding-window and linear layers are already bounded){nothing}"
+        )
+    return None
