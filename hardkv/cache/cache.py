@@ -1,7 +1,7 @@
 """HardKVCache: what `generate(past_key_values=...)` takes."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -12,29 +12,26 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from hardkv.cache.build import LayerFactory, build_layers, build_unknown_layer, check_unknown, make_layer
+from hardkv.cache.contents import batch_size_of, tensors_of
 from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.handover import GivenCache
 from hardkv.cache.hybrid import HybridLayer
-from hardkv.cache.incoming import what_else
+from hardkv.cache.incoming import check_shape
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.model import Traits
 from hardkv.cache.routing import install
 from hardkv.cache.schedule import EventSchedule, run_events
 from hardkv.cache.stats import Stats
 from hardkv.cache.steps import DecodeSteps
-from hardkv.cache.storage.hidden import UNREAD
 from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.cache.storage.offload import Offload
-from hardkv.cache.storage.tiers import TIERS, Tiers
+from hardkv.cache.storage.tiers import TIERS
 from hardkv.cache.trace import Recorder, Trace
 from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
-from hardkv.kernels.attention import backend_for
-from hardkv.kernels.backends import kernels_for
 from hardkv.selectors.budgets import Budget
 from hardkv.selectors.observation import Observation
 from hardkv.selectors.scorers.scorer import Scorer
-from hardkv.selectors.temperatures import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 class HardKVCache(GivenCache):
@@ -136,7 +133,7 @@ class HardKVCache(GivenCache):
         if isinstance(layer, CacheLayerMixin) and layer_idx not in self._cross:
             self._check_whole(layer)
             if not isinstance(layer, HardKVLayer):
-                self._check_shape(layer, layer_idx, key_states)
+                check_shape(layer, layer_idx, key_states)
                 with self._whole_or_broken():
                     return layer.update(key_states, value_states, *args, **kwargs)
         if self._offload is not None and isinstance(layer, HardKVLayer):
@@ -152,17 +149,6 @@ class HardKVCache(GivenCache):
     def _after(self, layer_idx: int) -> HardKVLayer | None:
         """The next layer that this cache compresses."""
         return next((layer for layer in self.layers[layer_idx + 1 :] if isinstance(layer, HardKVLayer)), None)
-
-    @staticmethod
-    def _check_shape(layer: CacheLayerMixin, layer_idx: int, key_states: Tensor) -> None:
-        """What HardKVLayer checks itself, for transformers' layers."""
-        held = layer.keys
-        if layer.is_initialized and held is not None and held.dim() == 4:
-            has, got = ((each.shape[0], each.shape[1], each.shape[3]) for each in (held, key_states))
-            if has != got:
-                raise ValueError(
-                    f"layer {layer_idx} holds batch, KV heads, head_dim = {has} and gets {got}: {what_else(has, got)}"
-                )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Key length and offset that the layer's mask must cover; see `HardKVLayer.get_mask_sizes`."""
@@ -237,7 +223,7 @@ class HardKVCache(GivenCache):
 
     def _check_rows(self, indices: Tensor) -> None:
         self._check_whole()
-        batch = max((_batch_size(layer) for layer in self.layers), default=0)
+        batch = max((batch_size_of(layer) for layer in self.layers), default=0)
         indices = torch.as_tensor(indices)
         if not batch or not indices.numel():
             return
@@ -356,7 +342,7 @@ class HardKVCache(GivenCache):
     def nbytes(self) -> int:
         """Bytes truly held by all layers, compressed or not: the storages behind their tensors, each counted once."""
         pools = [] if self.steps is None else self.steps.tensors()
-        return storage_nbytes([*pools, *(tensor for layer in self.layers for tensor in _tensors(layer))])
+        return storage_nbytes([*pools, *(tensor for layer in self.layers for tensor in tensors_of(layer))])
 
     def host_nbytes(self) -> int:
         """Those of `nbytes()` that are in host memory by `offload=True`; the others are on the model's devices."""
@@ -365,68 +351,10 @@ class HardKVCache(GivenCache):
     def dense_nbytes(self) -> int:
         """Bytes that DynamicCache would hold for the same sequences."""
         return sum(
-            layer.dense_nbytes() if isinstance(layer, HardKVLayer) else storage_nbytes(_tensors(layer))
+            layer.dense_nbytes() if isinstance(layer, HardKVLayer) else storage_nbytes(tensors_of(layer))
             for layer in self.layers
         )
 
     def stats(self) -> Stats:
         """A snapshot to print or to log."""
-        compressed = self._compressed
-        first = compressed[0] if compressed else None
-        held = [layer.tiers for layer in compressed if layer.tiers is not None]
-        return Stats(
-            nbytes=self.nbytes(),
-            host_nbytes=self.host_nbytes(),
-            dense_nbytes=self.dense_nbytes(),
-            seq_length=self.get_seq_length() if self.layers else 0,
-            batch_size=max((_batch_size(layer) for layer in self.layers), default=0),
-            layers=len(self.layers),
-            compressed_layers=len(compressed),
-            lengths=self.lengths().tolist(),
-            temperatures=[t.temperatures.view(t.shape).tolist() for t in held if t.temperatures is not None],
-            sparse=int(self.lengths("sparse").sum()),
-            events=first.events if first is not None else 0,
-            scorer=str(self.settings.scorer),
-            budget=str(self.settings.budget),
-            calibration="" if self.settings.calibration is None else str(self.settings.calibration),
-            attention=self._backends(lambda layer: backend_for(self.settings.attention, layer.device, layer.dtype)),
-            kernels=self._backends(lambda layer: kernels_for(layer.device, layer.dtype, layer.key_dim)),
-            decode="" if self.steps is None else self.steps.how,
-            captures=0 if self.steps is None else self.steps.captures,
-            replays=0 if self.steps is None else self.steps.replays,
-            warnings=[*self.warnings, *_clamped(held), *_unread(held)],
-        )
-
-    def _backends(self, of: Callable[[HardKVLayer], str]) -> str:
-        """What the layers use, by what `of` says of one; "auto" before the first token."""
-        return ", ".join(sorted({of(layer) for layer in self._compressed if layer.seen})) or "auto"
-
-
-def _clamped(held: list[Tiers]) -> list[str]:
-    """What to know of temperatures that stopped at a limit."""
-    fitted = [tiers.temperatures for tiers in held if tiers.temperatures is not None]
-    count = sum(int(((t <= MIN_TEMPERATURE * 1.01) | (t >= MAX_TEMPERATURE / 1.01)).sum()) for t in fitted)
-    total = sum(t.numel() for t in fitted)
-    limits = f"[{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"
-    return [f"{count} of {total} temperatures stopped at the limits {limits}"] if count else []
-
-
-def _unread(held: list[Tiers]) -> list[str]:
-    """What the next event will refuse."""
-    counts = [int(tiers.hidden.sum()) for tiers in held if tiers.hidden is not None]
-    return [UNREAD.format(max(counts))] if any(counts) else []
-
-
-def _batch_size(layer: Any) -> int:
-    if isinstance(layer, HardKVLayer):
-        return layer.batch_size if layer.seen else 0
-    return next((tensor.shape[0] for tensor in _tensors(layer)), 0)
-
-
-def _tensors(layer: Any) -> list[Tensor]:
-    """Every tensor that a cache layer holds, ours or transformers'."""
-    if isinstance(layer, HardKVLayer):
-        return layer.tensors()
-    states = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
-    flat = [state for group in states for state in (group.values() if isinstance(group, dict) else [group])]
-    return [state for state in flat if isinstance(state, Tensor)]
+        return Stats.of(self)

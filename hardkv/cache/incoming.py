@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 
 def check_alike(keys: Tensor, values: Tensor, layer_idx: int) -> None:
@@ -15,6 +16,16 @@ def check_alike(keys: Tensor, values: Tensor, layer_idx: int) -> None:
         f"layer {layer_idx} gets keys {tuple(keys.shape)} in {keys.dtype} and values {tuple(values.shape)} in "
         f"{values.dtype}: both must have the same batch, KV heads, tokens and dtype, [B, H, q, D] and [B, H, q, Dv]"
     )
+
+
+def check_shape(layer: CacheLayerMixin, layer_idx: int, keys: Tensor) -> None:
+    """Raise ValueError unless keys `[B, H, q, D]` fit what a layer of transformers holds; it does not look itself."""
+    if layer.is_initialized and layer.keys is not None and layer.keys.dim() == 4:
+        has, got = ((each.shape[0], each.shape[1], each.shape[3]) for each in (layer.keys, keys))
+        if has != got:
+            raise ValueError(
+                f"layer {layer_idx} holds batch, KV heads, head_dim = {has} and gets {got}: {what_else(has, got)}"
+            )
 
 
 def what_else(held: tuple[int, ...], got: tuple[int, ...]) -> str:

@@ -1,7 +1,19 @@
 """What a cache holds, as numbers."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from hardkv.cache.contents import batch_size_of
+from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.storage.hidden import UNREAD
+from hardkv.cache.storage.tiers import Tiers
+from hardkv.kernels.attention import backend_for
+from hardkv.kernels.backends import kernels_for
+from hardkv.selectors.temperatures import MAX_TEMPERATURE, MIN_TEMPERATURE
+
+if TYPE_CHECKING:
+    from hardkv.cache.cache import HardKVCache
 
 
 def format_bytes(count: float) -> str:
@@ -67,6 +79,38 @@ class Stats:
     replays: int
     warnings: list[str]
 
+    @classmethod
+    def of(cls, cache: "HardKVCache") -> "Stats":
+        """Those of a cache now."""
+        settings, steps, compressed = cache.settings, cache.steps, cache._compressed
+        held = [layer.tiers for layer in compressed if layer.tiers is not None]
+
+        def used(by: Callable[[HardKVLayer], str]) -> str:
+            return ", ".join(sorted({by(layer) for layer in compressed if layer.seen})) or "auto"
+
+        return cls(
+            nbytes=cache.nbytes(),
+            host_nbytes=cache.host_nbytes(),
+            dense_nbytes=cache.dense_nbytes(),
+            seq_length=cache.get_seq_length() if cache.layers else 0,
+            batch_size=max((batch_size_of(layer) for layer in cache.layers), default=0),
+            layers=len(cache.layers),
+            compressed_layers=len(compressed),
+            lengths=cache.lengths().tolist(),
+            temperatures=[t.temperatures.view(t.shape).tolist() for t in held if t.temperatures is not None],
+            sparse=int(cache.lengths("sparse").sum()),
+            events=compressed[0].events if compressed else 0,
+            scorer=str(settings.scorer),
+            budget=str(settings.budget),
+            calibration="" if settings.calibration is None else str(settings.calibration),
+            attention=used(lambda layer: backend_for(settings.attention, layer.device, layer.dtype)),
+            kernels=used(lambda layer: kernels_for(layer.device, layer.dtype, layer.key_dim)),
+            decode="" if steps is None else steps.how,
+            captures=0 if steps is None else steps.captures,
+            replays=0 if steps is None else steps.replays,
+            warnings=[*cache.warnings, *_clamped(held), *_unread(held)],
+        )
+
     @property
     def ratio(self) -> float:
         """Bytes held over bytes of a DynamicCache; 1 before the first token."""
@@ -98,3 +142,18 @@ class Stats:
             *(f"warning         {warning}" for warning in self.warnings),
         ]
         return "HardKVCache stats\n  " + "\n  ".join(lines)
+
+
+def _clamped(held: list[Tiers]) -> list[str]:
+    """What to know of temperatures that stopped at a limit."""
+    fitted = [tiers.temperatures for tiers in held if tiers.temperatures is not None]
+    count = sum(int(((t <= MIN_TEMPERATURE * 1.01) | (t >= MAX_TEMPERATURE / 1.01)).sum()) for t in fitted)
+    total = sum(t.numel() for t in fitted)
+    limits = f"[{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"
+    return [f"{count} of {total} temperatures stopped at the limits {limits}"] if count else []
+
+
+def _unread(held: list[Tiers]) -> list[str]:
+    """What the next event will refuse."""
+    counts = [int(tiers.hidden.sum()) for tiers in held if tiers.hidden is not None]
+    return [UNREAD.format(max(counts))] if any(counts) else []

@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hardkv import HardKVCache, graphed
 from hardkv.cache.argument import CACHE
-from hardkv.cache.cache import _tensors
+from hardkv.cache.contents import tensors_of
 from hardkv.cache.handles import KVHandle
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
@@ -320,7 +320,7 @@ def uncompressed(layer: Any) -> list[Tensor]:
     """The tensors of a cache layer that are transformers' own."""
     if isinstance(layer, HardKVLayer):
         return layer.states() if isinstance(layer, HybridLayer) else []
-    return _tensors(layer)
+    return tensors_of(layer)
 
 
 def autocast_rounding(model_type: str) -> Tensor:
