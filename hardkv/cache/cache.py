@@ -19,6 +19,7 @@ from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.incoming import check_shape
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.model import Traits
+from hardkv.cache.recorder import Recorder
 from hardkv.cache.routing import install
 from hardkv.cache.schedule import EventSchedule, run_events
 from hardkv.cache.stats import Stats
@@ -26,7 +27,7 @@ from hardkv.cache.steps import DecodeSteps
 from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.cache.storage.offload import Offload
 from hardkv.cache.storage.tiers import TIERS
-from hardkv.cache.trace import Recorder, Trace
+from hardkv.cache.trace import Trace
 from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
@@ -260,8 +261,8 @@ class HardKVCache(GivenCache):
         are not recorded, cost nothing. Of a reordered batch (beam search) the trace follows the sequences that are
         left; columns that `crop()` takes back vanish from it, and `reset()` empties it.
 
-        Yields:
-            The `Trace`, which grows while the block runs.
+        Returns:
+            A context manager, which gives the `Trace`; that grows while the block runs.
 
         Raises:
             RuntimeError: it is recorded already. ValueError: nothing is compressed, or the cache was built without
@@ -276,22 +277,15 @@ class HardKVCache(GivenCache):
         """
         if self._recorder is not None:
             raise RuntimeError("this HardKVCache is recorded already: leave the other record() block first")
-        if not self._compressed:
-            raise ValueError(
-                "record() finds no layer that this HardKVCache compresses: pass config=model.config, or run a forward "
-                "pass first"
-            )
         recorder = self._recorder = Recorder(self)
-        for layer in self._compressed:
-            layer.recorder = recorder
+        recorder.listen()
         try:
             yield recorder.trace
             if self._broken is None:
                 recorder.finish(self)
         finally:
             self._recorder = None
-            for layer in self._compressed:
-                layer.recorder = None
+            recorder.stop()
 
     def kept(self, layer_idx: int) -> list[list[Tensor]]:
         """Positions (columns, pads counted) that attention reads in a layer: `[batch][kv_head]`, ascending int64.

@@ -119,8 +119,8 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         if self.offloading is not None:
             tiers = self.offloading.leave(self.layer_idx, tiers)
         self._store(new, tiers, ring, scale, softcap)
-        if self.recorder is not None and tiers.compressed_at is not None:
-            self.recorder.event(self)
+        if self.listener is not None and tiers.compressed_at is not None:
+            self.listener.event(self)
         if schedule is not None:
             schedule.prefilled(self, nbytes)
 

@@ -3,7 +3,7 @@
 from hardkv.cache.events.inputs import EventInputs
 from hardkv.cache.events.select import observe
 from hardkv.cache.schedule import run_events
-from hardkv.cache.state import LayerState
+from hardkv.cache.state import EventListener, LayerState
 from hardkv.cache.storage.pool import Pool
 from hardkv.cache.storage.queries import QueryRing
 from hardkv.cache.storage.tiers import Tiers
@@ -75,8 +75,12 @@ class LayerEvents(LayerState):
     def install(self, tiers: Tiers) -> None:
         """Hold what an event returned."""
         self.tiers, self.committed = tiers, tiers.seen
-        if self.recorder is not None:
-            self.recorder.event(self)
+        if self.listener is not None:
+            self.listener.event(self)
+
+    def listen(self, listener: EventListener | None) -> None:
+        """Tell `listener` after every event from now on; None: nobody."""
+        self.listener = listener
 
     # ------------------------------------------------------------------ tokens from elsewhere
 

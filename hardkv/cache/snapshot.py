@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -112,6 +112,10 @@ class HoldingLayer(Protocol):
     @property
     def events(self) -> int:
         """Selection events so far."""
+        ...
+
+    def listen(self, listener: Any) -> None:
+        """Tell `listener.event` after every event from now on; None: nobody."""
         ...
 
     def tensors(self) -> list[Tensor]:

@@ -39,8 +39,6 @@ class LayerState(CacheLayerMixin):
         offloading: what keeps the ragged tiers on the host while they do not attend; None: they stay.
         latent: whether the model expands what it stores: "keys" are then latents, and "values" rotated keys; they are
             stored joined, as keys.
-        recorder: is told after every event; None: nobody is.
-        pool: where the tiers of an event shall lie; None: they stay where they were made.
     """
 
     def __init__(self, settings: HardKVConfig, budget: Budget, layer_idx: int):
@@ -55,7 +53,7 @@ class LayerState(CacheLayerMixin):
         self.temperatures: Tensor | None = None
         self.offloading: Offload | None = None
         self.pool: Pool | None = None
-        self.recorder: EventListener | None = None
+        self.listener: EventListener | None = None
         self.record_past = False
         self._clear()
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardkv.cache.snapshot import HeldByLayer, HoldingLayer, Positions, Snapshot
-from hardkv.cache.storage.tiers import TIERS, sequences_of
+from hardkv.cache.storage.tiers import TIERS
 from hardkv.config import HardKVConfig
 from hardkv.files import replacing
 
@@ -61,7 +61,7 @@ class Trace:
         """One snapshot of a cache as it is now; none of one that is empty, or whose last forward died midway."""
         given = cache.settings
         numbers = {name: getattr(given, name) for name in ("window", "sinks", "interval", "patience", "pin_prompt")}
-        used = _used(cache._compressed)
+        used = used_layers(cache._compressed)
         trace = cls(
             [layer.layer_idx for layer in used],
             {"scorer": str(given.scorer), "budget": str(given.budget)} | numbers,
@@ -274,61 +274,7 @@ class Trace:
         return cls(meta["layers"], meta["settings"], snapshots)
 
 
-class Recorder:
-    """Takes the snapshots of a trace: told by layers after their events, and by the cache of what else changes.
-
-    Copies and pickles of a cache are not recorded.
-    """
-
-    def __init__(self, cache: RecordedCache):
-        self.trace = Trace.of(cache)
-        self._layers = cache._compressed
-        # layers that had an event which others are still to have, by the event's number
-        self._pending: dict[int, dict[int, HeldByLayer]] = {}
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-    def event(self, layer: HoldingLayer) -> None:
-        """A layer has just had an event."""
-        assert layer.tiers is not None
-        done = self._pending.setdefault(layer.events, {})
-        done[layer.layer_idx] = HeldByLayer.of(layer.tiers)
-        used = _used(self._layers)
-        if self._layers[-1].layer_idx in done and len(done) == len(used):
-            self.trace.layers = [each.layer_idx for each in used]
-            self.trace.snapshots.append(Snapshot.of(used, self._pending.pop(layer.events)))
-
-    def select(self, indices: Tensor) -> None:
-        """The batch now consists of these sequences of the former one: so does every snapshot."""
-        indices = sequences_of(indices, torch.device("cpu"))
-        self.trace._change(lambda layer: layer.select(indices % layer.batch))  # negative ones count from the end
-
-    def repeat(self, repeats: int) -> None:
-        """Every sequence of the batch comes so many times now."""
-        self.trace._change(
-            lambda layer: layer.select(torch.arange(layer.batch, device="cpu").repeat_interleave(repeats))
-        )
-
-    def crop(self) -> None:
-        """The layers took their newest columns back: no snapshot shows them, as others will have their numbers."""
-        length = max(layer.seen for layer in self._layers)
-        if length == 0:
-            self.trace.snapshots.clear()
-            self._pending.clear()
-        elif length < self.trace.columns:
-            self.trace._change(lambda layer: layer.below(length))
-
-    def finish(self, cache: RecordedCache) -> None:
-        """A last snapshot, unless the newest is of this very moment."""
-        now = Trace.of(cache).snapshots
-        before = self.trace.snapshots[-1:]
-        self.trace.layers = self.trace.layers or [layer.layer_idx for layer in _used(self._layers)]
-        if now and (not before or (before[0].seen, before[0].events) != (now[0].seen, now[0].events)):
-            self.trace.snapshots += now
-
-
-def _used(layers: Sequence[HoldingLayer]) -> list[HoldingLayer]:
+def used_layers(layers: Sequence[HoldingLayer]) -> list[HoldingLayer]:
     """Those that hold tokens: a model need not use all."""
     return [layer for layer in layers if layer.seen]
 

@@ -1,0 +1,82 @@
+"""Recording a cache while it runs: a `Trace` gets a snapshot after every event."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hardkv.cache.snapshot import HeldByLayer, HoldingLayer, Snapshot
+from hardkv.cache.storage.tiers import sequences_of
+from hardkv.cache.trace import RecordedCache, Trace, used_layers
+
+
+class Recorder:
+    """Takes the snapshots of a trace: told by layers after their events, and by the cache of what else changes.
+
+    Copies and pickles of a cache are not recorded.
+
+    Raises:
+        ValueError: the cache compresses nothing, or does not know its layers yet.
+    """
+
+    def __init__(self, cache: RecordedCache):
+        if not cache._compressed:
+            raise ValueError(
+                "record() finds no layer that this HardKVCache compresses: pass config=model.config, or run a forward "
+                "pass first"
+            )
+        self.trace = Trace.of(cache)
+        self._layers = cache._compressed
+        # layers that had an event which others are still to have, by the event's number
+        self._pending: dict[int, dict[int, HeldByLayer]] = {}
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def listen(self) -> None:
+        """Have every layer tell of its events."""
+        for layer in self._layers:
+            layer.listen(self)
+
+    def stop(self) -> None:
+        """Have no layer tell of its events any more."""
+        for layer in self._layers:
+            layer.listen(None)
+
+    def event(self, layer: HoldingLayer) -> None:
+        """A layer has just had an event."""
+        assert layer.tiers is not None
+        done = self._pending.setdefault(layer.events, {})
+        done[layer.layer_idx] = HeldByLayer.of(layer.tiers)
+        used = used_layers(self._layers)
+        if self._layers[-1].layer_idx in done and len(done) == len(used):
+            self.trace.layers = [each.layer_idx for each in used]
+            self.trace.snapshots.append(Snapshot.of(used, self._pending.pop(layer.events)))
+
+    def select(self, indices: Tensor) -> None:
+        """The batch now consists of these sequences of the former one: so does every snapshot."""
+        indices = sequences_of(indices, torch.device("cpu"))
+        self.trace._change(lambda layer: layer.select(indices % layer.batch))  # negative ones count from the end
+
+    def repeat(self, repeats: int) -> None:
+        """Every sequence of the batch comes so many times now."""
+        self.trace._change(
+            lambda layer: layer.select(torch.arange(layer.batch, device="cpu").repeat_interleave(repeats))
+        )
+
+    def crop(self) -> None:
+        """The layers took their newest columns back: no snapshot shows them, as others will have their numbers."""
+        length = max(layer.seen for layer in self._layers)
+        if length == 0:
+            self.trace.snapshots.clear()
+            self._pending.clear()
+        elif length < self.trace.columns:
+            self.trace._change(lambda layer: layer.below(length))
+
+    def finish(self, cache: RecordedCache) -> None:
+        """A last snapshot, unless the newest is of this very moment."""
+        now = Trace.of(cache).snapshots
+        before = self.trace.snapshots[-1:]
+        self.trace.layers = self.trace.layers or [layer.layer_idx for layer in used_layers(self._layers)]
+        if now and (not before or (before[0].seen, before[0].events) != (now[0].seen, now[0].events)):
+            self.trace.snapshots += now
