@@ -18,7 +18,6 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hardkv.cache.argument import CACHE, take
 from hardkv.cache.cache import HardKVCache
-from hardkv.cache.callers import callers
 from hardkv.cache.handover import refuse_dropped
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
@@ -26,6 +25,7 @@ from hardkv.cache.model import Traits
 from hardkv.cache.static import linear_of, states_of
 from hardkv.cache.steps import DecodeSteps
 from hardkv.cache.storage.offload import ToHost
+from hardkv.cache.under_way import innermost
 from hardkv.cache.whole import HALF_DONE
 from hardkv.kernels.attention import backend_for
 
@@ -108,9 +108,10 @@ def graphed(
             whole (latent attention, for one).
     """
     cache = model_kwargs.get(CACHE)
-    caller = _caller()
-    synced_gpus = synced_gpus or _synced(model, caller.get("synced_gpus"))
-    _refuse(model, cache, generation_config, synced_gpus, caller.get("assistant_model"))
+    call = innermost()
+    given = {} if call is None else call.arguments  # some of it generate() hands to no function of the user's own
+    synced_gpus = synced_gpus or _synced(model, given.get("synced_gpus"))
+    _refuse(model, cache, generation_config, synced_gpus, given.get("assistant_model"))
     assert isinstance(cache, HardKVCache)
     if cache.steps is None or not cache.steps.of(model, compile):
         cache.steps = DecodeSteps(model, compile)
@@ -119,7 +120,7 @@ def graphed(
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
     if cache.get_seq_length() == seen:  # attention notices, where it goes through transformers' functions
         refuse_dropped(type(model).__name__)
-    loop = _Loop(logits_processor, stopping_criteria, generation_config, caller.get("streamer"))
+    loop = _Loop(logits_processor, stopping_criteria, generation_config, given.get("streamer"))
     with model._optimize_model_for_decode():
         return loop.run(model, cache, input_ids, outputs, model_kwargs)
 
@@ -165,14 +166,6 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool, assistant_mo
 def runs_ahead(device: torch.device) -> bool:
     """Whether the host prepares a step while the device is still at the one before."""
     return device.type == "cuda"
-
-
-def _caller() -> dict[str, Any]:
-    """Arguments of the `generate()` that called which it does not hand on to a function of the user's own."""
-    for frame in callers():
-        if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
-            return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model", "synced_gpus")}
-    return {}
 
 
 def _synced(model: Any, synced_gpus: bool | None) -> bool:

@@ -1,27 +1,22 @@
 """Noticing that `generate()` was given a cache and the model runs without it, or is fed what the cache holds.
 
-`generate()` sets `_is_user_defined` on a cache that its caller gave. From then on the cache waits, in this thread,
-until the model's forward asks it for anything; attention that runs meanwhile runs without it.
+`GenerationMixin._prepare_cache_for_generation` is wrapped: there `generate()` takes a cache that its caller gave. From
+then on the cache waits, in this thread, until the model's forward asks it for anything; attention that runs meanwhile
+runs without it.
 """
 
-import sys
-import weakref
 from collections.abc import Callable
 from threading import get_ident
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+from transformers.generation.utils import GenerationMixin
 
-from hardkv.cache.callers import callers
+from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
+from hardkv.cache.under_way import WAITING, innermost, wrap_method
 from hardkv.cache.whole import WholeCache
-
-# By thread, the cache that generate() was given and no forward has asked yet. Attention looks here, so it is a plain
-# dict, empty but for the moment before a prefill.
-WAITING: dict[int, "weakref.ref[GivenCache]"] = {}
 
 
 class GivenCache(WholeCache):
@@ -34,58 +29,77 @@ class GivenCache(WholeCache):
     _warn: Callable[[str], None]
 
     def __init__(self, config: Any = None):
-        self._given = False
         traits = None if config is None else Traits.of(config)
         self._limit = None if traits is None else traits.original_max_positions
         self._rotates_anew = traits is not None and traits.rotates_anew  # else keys stay right beyond the limit
+        self._insists = False  # on staying, while a model that would drop it is asked again
         super().__init__(config=config)
 
-    @property
-    def _is_user_defined(self) -> bool:
-        return self._given
+    def given(self, model: Any, generation_config: Any) -> None:
+        """Take note that the `generate()` of `model` was given this cache.
 
-    @_is_user_defined.setter
-    def _is_user_defined(self, given: bool) -> None:
-        self._given = given
-        call = _generate_under_way()
-        if call is None:
-            return
-        if call["generation_config"].use_cache is False:
+        Raises:
+            ValueError: `use_cache=False`.
+        """
+        if generation_config.use_cache is False:
             raise ValueError(
                 "generate(use_cache=False) feeds all tokens again at every step, and this HardKVCache would hold each "
                 "of them many times: pass use_cache=True (where nobody passed False, generation_config.use_cache of "
                 "the model says so), or no past_key_values"
             )
-        if self._rotates_anew and call["custom_generate"] is None:
-            length, longest = call["input_ids"].shape[1], call["generation_config"].max_length
-            if length <= self._limit < longest:
-                self._warn(
-                    f"this generation may grow from {length} to {longest} tokens, and beyond {self._limit} "
-                    "(original_max_position_embeddings) the model rotates all keys otherwise: it ends there with an "
-                    "error, where hardkv.generate (custom_generate=graphed) computes the text again and goes on"
-                )
-        WAITING[get_ident()] = weakref.ref(self)
+        if self._limit is not None:
+            wrap_method(type(model), "prepare_inputs_for_generation", _keeping_cache)
+        call = innermost()
+        if call is None or call.model is not model:  # a generate() of the model's own
+            return
+        if self._rotates_anew and call.arguments.get("custom_generate") is None:
+            self._warn_of_limit(call.arguments, generation_config.max_length)
+        call.cache = self
+        WAITING[get_ident()] = call
+
+    def _warn_of_limit(self, arguments: dict[str, Any], longest: int) -> None:
+        """Warn where a generation with these arguments may exceed the limit, and begins within it."""
+        tokens = next((arguments[name] for name in ("inputs", "input_ids") if arguments.get(name) is not None), None)
+        length = 0 if tokens is None else tokens.shape[1]
+        if length <= self._limit < longest:  # type: ignore[operator]  # it has a limit
+            self._warn(
+                f"this generation may grow from {length} to {longest} tokens, and beyond {self._limit} "
+                "(original_max_position_embeddings) the model rotates all keys otherwise: it ends there with an "
+                "error, where hardkv.generate (custom_generate=graphed) computes the text again and goes on"
+            )
 
     @torch.compiler.disable
     def _check_whole(self, layer: CacheLayerMixin | None = None) -> None:
         if WAITING:
-            waiting = WAITING.get(get_ident())
-            if waiting is not None and waiting() is self:
+            call = WAITING.get(get_ident())
+            if call is not None and call.cache is self:
                 del WAITING[get_ident()]
         super()._check_whole(layer)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Logical length: padding and evicted tokens included.
+        """Logical length: padding and evicted tokens included."""
+        length = super().get_seq_length(layer_idx)
+        if self._insists:
+            assert self._limit is not None
+            return max(length, self._limit + 1)
+        return length
+
+    def insist(self, prepare: Callable[[], Any]) -> Any:
+        """What `prepare` gives a model that keeps this cache beyond the limit, as nothing that it holds is wrong there.
+
+        A model drops a cache that holds no more tokens than the limit, so it is told of more.
 
         Raises:
-            NotImplementedError: a model is about to drop this cache and the tokens it holds.
+            NotImplementedError: the tokens that the cache holds are of no use beyond the limit.
         """
-        length = super().get_seq_length(layer_idx)
-        if self._limit is not None and _asks_whether_to_drop(sys._getframe(1)):
-            if self.outgrown(length):
-                self.refuse_outgrown(length)
-            return max(length, self._limit + 1)  # nothing held is wrong beyond the limit: the model keeps the cache
-        return length
+        length = self.get_seq_length()
+        if self.outgrown(length):
+            self.refuse_outgrown(length)
+        self._insists = True
+        try:
+            return prepare()
+        finally:
+            self._insists = False
 
     def at_limit(self, length: int) -> bool:
         """Whether the token after `length` columns is the first beyond the limit, where the model rotates otherwise."""
@@ -105,28 +119,33 @@ class GivenCache(WholeCache):
         )
 
 
-def _generate_under_way() -> dict[str, Any] | None:
-    """The local variables of transformers' innermost `generate()` that this thread is in."""
-    for frame in callers():
-        if frame.f_code.co_name == "generate" and "model_kwargs" in frame.f_code.co_varnames:
-            return frame.f_locals
-    return None
+def install() -> None:
+    """Wrap `_prepare_cache_for_generation` of transformers' GenerationMixin in place. Idempotent."""
+    wrap_method(GenerationMixin, "_prepare_cache_for_generation", _noting_cache)
 
 
-def use_cache_of_forward() -> bool | None:
-    """What `use_cache` is in the model's forward that this thread is in, the config's where nobody gave it."""
-    for frame in callers():
-        if frame.f_code.co_name == "forward" and "use_cache" in frame.f_code.co_varnames:
-            given = frame.f_locals
-            if isinstance(given["self"], PreTrainedModel):  # a layer's may be a default that nobody cared for
-                return given["use_cache"]
-    return None
+def _noting_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        cache = model_kwargs.get(CACHE)
+        result = prepare(self, generation_config, model_kwargs, *args, **kwargs)
+        if isinstance(cache, GivenCache):
+            cache.given(self, generation_config)
+        return result
+
+    return noting
 
 
-def _asks_whether_to_drop(frame: FrameType) -> bool:
-    """Whether this is a `prepare_inputs_for_generation` that compares the length with the limit."""
-    code = frame.f_code
-    return code.co_name == "prepare_inputs_for_generation" and "original_max_position_embeddings" in code.co_names
+def _keeping_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """A `prepare_inputs_for_generation` that is asked again where it drops a HardKVCache for the limit."""
+
+    def keeping(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = prepare(self, *args, **kwargs)
+        cache = kwargs.get(CACHE)
+        if isinstance(cache, GivenCache) and all(value is not cache for value in inputs.values()):
+            return cache.insist(lambda: prepare(self, *args, **kwargs))
+        return inputs
+
+    return keeping
 
 
 @torch.compiler.disable
@@ -135,15 +154,11 @@ def check_given(module: torch.nn.Module) -> None:
 
     For calls with keys of no HardKVCache, while a cache waits.
     """
-    waiting = WAITING.get(get_ident())
-    cache, call = None if waiting is None else waiting(), _generate_under_way()
-    if cache is None or call is None:
-        WAITING.pop(get_ident(), None)  # that call has failed
+    call = WAITING.get(get_ident())
+    if call is None or call is not innermost():  # another generation within
         return
-    model = call["self"]
-    ours = any(value is cache for value in call["model_kwargs"].values())
-    if ours and getattr(module, "config", None) is Traits.of(model.config).text:
-        refuse_dropped(type(model).__name__)
+    if getattr(module, "config", None) is Traits.of(call.model.config).text:
+        refuse_dropped(type(call.model).__name__)
 
 
 def refuse_dropped(model: str) -> NoReturn:

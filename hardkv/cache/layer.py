@@ -10,7 +10,6 @@ from hardkv.cache.events.run import Events
 from hardkv.cache.handles import KVHandle, LatentHandle, NewTokens, UnroutedKVError
 from hardkv.cache.incoming import check_alike, what_else
 from hardkv.cache.layer_events import LayerEvents
-from hardkv.cache.prompt import generate_prefills
 from hardkv.cache.protocol import LayerProtocol
 from hardkv.cache.schedule import EventSchedule, run_events
 from hardkv.cache.shards import local_heads
@@ -19,6 +18,7 @@ from hardkv.cache.storage.hidden import Past, noted, seen_through
 from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.cache.storage.queries import QueryRing
 from hardkv.cache.storage.tiers import Tiers
+from hardkv.cache.under_way import prefilling
 from hardkv.kernels.attention import attend_tiers
 from hardkv.kernels.autocast import active
 
@@ -267,7 +267,7 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         """Whether these tokens belong to the prompt: it ends with the first single token that `generate()` drew."""
         if self.prompt_length is not None:
             return False
-        return new.stop - new.start > 1 or (self.settings.pin_prompt and generate_prefills())
+        return new.stop - new.start > 1 or (self.settings.pin_prompt and prefilling())
 
     def _check_pinned(self, new: NewTokens, padding: Tensor | None) -> None:
         limit = self.budget.limit

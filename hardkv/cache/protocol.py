@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from hardkv.cache.handles import HeldStates, LogicalLen
-from hardkv.cache.handover import use_cache_of_forward
 from hardkv.cache.state import LayerState
 from hardkv.cache.storage.tiers import sequences_of
 
@@ -36,17 +35,7 @@ class LayerProtocol(LayerState):
 
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical key length of the next forward, marked as ours, and offset 0.
-
-        Raises:
-            ValueError: past tokens seem to be fed again.
-        """
-        if 0 < self.seen < query_length and use_cache_of_forward() is False:
-            raise ValueError(
-                f"use_cache=False, and {query_length} tokens come after the {self.seen} that this HardKVCache holds: "
-                "past tokens seem to be fed again, and would be held twice. Pass only new tokens and use_cache=True "
-                "(where nobody passed False, the model's config.use_cache says so), or no past_key_values"
-            )
+        """Logical key length of the next forward, marked as ours, and offset 0."""
         return LogicalLen(self.seen + query_length, self.layer_idx), 0
 
     def activate_past_recording(self) -> None:

@@ -9,6 +9,7 @@ wrapped mask functions recognise.
 """
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,16 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from hardkv.cache import handover
+from hardkv.cache import handover, under_way
 from hardkv.cache.handles import HardKVMask, KVHandle, LogicalLen, NewTokens, UnroutedKVError
 from hardkv.cache.latent import Latent
 from hardkv.cache.static import StaticTokens, static_attention
 from hardkv.cache.steps import UnknownLength
 from hardkv.cache.storage.hidden import Past
 from hardkv.kernels.autocast import attended_dtype, suspended
+
+# Attention modules that get what their model got as `use_cache`.
+_TOLD: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 
 
 def _wrap_attention(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +47,7 @@ def _wrap_attention(name: str, function: Callable[..., Any]) -> Callable[..., An
             return _routed(name, function, module, query, key, value, attention_mask, args, kwargs)
         if isinstance(attention_mask, HardKVMask):
             attention_mask = attention_mask.for_plain(module)
-        if handover.WAITING:
+        if under_way.WAITING:
             handover.check_given(module)
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
@@ -111,6 +115,7 @@ def _routed(
             f"{type(module).__name__} passes positional arguments to attention; hardkv reads keywords"
         )
     _refuse(module, key, kwargs)
+    _check_use_cache(module, key.new, kwargs.get("use_cache"))
     new = key.new
     # generate() always brings a mask; asked once, when the device has hardly begun, and never at later steps
     plain = new.start == 0 and isinstance(mask, HardKVMask) and mask.hides_nothing
@@ -192,6 +197,24 @@ def _refuse(module: torch.nn.Module, key: KVHandle, kwargs: dict[str, Any]) -> N
                 f"{what} attends within a sliding window of {sliding_window} tokens, and its config does not mark the "
                 "layer as sliding, so HardKVCache compresses it: use DynamicCache for this model"
             )
+
+
+def _check_use_cache(module: torch.nn.Module, new: NewTokens, use_cache: bool | None) -> None:
+    """Raise ValueError when past tokens seem to be fed again with `use_cache=False`.
+
+    Layers of most models hand on to attention what their model got as `use_cache`, those of others nothing, or False
+    always. So False counts once this module has been told True at a prompt. Within `generate()`, `GivenCache.given`
+    looks.
+    """
+    if new.start == 0:
+        if use_cache:
+            _TOLD.add(module)
+    elif use_cache is False and new.start < new.stop - new.start and module in _TOLD:
+        raise ValueError(
+            f"use_cache=False, and {new.stop - new.start} tokens come after the {new.start} that this HardKVCache "
+            "holds: past tokens seem to be fed again, and would be held twice. Pass only new tokens and use_cache=True "
+            "(where nobody passed False, the model's config.use_cache says so), or no past_key_values"
+        )
 
 
 def _padding(mask: Any, batch: int, new: NewTokens) -> Tensor | None:
@@ -309,7 +332,7 @@ def _mark(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Callable
 
 
 def install() -> None:
-    """Wrap every entry of transformers' attention and mask registries in place, and the look-up. Idempotent.
+    """Wrap in place what hardkv needs of transformers: registries of attention and masks, and `generate()`. Idempotent.
 
     Called at import, by every HardKVCache and in prefill, so that what is registered in between is wrapped too.
     """
@@ -330,3 +353,5 @@ def install() -> None:
             AttentionMaskInterface.register(name, _wrap_mask(function))  # type: ignore[arg-type]
     if not hasattr(AttentionInterface.get_interface, "_hardkv"):
         AttentionInterface.get_interface = _wrap_lookup(AttentionInterface.get_interface)  # type: ignore[method-assign]
+    under_way.install()
+    handover.install()

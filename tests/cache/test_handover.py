@@ -1,15 +1,19 @@
 """A cache that generate() was given and the model runs without, or that is fed again what it holds: never silent."""
 
+import inspect
 import threading
 from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.generation.utils import GenerationMixin
 
 from hardkv import HardKVCache, graphed
 from hardkv.cache.argument import CACHE
-from hardkv.cache.handover import WAITING
+from hardkv.cache.routing import install
+from hardkv.cache.under_way import WAITING, innermost, prefilling
+from tests.models.tiny import tiny_model as any_tiny_model
 
 EVICT = {"budget": 12, "window": 4, "sinks": 1, "interval": 3}
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -18,7 +22,9 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 @pytest.fixture(autouse=True)
 def nothing_waits():
     yield
-    WAITING.clear()
+    assert not WAITING
+    assert innermost() is None
+    assert not prefilling()
 
 
 @contextmanager
@@ -109,9 +115,8 @@ def test_a_call_that_failed_before_its_forward_leaves_nothing_behind(tiny_model,
     expected = model.generate(**inputs, **GREEDY)
     with prepared_by(model, fail), pytest.raises(RuntimeError, match="before the forward"):
         model.generate(**inputs, **{CACHE: cache}, **GREEDY)
-    assert WAITING
-    model(**inputs)  # the same model, by nobody's generate()
     assert not WAITING
+    model(**inputs)  # the same model, by nobody's generate()
     with prepared_by(model, fail), pytest.raises(RuntimeError, match="before the forward"):
         model.generate(**inputs, **{CACHE: cache}, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY), expected)
@@ -139,6 +144,16 @@ def test_the_same_model_without_the_cache_while_it_waits(tiny_model, tiny_prompt
     assert all(torch.equal(each, expected) for each in found)
     assert cache.get_seq_length() == 18
     assert not WAITING
+
+
+def test_generate_is_wrapped_once_and_has_its_signature():
+    """transformers, PEFT and others read it."""
+    names = ("generate", "_prefill", "_prepare_cache_for_generation")
+    before = [getattr(GenerationMixin, name) for name in names]
+    install()
+    assert [getattr(GenerationMixin, name) for name in names] == before
+    assert "streamer" in inspect.signature(GenerationMixin.generate).parameters
+    assert "generation_config" in inspect.signature(GenerationMixin._prefill).parameters
 
 
 def test_lengths_may_be_asked_as_often_as_one_likes(tiny_model, tiny_prompts):
@@ -203,11 +218,12 @@ def test_use_cache_false_is_refused_by_generate(attn, source, how, tiny_model, t
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("source", ["argument", "config"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_use_cache_false_with_all_tokens_again_is_refused_by_forward(name, source, attn, tiny_model, tiny_prompts):
     model, ids = tiny_model(name, attn=attn), tiny_prompts(1)["input_ids"]
     arguments = {"use_cache": False} if source == "argument" else {}
     model.config.use_cache = source == "argument"
+    model(ids, **{CACHE: HardKVCache(config=model.config)}, use_cache=True)  # which shows that its layers are told
     cache = HardKVCache(config=model.config, **EVICT)
     model(ids, **{CACHE: cache}, **arguments)  # as DynamicCache: one forward uses what it is given
     with pytest.raises(ValueError, match="14 tokens come after the 13.*seem to be fed again.*use_cache=True"):
@@ -216,3 +232,14 @@ def test_use_cache_false_with_all_tokens_again_is_refused_by_forward(name, sourc
     model(ids[:, :5], **{CACHE: cache}, **arguments)  # what is new goes in
     model(ids, **{CACHE: cache}, use_cache=True)
     assert cache.get_seq_length() == 31
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo3"])
+def test_layers_that_are_not_told_of_use_cache_take_any_chunk(model_type, tiny_prompts):
+    """Gemma 3's get nothing, OLMo 3's always False."""
+    model, ids = any_tiny_model(model_type), tiny_prompts(1)["input_ids"]
+    cache = HardKVCache(config=model.config, **EVICT)
+    for _ in range(2):
+        model(ids[:, :5], **{CACHE: cache}, use_cache=True)
+        model(ids[:, 5:], **{CACHE: cache}, use_cache=True)
+        cache.reset()
