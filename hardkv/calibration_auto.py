@@ -1,6 +1,5 @@
-"""`calibration="auto"`: the calibration of a model in memory, made once for its weights and kept in a file."""
+"""`calibration="auto"`: a model's calibration, made once for its weights and kept in a file."""
 
-import gc
 import hashlib
 import json
 import os
@@ -8,8 +7,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from hardkv.cache.model import Traits
 from hardkv.calibration import calibrate, load_tokenizer
@@ -38,22 +35,32 @@ def cache_folder() -> Path:
         raise FileNotFoundError("no home folder is known: set HOME, or HARDKV_CACHE to a folder for them") from error
 
 
-def auto(config: Any, settings: HardKVConfig, warn: Callable[[str], Any] = warnings.warn) -> Calibration:
-    """The calibration of a loaded model for these settings: from the user's cache folder, or made now and kept there.
+def auto(model: Any, settings: HardKVConfig, warn: Callable[[str], Any] = warnings.warn) -> Calibration:
+    """The calibration of a model for these settings: from the user's cache folder, or made now and kept there.
 
     A file belongs to weights, adapters included, whatever the model's name (`hardkv.fingerprint`), and to a scorer with
     its window, sinks and interval; it holds the default texts' result. Delete it to calibrate again. One that cannot be
     read is made again. Where none can be written, the calibration is kept in memory for this process.
 
     Args:
-        config: `model.config` of a model in memory. settings: scorer, window, sinks and interval. warn: is told what
-            is wrong with a file or its folder.
+        model: the transformers model, loaded. settings: scorer, window, sinks and interval. warn: is told what is
+            wrong with a file or its folder.
 
     Raises:
-        ValueError: the model cannot be found in memory, or has no tokenizer, or its weights cannot be read.
+        ValueError: the model is None, has no tokenizer, or its weights cannot be read.
     """
+    if model is None:
+        raise ValueError(
+            "calibration='auto' reads the model's weights, and a config holds none: pass config=model instead of "
+            "config=model.config"
+        )
     advice = "pass calibration=hardkv.calibrate(model, tokenizer=...) instead of 'auto'"
-    model, weights = _find_model(config, advice)
+    config, weights = model.config, fingerprint(model)
+    if weights is None:
+        raise ValueError(
+            f"calibration='auto' keeps a file for the weights, and those of {type(model).__name__} cannot be read "
+            f"here: {advice}"
+        )
     scorer = get_scorer(settings.scorer)
     described = describe_scorer(scorer)
     # beside weights, what attention depends on; the model's name and folder are not among it
@@ -92,40 +99,3 @@ def auto(config: Any, settings: HardKVConfig, warn: Callable[[str], Any] = warni
         _unsaved[name] = calibration
         warn(f"calibration='auto' cannot keep what it measured, so other processes will measure again: {error}")
     return calibration
-
-
-def _find_model(config: Any, advice: str) -> tuple[Any, str]:
-    """The loaded model that owns `config` (a cache is given only that), whole, and its fingerprint.
-
-    Raises:
-        ValueError: there is none, or there are several of different weights, or the weights cannot be read.
-    """
-    found = _whole_models(config)
-    prints = [fingerprint(model) for model in found]
-    if len(set(prints)) > 1:
-        found.clear()
-        gc.collect()  # models that are gone, but for references in a circle
-        found = _whole_models(config)
-        prints = [fingerprint(model) for model in found]
-    if not found:
-        raise ValueError(f"calibration='auto' found no model with this config in memory: {advice}")
-    if len(set(prints)) > 1:
-        raise ValueError(
-            f"calibration='auto' found {len(found)} models in memory that share this config and have different "
-            f"weights: {advice}"
-        )
-    if prints[0] is None:
-        raise ValueError(
-            f"calibration='auto' keeps a file for the weights, and those of {type(found[0]).__name__} cannot be read "
-            f"here: {advice}"
-        )
-    return found[0], prints[0]
-
-
-def _whole_models(config: Any) -> list[Any]:
-    """Every model in memory that owns `config` and is no part of another one that does."""
-    # isinstance() would ask every object in memory for its __class__, and some answer with a warning
-    models = (owner for owner in gc.get_objects() if issubclass(type(owner), PreTrainedModel))
-    owners = [model for model in models if model.config is config]
-    parts = {id(part) for owner in owners for part in owner.modules() if part is not owner}
-    return [owner for owner in owners if id(owner) not in parts]

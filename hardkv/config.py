@@ -31,10 +31,10 @@ class HardKVConfig:
             prompt's own event frees nothing yet).
         pin_prompt: keep the whole prompt: what `generate()` was given, in chunks or not. In a loop of your own every
             token up to the first forward of a single one, so give the prompt's last chunk two tokens or more.
-        calibration: None; a `hardkv.Calibration` or the path of a saved one; "auto": calibrate once for the weights in
-            memory and the scorer, and keep the file (`hardkv.calibration_auto.auto`); or "online": Logits Calibration,
-            one temperature per KV head fitted at each sequence's first event that has a choice, as it holds more than
-            is protected (`hardkv.selectors.fit_temperatures`); they are 1 before.
+        calibration: None; a `hardkv.Calibration` or the path of a saved one; "auto", with `HardKVCache(config=model)`:
+            calibrate once for the model's weights and the scorer, and keep the file (`hardkv.calibration_auto.auto`);
+            or "online": Logits Calibration, one temperature per KV head fitted at each sequence's first event that has
+            a choice, as it holds more than is protected (`hardkv.selectors.fit_temperatures`); they are 1 before.
         refit: with "online", events after which a sequence's temperatures are fitted again; 0: never.
         attention: "auto", or a backend for tokens after the prompt: "triton" (GPUs; pip install 'hardkv[triton]'),
             "flash_attn" (whichever flash_attn_varlen_func is installed, or PyTorch's) or "torch" (anywhere).

@@ -182,7 +182,7 @@ def check_caches(model: Any, configs: Mapping[str, HardKVConfig]) -> None:
     """
     try:
         for config in configs.values():
-            HardKVCache(config=model.config, **config.to_dict())
+            HardKVCache(config=model, **config.to_dict())
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -236,7 +236,7 @@ def run_demo(
         answer = partial(_answer, model, tokenizer, inputs, max_new_tokens, progress)
         runs = [answer("DynamicCache", DynamicCache(config=model.config))]
         for name, config in configs.items():
-            runs.append(answer(f"HardKV {name}", HardKVCache(config=model.config, **config.to_dict())))
+            runs.append(answer(f"HardKV {name}", HardKVCache(config=model, **config.to_dict())))
             runs[-1].settings = config.to_dict()
 
     console.print(_table(runs))

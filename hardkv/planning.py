@@ -63,7 +63,7 @@ def plan(
     """Bytes that `HardKVCache(config=config, budget=budget, **settings)` holds for a batch, without running anything.
 
     Args:
-        config: `model.config`.
+        config: `model.config`, or the model.
         budget: as for `HardKVCache`.
         batch: sequences.
         prompt_length: columns of the prompt, which matter where it is pinned.
@@ -88,7 +88,7 @@ def plan(
     batch, max_length = check_count("batch", batch, 1), check_count("max_length", max_length, 1)
     prompt_length = check_count("prompt_length", prompt_length, 0, max_length)
     cache = HardKVCache(config=config, budget=budget, **settings)
-    traits = Traits.of(config)
+    traits = Traits.of(getattr(config, "config", config))
     if any(layer.latent for layer in cache._compressed):
         raise ValueError("plan() does not know latent attention (MLA): ask cache.nbytes() after a prompt")
     window, columns = cache.settings.window, cache.settings.window + cache.settings.interval

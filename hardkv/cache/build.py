@@ -41,6 +41,7 @@ def build_layers(
     offload: Offload | None,
     make: LayerFactory,
     warn: Callable[[str], None],
+    model: Any = None,
 ) -> list[Any]:
     """The layers of a cache that knows its model. A calibration "auto" in `settings` becomes a `Calibration`.
 
@@ -48,17 +49,17 @@ def build_layers(
         traits: of the model. settings: of the cache.
         layers: what DynamicCache has for every layer of the model. Where they use full attention they are replaced.
         offload: what keeps compressed layers in host memory, None without. make: makes them.
-        warn: is told what the user should know.
+        warn: is told what the user should know. model: which the calibration "auto" measures.
 
     Raises:
-        ValueError: the calibration was made for another model, or the budget does not fit the number of layers.
+        ValueError: the calibration is "auto" without a model, or was made for another one, or the budget does not fit the number of layers.
     """
     cross = traits.cross_attention_layers
     full = [idx for idx, layer in enumerate(layers) if type(layer) in FULL and idx not in cross]
     if settings.calibration == "auto":
         from hardkv.calibration_auto import auto  # builds on this file
 
-        settings.calibration = auto(traits.config, settings, warn)
+        settings.calibration = auto(model, settings, warn)
     elif isinstance(settings.calibration, Calibration) and (
         warning := settings.calibration.check_model(traits.config, full)
     ):
@@ -88,7 +89,8 @@ def build_unknown_layer(
 def check_unknown(settings: HardKVConfig) -> None:
     """Raise ValueError for a calibration or a budget that needs to know the model."""
     if settings.calibration not in (None, "online"):
-        raise ValueError("a calibration needs to know the model: pass config=model.config")
+        which = "config=model" if settings.calibration == "auto" else "config=model.config"
+        raise ValueError(f"a calibration needs to know the model: pass {which}")
     _budgets(settings, None)
 
 

@@ -45,8 +45,8 @@ class HardKVCache(GivenCache):
     carries a graph, and `backward()` through a later forward raises RuntimeError.
 
     Args:
-        config: `model.config`; for `calibration="auto"` itself, not a copy. Without it only models whose layers all
-            use full attention work.
+        config: `model.config`, or the model, which `calibration="auto"` needs. Without it only models whose layers
+            all use full attention work.
         scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload: see
             `HardKVConfig`.
 
@@ -88,6 +88,8 @@ class HardKVCache(GivenCache):
         self.steps: DecodeSteps | None = None  # of hardkv.generation
         self.warnings: list[str] = []
         self._recorder: Recorder | None = None
+        model = config if isinstance(config, torch.nn.Module) else None
+        config = getattr(model, "config", config)
         super().__init__(config=config)
         install()
         if config is None:
@@ -95,7 +97,8 @@ class HardKVCache(GivenCache):
             return
         traits = Traits.of(config)
         self._cross = traits.cross_attention_layers
-        self.layers = build_layers(traits, self.settings, self.layers, self._offload, self._make_layer, self._warn)
+        make, warn = self._make_layer, self._warn
+        self.layers = build_layers(traits, self.settings, self.layers, self._offload, make, warn, model)
         if not offload:
             self._schedule = EventSchedule(self._compressed)
 
