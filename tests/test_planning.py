@@ -151,3 +151,8 @@ def test_batches_that_fit():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="memory="):
             hardkv.max_batch_size(config)
+
+
+def test_a_model_is_taken_for_its_config():
+    model = make_model("llama")
+    assert hardkv.plan(model, 64, max_length=512) == hardkv.plan(model.config, 64, max_length=512)

@@ -183,8 +183,14 @@ def test_a_config_that_is_none(config):
 
 
 def test_a_model_instead_of_its_config(tiny_model):
-    with pytest.raises(TypeError, match=r"config=LlamaForCausalLM.*HardKVCache\(config=model.config\)"):
-        HardKVCache(config=tiny_model("llama", "sdpa"))
+    model = tiny_model("gemma3")
+    layers = [[type(layer) for layer in HardKVCache(config=given).layers] for given in (model, model.config)]
+    assert layers[0] == layers[1]
+
+
+def test_neither_a_model_nor_a_config():
+    with pytest.raises(TypeError, match=r"config=Linear must be a model's config: HardKVCache\(config=model.config\)"):
+        HardKVCache(config=torch.nn.Linear(2, 2))
 
 
 def test_arguments_are_keyword_only(tiny_model):
