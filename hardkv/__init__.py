@@ -5,7 +5,7 @@ compute exactly what they did before.
 """
 
 from hardkv.cache import HardKVCache, Stats, Trace, UnroutedKVError
-from hardkv.cache.routing import install
+from hardkv.cache.routing.registry import install
 from hardkv.calibration import calibrate
 from hardkv.calibration_file import Calibration
 from hardkv.config import HardKVConfig

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hardkv.cache.cache import HardKVCache
-from hardkv.cache.handles import NewTokens
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.routing.tokens import NewTokens
 from hardkv.config import HardKVConfig
 from hardkv.kernels.scoring import window_attention
 from hardkv.selectors.budgets import Budget

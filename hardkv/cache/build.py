@@ -52,7 +52,8 @@ def build_layers(
         warn: is told what the user should know. model: which the calibration "auto" measures.
 
     Raises:
-        ValueError: the calibration is "auto" without a model, or was made for another one, or the budget does not fit the number of layers.
+        ValueError: the calibration is "auto" without a model, or was made for another one, or the budget does not fit
+            the number of layers.
     """
     cross = traits.cross_attention_layers
     full = [idx for idx, layer in enumerate(layers) if type(layer) in FULL and idx not in cross]

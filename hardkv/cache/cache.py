@@ -13,14 +13,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttent
 
 from hardkv.cache.build import LayerFactory, build_layers, build_unknown_layer, check_unknown, make_layer
 from hardkv.cache.contents import batch_size_of, tensors_of
-from hardkv.cache.handles import KVHandle, LogicalLen
 from hardkv.cache.handover import GivenCache
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.incoming import check_shape
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.model import Traits
 from hardkv.cache.recorder import Recorder
-from hardkv.cache.routing import install
+from hardkv.cache.routing.handles import KVHandle, LogicalLen
+from hardkv.cache.routing.registry import install
 from hardkv.cache.schedule import EventSchedule, run_events
 from hardkv.cache.stats import Stats
 from hardkv.cache.steps import DecodeSteps

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from hardkv.cache.events.run import Events
-from hardkv.cache.handles import KVHandle, LatentHandle, NewTokens, UnroutedKVError
 from hardkv.cache.incoming import check_alike, what_else
 from hardkv.cache.layer_events import LayerEvents
 from hardkv.cache.protocol import LayerProtocol
+from hardkv.cache.routing.handles import KVHandle, LatentHandle, UnroutedKVError
+from hardkv.cache.routing.tokens import NewTokens
 from hardkv.cache.schedule import EventSchedule, run_events
 from hardkv.cache.shards import local_heads
 from hardkv.cache.storage.dense import DenseTier

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hardkv.cache.handles import HeldStates, LogicalLen
+from hardkv.cache.routing.handles import HeldStates, LogicalLen
 from hardkv.cache.state import LayerState
 from hardkv.cache.storage.tiers import sequences_of
 

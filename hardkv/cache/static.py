@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.routing.call import AttentionCall
+from hardkv.cache.routing.latent import Latent
 from hardkv.cache.schedule import run_events
 from hardkv.cache.storage.pool import Pool
 from hardkv.cache.windows import LAST, StaticWindow
 from hardkv.kernels.append import append_step
-from hardkv.kernels.autocast import suspended
+from hardkv.kernels.autocast import attended_dtype, suspended
 
 
 class StaticDecoding:
@@ -303,6 +305,29 @@ class StaticTokens:
         self.given = keys, values
         self.keys, self.values = (torch.cat(self.given, -1), keys) if latent else self.given
         self.stored = False  # set when attention first reads them
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, None]:
+        """Attention of the query `[B, Hq, 1, D]` in a model that was seen to be routed in the prefill.
+
+        Returns:
+            `[B, 1, Hq, Dv]`, and no weights.
+
+        Raises:
+            NotImplementedError: the layer slides over another window than its config says.
+        """
+        query = call.query.to(attended_dtype(call.query))
+        latent = Latent.of(call.module, call.key, query)
+        if call.kwargs.get("sliding_window") != self.window:
+            raise NotImplementedError(
+                f"{type(call.module).__name__} attends within another sliding window than its config says "
+                f"({call.kwargs.get('sliding_window')} and {self.window} tokens): leave out custom_generate=graphed"
+            )
+        store, self.stored = not self.stored, True
+        layer_idx, scale, softcap = self.layer_idx, call.scale, call.softcap
+        if latent is not None:
+            query = latent.absorb(query)
+        out = static_attention(query, self.keys, self.values, layer_idx, store, scale, softcap, call.sinks)
+        return out if latent is None else latent.emit(out.transpose(1, 2)).transpose(1, 2).contiguous(), None
 
 
 @torch.library.custom_op("hardkv::static_attention", mutates_args=())

@@ -19,9 +19,9 @@ from transformers.cache_utils import (
 
 from hardkv.cache import siblings
 from hardkv.cache.argument import NAMES, argument_of
-from hardkv.cache.handles import KVHandle, LatentHandle
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.model import Traits
+from hardkv.cache.routing.handles import KVHandle, LatentHandle, UnmaskedLength
 from hardkv.cache.static import StaticDecoding, StaticTokens
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ REPLACED = (*NAMES, "attention_mask")
 MAX_SHAPES = 64
 
 
-class UnknownLength(int):
+class UnknownLength(UnmaskedLength):
     """A length that grows while the code that asks for it runs only once: it can be compared, not computed with."""
 
     def _refuse(self, *args: Any) -> Any:

@@ -25,8 +25,8 @@ import hardkv.cache.layer as layer_module
 import hardkv.generation as module
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
-from hardkv.cache.handles import KVHandle, UnroutedKVError
 from hardkv.cache.model import Traits
+from hardkv.cache.routing.handles import KVHandle, UnroutedKVError
 from hardkv.cache.siblings import adjacent
 from hardkv.cache.static import StaticTokens
 from hardkv.cache.storage.pool import GROWTH, Pool

@@ -11,7 +11,7 @@ from transformers.generation.utils import GenerationMixin
 
 from hardkv import HardKVCache, graphed
 from hardkv.cache.argument import CACHE
-from hardkv.cache.routing import install
+from hardkv.cache.routing.registry import install
 from hardkv.cache.under_way import WAITING, innermost, prefilling
 from tests.models.tiny import tiny_model as any_tiny_model
 

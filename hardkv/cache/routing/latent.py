@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardkv.cache.handles import ExpandedHandle, KVHandle, NewTokens, UnroutedKVError
+from hardkv.cache.routing.handles import ExpandedHandle, KVHandle, UnroutedKVError
 
 # What the layout's check lets pass, relative to the largest number: rounding in half precision, and nothing else.
 ROUNDING = 0.05
@@ -53,14 +53,14 @@ class Latent:
         plain = query.shape[-1] - key.new.given[1].shape[-1]
         return cls(module.expand_kv, weight[:, :plain], weight[:, plain:])
 
-    def expand(self, new: NewTokens) -> tuple[Tensor, Tensor]:
-        """Keys `[B, Hq, q, D]` and values `[B, Hq, q, Dv]` of new tokens, as the model itself makes them.
+    def expand(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys `[B, Hq, q, D]` and values `[B, Hq, q, Dv]` of latents and rotated keys, as the model itself makes them.
 
         Raises:
             UnroutedKVError: that is not what these maps make of them.
         """
-        keys, values = self.expand_kv(*new.given)
-        latent, rotated = (states[:, :, -1:].detach().to(self.keys.dtype) for states in new.given)  # one token tells
+        keys, values = self.expand_kv(*given)
+        latent, rotated = (states[:, :, -1:].detach().to(self.keys.dtype) for states in given)  # one token tells
         ours = latent @ self.keys.mT, rotated.expand(-1, keys.shape[1], -1, -1), latent @ self.values.mT
         theirs, expected = torch.cat([keys[:, :, -1:], values[:, :, -1:]], -1).detach(), torch.cat(ours, -1)
         if theirs.shape != expected.shape or (theirs - expected).abs().max() > ROUNDING * theirs.abs().max():

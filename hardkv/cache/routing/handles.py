@@ -3,17 +3,13 @@
 Anything else that touches them gets an `UnroutedKVError` rather than wrong attention.
 """
 
-import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hardkv.cache.layer import HardKVLayer
-    from hardkv.cache.schedule import EventSchedule
-    from hardkv.cache.static import StaticTokens
+from hardkv.cache.routing.call import AttentionCall
 
 
 class UnroutedKVError(RuntimeError):
@@ -63,37 +59,6 @@ for _operator in (
     setattr(Opaque, f"__{_operator}__", _refusal(f"__{_operator}__"))
 
 
-class NewTokens:
-    """The keys and values of one `update()`, `[B, H, q, D]` and `[B, H, q, Dv]`, on their way to attention.
-
-    They are stored in the layer's dtype; attention of the first forward gets them as they were given.
-    Of latents and rotated keys `keys` are both, joined, and `values` have no width: they are the keys' first part.
-    """
-
-    def __init__(
-        self,
-        layer: "HardKVLayer",
-        keys: Tensor,
-        values: Tensor,
-        start: int,
-        schedule: "EventSchedule | None" = None,
-    ):
-        self.layer, self.latent = layer, layer.latent
-        self.given = (keys, values)  # with their graph
-        self.keys = keys.detach().to(layer.dtype)
-        self.values = values.detach().to(layer.dtype)
-        if self.latent:
-            self.keys = torch.cat([self.keys, self.values], -1)
-            self.values = self.keys[..., :0]
-        self.start = start  # column of the first of them
-        self.ingested_at: int | None = None  # the layer's event count when they were stored
-        self.schedule = schedule  # when the layer's events run; None: alone, at once
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.keys.shape[2]
-
-
 class HeldStates(Opaque):
     """What a HardKV layer shows as its keys or values to who looks at the layer itself: shape, dtype and device."""
 
@@ -121,6 +86,22 @@ class HeldStates(Opaque):
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
+class NewKV(Protocol):
+    """New keys and values that a handle stands for."""
+
+    latent: bool
+    given: tuple[Tensor, Tensor]
+
+    @property
+    def stop(self) -> int:
+        """How many columns handles show."""
+        ...
+
+    def attend(self, call: AttentionCall) -> tuple[Any, Any]:
+        """Attention over them and all earlier tokens."""
+        ...
+
+
 class KVHandle(HeldStates):
     """What `update()` returns in place of keys or values: shape, dtype and device, and no data.
 
@@ -129,9 +110,9 @@ class KVHandle(HeldStates):
 
     requires_grad = False
 
-    def __init__(self, new: "NewTokens | StaticTokens", like: Tensor):
+    def __init__(self, new: NewKV, like: Tensor):
         super().__init__(torch.Size((*like.shape[:2], new.stop, like.shape[3])), like.dtype, like.device)
-        self.new: Any = new
+        self.new = new
 
     @property
     def is_cuda(self) -> bool:
@@ -183,6 +164,10 @@ class ExpandedHandle(KVHandle):
     view = transpose = new_empty = __getitem__ = copy_ = _same
 
 
+class UnmaskedLength(int):
+    """A length of columns for which attention reads no mask."""
+
+
 class LogicalLen(int):
     """A key length that belongs to a HardKV layer; travels from `get_mask_sizes` to the mask function."""
 
@@ -191,53 +176,4 @@ class LogicalLen(int):
     def __new__(cls, length: int, layer_idx: int) -> "LogicalLen":
         self = super().__new__(cls, length)
         self.layer_idx = layer_idx
-        return self
-
-
-class HardKVMask(Opaque):
-    """What a wrapped mask function returns for a HardKV layer: the 2D padding, and the original mask if asked for."""
-
-    what = "attention mask"
-
-    def __init__(self, padding: Tensor | None, layer_idx: int, build: Callable[[], Any]):
-        self.padding = padding  # bool [B, columns] or None
-        self.layer_idx = layer_idx  # of the layer that was asked for the length
-        self._build = build
-
-    def for_plain(self, module: torch.nn.Module) -> Any:
-        """The original mask, for a layer of the same model that is not ours.
-
-        Raises:
-            NotImplementedError: it is ours, and comes with keys of no cache.
-        """
-        if getattr(module, "layer_idx", None) == self.layer_idx:
-            raise NotImplementedError(
-                f"layer {self.layer_idx} of the model was to use this HardKVCache, and {type(module).__name__} runs "
-                "without it. Gradient checkpointing drops caches while a model trains, and use_cache=False in some "
-                "models: call model.eval() or model.gradient_checkpointing_disable(), pass use_cache=True, or leave "
-                "past_key_values out. With neither, this model is not supported: use DynamicCache"
-            )
-        return self.original
-
-    @functools.cached_property
-    def original(self) -> Any:
-        """What the wrapped function would have returned."""
-        return self._build()
-
-    @functools.cached_property
-    def hides_nothing(self) -> bool:
-        """Whether every column holds a token; the host waits for the device once, whoever asks."""
-        return self.padding is None or bool(self.padding.all())
-
-    def to(self, *args: Any, **kwargs: Any) -> "HardKVMask":
-        if self.padding is not None:
-            padding = self.padding.to(*args, **kwargs)
-            if padding is not self.padding:
-                return HardKVMask(padding.bool(), self.layer_idx, lambda: self._moved(*args, **kwargs))
-        return self
-
-    def _moved(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original if self.original is None else self.original.to(*args, **kwargs)
-
-    def contiguous(self, *args: Any, **kwargs: Any) -> "HardKVMask":
         return self

@@ -1,0 +1,1 @@
+"""The way into transformers: registries, masks, and what travels in place of keys and values."""

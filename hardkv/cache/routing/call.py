@@ -1,0 +1,44 @@
+"""One call of a registered attention function, with keys of a HardKVCache."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AttentionCall(NamedTuple):
+    """What a model passed to an attention function; keys know what to do with it.
+
+    Args:
+        name: under which the function is registered; "eager" for a model's own. function: itself.
+        module: the attention module. query: `[B, Hq, q, D]`. key, value: handles.
+        mask, args, kwargs: as the model passed them.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    module: torch.nn.Module
+    query: Tensor
+    key: Any
+    value: Any
+    mask: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def scale(self) -> float:
+        """What attention multiplies q . k by."""
+        scale = self.kwargs.get("scaling")
+        return self.query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    @property
+    def softcap(self) -> float | None:
+        """Of the logits; None without one."""
+        # sdpa has no softcap: transformers ignores it there (or refuses, before we are asked)
+        return None if self.name == "sdpa" else self.kwargs.get("softcap")
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """Learned attention sinks, `[Hq]`; None without."""
+        return self.kwargs.get("s_aux")
