@@ -14,17 +14,13 @@ from typing import Any
 
 from hardkv.calibration import calibrate
 from hardkv.config import HardKVConfig
-from hardkv.extras import MissingPackageError, require
+from hardkv.extras import InputError, MissingPackageError, require
 from hardkv.files import file_to_write
 from hardkv.rows import as_question, as_text, json_lines
 from hardkv.selectors import BUDGETS, SCORERS, Budget, TopP, get_budget
 
 # Budgets that one number, the mean tokens per head, describes.
 BY_MEAN = sorted(set(BUDGETS) - {"topp"})
-
-
-class InputError(Exception):
-    """What was asked for cannot be done; the message says why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

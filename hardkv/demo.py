@@ -28,9 +28,8 @@ from hardkv.cache import HardKVCache
 from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
 from hardkv.cache.stats import format_bytes
-from hardkv.cli import InputError
 from hardkv.config import HardKVConfig
-from hardkv.extras import MissingPackageError
+from hardkv.extras import InputError, MissingPackageError
 from hardkv.files import check_writable, write_text
 from hardkv.viz import plot_lengths
 

@@ -1,6 +1,10 @@
-"""Optional dependencies: what is missing is said at once, with the command that installs it."""
+"""Errors that the user can mend, and the check for optional packages."""
 
 from importlib.util import find_spec
+
+
+class InputError(Exception):
+    """What was asked for cannot be done; the message says why."""
 
 
 class MissingPackageError(ImportError):
