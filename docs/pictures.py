@@ -18,7 +18,7 @@ from torch import Tensor
 from docs.tables import NEEDLE, read
 from hardkv import HardKVCache, Trace, calibrate
 from hardkv.cache.argument import CACHE
-from hardkv.demo import load
+from hardkv.loading import load
 from hardkv.selectors import RKV, AdaKV, Attention, Risk, SnapKV, TopK
 
 FOLDER = Path(__file__).parent / "pictures"

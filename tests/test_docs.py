@@ -23,7 +23,7 @@ import hardkv.viz
 from docs import tables
 from hardkv import HardKVCache, calibration
 from hardkv.cache.argument import CACHE
-from hardkv.demo import MODEL_PACKAGE, load
+from hardkv.loading import MODEL_PACKAGE, load
 from hardkv.selectors import BUDGETS, SCORERS
 from tests.eval import tiny
 

@@ -12,11 +12,11 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.reasoner.encoding import IGNORED, PROMPT_ROOM, encode
 from eval.reasoner.problems import KINDS, LINE_TOKENS, Puzzle, draw
 from hardkv.files import check_writable, write_text
+from hardkv.loading import load
 
 MODEL = Path(__file__).parent / "model"
 BATCH = 16  # problems
@@ -64,10 +64,7 @@ def evaluate(model: Any, tokenizer: Any, difficulties: Sequence[int], count: int
 
 def measure(folder: Path, difficulties: Sequence[int], count: int) -> dict[str, Any]:
     """What `accuracy.json` holds: `exact` of `count` problems a difficulty, `generated` of the shortest ones."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(folder)
     rows = evaluate(model, tokenizer, difficulties, count)
     rng = random.Random("generated")
     puzzles = [draw(rng, min(difficulties), "test") for _ in range(BATCH)]
@@ -78,8 +75,8 @@ def measure(folder: Path, difficulties: Sequence[int], count: int) -> dict[str, 
             "count": len(puzzles),
             "correct": int(generated(model, tokenizer, puzzles).sum()),
         },
-        "dtype": str(dtype).removeprefix("torch."),
-        **versions(device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **versions(model.device),
     }
 
 

@@ -5,11 +5,11 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.reasoner.problems import draw
 from hardkv import Calibration, calibrate
 from hardkv.files import check_writable
+from hardkv.loading import load
 from hardkv.selectors import SCORERS
 
 MODEL = Path(__file__).parent / "model"
@@ -17,9 +17,8 @@ MODEL = Path(__file__).parent / "model"
 
 def calibrate_reasoner(folder: Path, scorer: str, interval: int, lines: int, count: int, seed: int = 0) -> Calibration:
     """Measured on `count` solved training problems of `lines` lines each; see `hardkv.calibrate`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(folder)
+    model.float()
     rng = random.Random(f"calibrate-{seed}")
     puzzles = [draw(rng, lines, "train") for _ in range(count)]
     ids = [

@@ -17,7 +17,7 @@ from eval.run import main
 from eval.sampling import Answer
 from eval.store import Store
 from hardkv import Calibration, HardKVCache
-from hardkv.demo import MODEL_PACKAGE
+from hardkv.loading import MODEL_PACKAGE
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
 from tests.eval import tiny
 
@@ -91,7 +91,7 @@ def test_a_budget_as_large_as_the_text_answers_as_the_full_cache(command, tmp_pa
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval.run, "load_model", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(eval.run, "load", lambda *arguments: pytest.fail("a model was loaded"))
     (tmp_path / "out").write_text("a file")
     with pytest.raises(SystemExit, match="run.json' cannot be written, since '.*out' is no folder"):
         main(command("--method", "full"))
@@ -305,7 +305,7 @@ def test_only_packages_that_a_command_imports_are_asked_for(monkeypatch, argumen
 
 
 def test_the_self_check_stops_at_gold_answers_that_are_wrong_by_themselves(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(eval.run, "load_model", None)  # needs none
+    monkeypatch.setattr(eval.run, "load", None)  # needs none
     main(command("--self-check"))
     assert "All 4 gold answers grade themselves correct" in capsys.readouterr().out
     monkeypatch.setattr("math_verify.verify", lambda gold, answer: False)

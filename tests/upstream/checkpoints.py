@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
-from hardkv.demo import bundled_gguf
+from hardkv.loading import bundled_gguf
 from tests.eval.tiny import tokenizer
 from tests.models.tiny import PAD, VOCABULARY, tiny_model
 
