@@ -124,9 +124,9 @@ class Calibration:
         Args:
             budget: n of the `Risk(n)` whose counts at the calibrated length are shown.
         """
-        from hardkv.viz.calibration import summarize_calibration  # builds on this class
+        from hardkv.calibration_summary import summarize  # builds on this class
 
-        return summarize_calibration(self, budget)
+        return summarize(self, budget)
 
     def plot(self, path: "str | PathLike[str] | None" = None, budget: int = 512) -> "Figure":
         """The picture of `hardkv.viz.plot_calibration`, which needs matplotlib.

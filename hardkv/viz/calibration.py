@@ -1,4 +1,4 @@
-"""What a calibration found, as a table and as a picture."""
+"""What a calibration found, as a picture."""
 
 from itertools import product
 from os import PathLike
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hardkv.calibration_file import Calibration
+from hardkv.calibration_summary import NO_KEPT, NO_RISK, allocation_of, layers_of, length_of, scorer_name
 from hardkv.extras import require
-from hardkv.selectors.budgets import Risk
 from hardkv.viz.figures import WIDTH, finish, number_size
 
 if TYPE_CHECKING:
@@ -23,48 +23,6 @@ MAX_TICKS = 40
 MAX_ANNOTATED_HEADS = 16
 # Narrowest range of the temperatures' colours, [1 / r, r]: what lies within is as good as 1.
 NARROWEST = 1.25
-NO_KEPT = "no counts of top-p in this calibration"
-NO_RISK = "no risk curves in this calibration: temperatures only"
-
-
-def summarize_calibration(calibration: Calibration, budget: int = 512) -> str:
-    """The table of `Calibration.summary`: where it comes from, then one row a layer and one for all.
-
-    Args:
-        calibration: what it lacks is left out. budget: n of the `Risk(n)` whose counts are shown.
-    """
-    layers = _layers(calibration)
-    blocks = [_block("", ["layer"], [[str(layer)] for layer in layers] + [["all"]])]
-    temperatures = [[row.min(), row.quantile(0.5), row.max()] for row in _by_layer(calibration.temperatures)]
-    shown = [[_digits(value, 3) for value in row] for row in temperatures]
-    blocks.append(_block("temperature", ["min", "median", "max"], shown))
-    residuals = [[f"{row.max():.3f}"] for row in _by_layer(calibration.residuals)]
-    blocks.append(_block("residual", ["max"], residuals))
-    notes = []
-    if calibration.kept is None:
-        notes.append(NO_KEPT)
-    else:
-        columns = [[row.quantile(0.5) for row in _by_layer(kept)] for kept in calibration.kept]
-        shown = [[f"{value:,.0f}" for value in row] for row in zip(*columns, strict=True)]
-        blocks.append(_block("kept by top-p", ["raw", "before", "after"], shown))
-        notes.append(
-            "kept by top-p: median tokens of a head beyond the protected ones,\n"
-            "by raw attention and by scores before and after calibration"
-        )
-    allocation = _allocation(calibration, budget)
-    if allocation is None:
-        notes.append(NO_RISK)
-    else:
-        counts = [[row.min(), row.mean(), row.max()] for row in _by_layer(allocation)]
-        shown = [[f"{value:,.0f}" for value in row] for row in counts]
-        blocks.append(_block(f"Risk({budget})", ["min", "mean", "max"], shown))
-        notes.append(
-            f"Risk({budget}): tokens of a head, protected ones included, in a context of {_length(calibration):,}"
-        )
-    head = _head(calibration)
-    width = max((len(label) for label, _ in head), default=0)
-    lines = [f"{label:<{width}}  {text}" for label, text in head]
-    return "\n".join([*lines, "", *("   ".join(row).rstrip() for row in zip(*blocks, strict=True)), "", *notes])
 
 
 def plot_calibration(
@@ -110,7 +68,7 @@ def _draw(calibration: Calibration, budget: int) -> "Figure":
         layout="constrained",
     )
     figure.suptitle(_title(calibration), fontsize=9)
-    layers = _layers(calibration)
+    layers = layers_of(calibration)
 
     # A few heads may lie far out: the colours serve the others, and the numbers in the cells these.
     spread = float(calibration.temperatures.double().log().abs().quantile(0.9).exp())
@@ -122,7 +80,7 @@ def _draw(calibration: Calibration, budget: int) -> "Figure":
     bar.ax.yaxis.set_minor_locator(NullLocator())
     axes["temperatures"].set_title("Temperatures (1: scores are as sharp as attention)", loc="left", fontsize=9)
 
-    allocation = _allocation(calibration, budget)
+    allocation = allocation_of(calibration, budget)
     axes["budgets"].set_title(f"Tokens kept under Risk({budget})", loc="left", fontsize=9)
     axes["risk"].set_title("Risk: attention lost by keeping fewer tokens", loc="left", fontsize=9)
     if allocation is None:
@@ -131,7 +89,7 @@ def _draw(calibration: Calibration, budget: int) -> "Figure":
     else:
         largest = max(int(allocation.max()), 1)
         bar = _heat_map(axes["budgets"], allocation, layers, Normalize(0, largest), "viridis")
-        bar.set_label(f"tokens of {_length(calibration):,}\n(mean {float(allocation.double().mean()):,.0f})")
+        bar.set_label(f"tokens of {length_of(calibration):,}\n(mean {float(allocation.double().mean()):,.0f})")
         _draw_risk(axes["risk"], calibration, allocation)
         axes["risk"].xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
 
@@ -196,7 +154,7 @@ def _draw_risk(axis: "Axes", calibration: Calibration, allocation: Tensor) -> No
     assert calibration.counts is not None
     assert calibration.risk is not None
     figure: Any = axis.figure
-    layers = _layers(calibration)
+    layers = layers_of(calibration)
     counts = calibration.counts.cpu().numpy()
     risk = calibration.risk.cpu().double()
     drawn = risk.masked_fill(risk <= 0, torch.nan).numpy()  # 0, at the end of every curve, has no logarithm
@@ -233,87 +191,17 @@ def _say(axis: "Axes", text: str) -> None:
     axis.text(0.5, 0.5, text, ha="center", va="center", color="0.4", transform=axis.transAxes)
 
 
-# ---------------------------------------------------------------------- what is shown
-
-
-def _layers(calibration: Calibration) -> list[int]:
-    """The model's indices of the calibrated layers; by default all there are."""
-    return list(calibration.provenance.get("layers", range(calibration.temperatures.shape[0])))
-
-
-def _length(calibration: Calibration) -> int:
-    return int(calibration.provenance.get("length", calibration.curves.length))
-
-
-def _allocation(calibration: Calibration, budget: int) -> Tensor | None:
-    """Counts `[L, H]` of `Risk(budget)` at the calibrated length, None without risk curves."""
-    if calibration.risk is None or calibration.counts is None:
-        return None
-    known = calibration.provenance
-    # Curves begin where only the protected tokens are left.
-    protected = known["window"] + known["sinks"] if {"window", "sinks"} <= set(known) else int(calibration.counts[0])
-    return Risk(budget).allocation(calibration.curves, _length(calibration), protected)
-
-
-def _head(calibration: Calibration) -> list[tuple[str, str]]:
-    """Labels and texts of what the provenance knows."""
-    known = calibration.provenance
-    geometry = known.get("geometry", {})
-    layers, heads = calibration.temperatures.shape
-    total = geometry.get("num_hidden_layers", layers)
-    of_all = f" of {total}" if total != layers else ""
-    settings = [f"{key} {known[key]}" for key in ("window", "sinks", "interval", "p") if key in known]
-    text = [f"{known['tokens']:,} tokens"] if "tokens" in known else []
-    text += [f"the longest {known['length']:,}"] if "length" in known else []
-    lines = [
-        ("model", known.get("name", "")),
-        ("layers", f"{layers}{of_all}, KV heads in each: {heads}"),
-        ("scorer", _scorer(known["scorer"]) if "scorer" in known else ""),
-        ("settings", ", ".join(settings)),
-        ("texts", ", ".join(text)),
-        ("versions", ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())),
-        ("file", str(calibration.path or "")),
-    ]
-    return [(label, text) for label, text in lines if text]
-
-
-def _scorer(described: dict[str, Any]) -> str:
-    """`{"name": "snapkv", "kernel_size": 7}` as snapkv(kernel_size=7)."""
-    parameters = [f"{key}={value!r}" for key, value in described.items() if key not in ("name", "class")]
-    name = str(described.get("name") or described.get("class"))
-    return f"{name}({', '.join(parameters)})" if parameters else name
-
-
 def _title(calibration: Calibration) -> str:
     known = calibration.provenance
     parts = [Path(known.get("name", "")).name]
-    parts += [_scorer(known["scorer"])] if "scorer" in known else []
+    parts += [scorer_name(known["scorer"])] if "scorer" in known else []
     parts += [f"{known['tokens']:,} tokens of text"] if "tokens" in known else []
     named = [part for part in parts if part]
     return ", ".join(named[:1]) + (",\n" if len(named) > 1 else "") + ", ".join(named[1:]) or "Calibration"
-
-
-def _digits(value: "float | Tensor", digits: int) -> str:
-    """A number with so many digits, an integer with all of them."""
-    return str(value) if isinstance(value, int) else f"{value:#.{digits}g}".rstrip(".")
 
 
 def _cell(value: "float | int") -> str:
     """A number as short as two digits can be: no zero before its point, and what is tiny as that."""
     if isinstance(value, int) or value >= 9.95:
         return f"{value:.0f}"
-    return _digits(value, 2) if value >= 0.995 else f"{value:.2f}".lstrip("0") if value >= 0.01 else "<.01"
-
-
-def _by_layer(values: Tensor) -> list[Tensor]:
-    """`[H]` of each layer, then `[L * H]` of all, float64."""
-    values = values.double().cpu()
-    return [*values, values.flatten()]
-
-
-def _block(title: str, names: list[str], rows: list[list[str]]) -> list[str]:
-    """Right-aligned columns under one title, all lines equally wide."""
-    columns = [max(len(cell) for cell in column) for column in zip(names, *rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, columns, strict=True)) for row in [names, *rows]]
-    width = max(len(title), len(lines[0]))
-    return [title.rjust(width), *(line.rjust(width) for line in lines)]
+    return f"{value:#.2g}".rstrip(".") if value >= 0.995 else f"{value:.2f}".lstrip("0") if value >= 0.01 else "<.01"
