@@ -122,11 +122,11 @@ def _demo(args: argparse.Namespace) -> None:
         args.parser.error(str(error))
     require("demo", "accelerate", "gguf", "matplotlib", "rich")
     if args.problems:
-        from hardkv.demo_problems import run_problems
+        from hardkv.demo.problems import run_problems
 
         run_problems(args.model, args.problems, configs, args.max_new_tokens, args.out)
     else:
-        from hardkv.demo import run_demo
+        from hardkv.demo.text import run_demo
 
         run_demo(args.model, args.text, args.question, configs, args.max_new_tokens, args.out)
 

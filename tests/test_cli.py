@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hardkv import Calibration, calibrate
 from hardkv.cli import _problems, main
-from hardkv.demo import Clock
-from hardkv.demo_problems import boxed
+from hardkv.demo.problems import boxed
+from hardkv.demo.shared import Clock
 
 LAYERS, KV_HEADS = 3, 2
 QUESTION = "Who [/jumps] over [bold]whom[/]?"  # brackets are no markup
@@ -127,7 +127,7 @@ def test_a_prompt_longer_than_the_model_is_told(model_folder, text_file, tmp_pat
     ],
 )
 def test_bad_arguments_end_before_any_work(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr("hardkv.demo.run_demo", lambda *args: pytest.fail("the demo started"))
+    monkeypatch.setattr("hardkv.demo.text.run_demo", lambda *args: pytest.fail("the demo started"))
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -147,7 +147,7 @@ def test_bad_arguments_end_before_any_work(arguments, message, capsys, monkeypat
     ],
 )
 def test_bad_problems_end_before_any_work(content, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hardkv.demo_problems.load", lambda name: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("hardkv.demo.problems.load", lambda name: pytest.fail("a model was loaded"))
     path = tmp_path / "problems.jsonl"
     path.write_text(content)
     with pytest.raises(SystemExit) as stop:
@@ -242,8 +242,8 @@ def test_a_path_to_nothing_is_not_looked_up_on_the_hub(name, text_file, tmp_path
 
 @pytest.mark.parametrize(("name", "more"), [("demo.json", []), ("lengths-48.png", []), ("scores.json", ["--problems"])])
 def test_the_demo_leaves_what_is_no_file(name, more, text_file, tmp_path, capsys, monkeypatch):
-    for module in ("demo", "demo_problems"):
-        monkeypatch.setattr(f"hardkv.{module}.load", lambda name: pytest.fail("a model was loaded"))
+    for module in ("text", "problems"):
+        monkeypatch.setattr(f"hardkv.demo.{module}.load", lambda name: pytest.fail("a model was loaded"))
     out, problems = tmp_path / "out", tmp_path / "problems.jsonl"
     problems.write_text('{"problem": "1+1", "answer": 2}\n')
     out.mkdir()

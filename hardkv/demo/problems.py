@@ -1,7 +1,4 @@
-"""The demo on problems: how many of them a model solves with a dense cache and with compressed ones.
-
-Needs the extra `demo`, so only the command line imports it.
-"""
+"""The demo on problems: how many of them a model solves with a dense cache and with compressed ones."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +17,7 @@ from transformers import DynamicCache
 from hardkv.cache import HardKVCache
 from hardkv.cache.stats import format_bytes
 from hardkv.config import HardKVConfig
-from hardkv.demo import (
+from hardkv.demo.shared import (
     Clock,
     check_caches,
     environment,
@@ -125,7 +122,7 @@ def run_problems(
         solve = partial(_solve, model, tokenizer, inputs, gold, max_new_tokens, progress)
         scores = [solve("DynamicCache", DynamicCache(config=model.config))]
         for name, config in configs.items():
-            scores.append(solve(f"HardKV {name}", HardKVCache(config=model.config, **config.to_dict())))
+            scores.append(solve(f"HardKV {name}", HardKVCache(config=model, **config.to_dict())))
             scores[-1].settings = config.to_dict()
 
     console.print(_table(scores))
