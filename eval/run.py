@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def packages(args: argparse.Namespace) -> list[str]:
     """The optional ones that a command imports sooner or later."""
-    needed = ["accelerate", "matplotlib", "rich"]
+    needed = ["accelerate", "matplotlib"]
     if TASKS[args.task].source is not None:
         needed += ["math_verify"]
         needed += ["datasets"] if args.data is None else ["pyarrow"] if args.data.suffix == ".parquet" else []

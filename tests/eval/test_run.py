@@ -293,9 +293,9 @@ def test_a_missing_package_is_named_with_its_extra(command, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "missing"),
     [
-        ([], "accelerate, matplotlib, rich, math_verify, datasets"),
-        (["--data", "mine.jsonl"], "accelerate, matplotlib, rich, math_verify"),
-        (["--data", "mine.parquet"], "accelerate, matplotlib, rich, math_verify, pyarrow"),
+        ([], "accelerate, matplotlib, math_verify, datasets"),
+        (["--data", "mine.jsonl"], "accelerate, matplotlib, math_verify"),
+        (["--data", "mine.parquet"], "accelerate, matplotlib, math_verify, pyarrow"),
     ],
 )
 def test_only_packages_that_a_command_imports_are_asked_for(monkeypatch, arguments, missing):
