@@ -11,7 +11,6 @@ each text on; and the KL divergence of the next-token distribution. Calibration 
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from eval import measures
 from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed
+from eval.machine import one_line
 from eval.teacher_forced import Result, teacher_forced
 from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.calibration import default_texts
@@ -303,7 +303,7 @@ class Worker:
             record = asdict(entry) | {"names": names}
             for name in ("excess", "kl", "agreement", "dense_nll"):
                 record[name] = [round(value, 6) for result in results for value in getattr(result, name)]
-            record["machine"] = machine()
+            record["machine"] = one_line()
             record["nbytes"] = sum(result.nbytes for result in results)
             record["dense_nbytes"] = sum(result.dense_nbytes for result in results)
             records.append(record)
@@ -370,12 +370,6 @@ def run(out: Path, sections: list[str], scorers: list[str], model_name: str | No
             records += future.result()
             write(out, records, model_name)
             print(f"{number} of {len(batches)}", flush=True)
-
-
-def machine() -> str:
-    """What a record was measured on and with."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def model_label(name: str | None) -> str:

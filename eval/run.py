@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from eval.grading import check_golds
 from eval.intervals import FAR, FEWEST, by_problem, separated
+from eval.machine import one_line
 from eval.methods import METHODS, Configuration, grid, new_cache
 from eval.report import report
 from eval.sampling import Answer, answer_batch, sampling_parameters, seed_of
@@ -318,8 +319,6 @@ def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list
 
 def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[str, Any]:
     """What all results in one folder share, as JSON."""
-    from eval.budgets import machine  # needs the extra
-
     names = ["model", "task", "seed", "max_new_tokens", "window", "sinks", "interval", "least_dense"]
     names += {"needle": ["length", "needles", "asked"], "reasoner": ["difficulty"]}.get(args.task, ["data"])
     settings = {name: getattr(args, name) for name in names}
@@ -333,7 +332,7 @@ def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[s
     source = f"on {args.calibrate_on}" if args.calibration is None else f"by {args.calibration.name}"
     if args.calibration is None and args.calibration_length is not None:
         source += f", {args.calibration_length} tokens of each"
-    return settings | {"calibration": source, "sampling": parameters, "machines": [machine()], "budgets": {}}
+    return settings | {"calibration": source, "sampling": parameters, "machines": [one_line()], "budgets": {}}
 
 
 def too_weak(harness: Harness) -> float | None:

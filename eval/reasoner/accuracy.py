@@ -2,17 +2,16 @@
 
 import argparse
 import json
-import platform
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from eval.machine import with_versions
 from eval.reasoner.encoding import IGNORED, PROMPT_ROOM, encode
 from eval.reasoner.problems import KINDS, LINE_TOKENS, Puzzle, draw
 from hardkv.files import check_writable, write_text
@@ -76,22 +75,7 @@ def measure(folder: Path, difficulties: Sequence[int], count: int) -> dict[str, 
             "correct": int(generated(model, tokenizer, puzzles).sum()),
         },
         "dtype": str(model.dtype).removeprefix("torch."),
-        **versions(model.device),
-    }
-
-
-def machine(device: torch.device) -> str:
-    """Its name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """What numbers depend on, for JSON."""
-    return {
-        "machine": machine(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **with_versions(model.device),
     }
 
 

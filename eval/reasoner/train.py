@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from eval.reasoner.accuracy import machine, versions
+from eval.machine import device_name, with_versions
 from eval.reasoner.encoding import IGNORED, encode, encode_hiding, room_for
 from eval.reasoner.problems import MAX_LINES, draw
 from eval.reasoner.tokenizer import build_tokenizer
@@ -219,7 +219,7 @@ def run(settings: Settings, out: Path, device: torch.device, start: Path | None 
         model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
         before = json.loads((start / "training.json").read_text())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters:,} parameters, {settings.steps:,} steps on {machine(device)}", flush=True)
+    print(f"{parameters:,} parameters, {settings.steps:,} steps on {device_name(device)}", flush=True)
     curve = []
     for entry in fit(model, tokenizer, settings, device):
         curve.append(entry)
@@ -239,7 +239,7 @@ def run(settings: Settings, out: Path, device: torch.device, start: Path | None 
         "parameters": parameters,
         "seconds": curve[-1]["seconds"],
         "tokens": curve[-1]["tokens"],
-        **versions(device),
+        **with_versions(device),
         "curve": curve,
         "before": before,
     }

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -42,6 +41,7 @@ from transformers import (
 )
 
 import hardkv
+from eval.machine import gpu
 from eval.speed.events import synthetic_curves
 from eval.speed.inputs import Setting, make_tiers
 from eval.speed.kernel_time import Profiler
@@ -419,12 +419,6 @@ def _tried(call: Callable[[], dict[str, Any]], **what: Any) -> dict[str, Any]:
         return what | {"error": describe(error)}
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What everything ran on."""
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "triton")}
-    return {"gpu": torch.cuda.get_device_name(device), "hardkv": hardkv.__version__, **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.speed.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=file_to_write, default="eval/results/generate.json")
@@ -444,7 +438,7 @@ def main() -> None:
     device = torch.device("cuda")
     bandwidth = copy_bandwidth(CudaTimer(), Setting(device, torch.bfloat16))
     bench = Bench(args.model, MODELS[args.model](), device, torch.bfloat16, args.kvpress_site)
-    found: dict[str, Any] = {"machine": machine(device), "copy_bytes_per_s": bandwidth, "records": []}
+    found: dict[str, Any] = {"machine": gpu(device), "copy_bytes_per_s": bandwidth, "records": []}
     if args.out.exists():
         earlier = json.loads(args.out.read_text())
         found["records"] = earlier["records"] if earlier["machine"] == found["machine"] else []

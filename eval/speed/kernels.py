@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import hardkv
+from eval.machine import device_name
 from eval.speed.events import QWEN, SMALL_EVENTS, Model, measure_events
 from eval.speed.inputs import QUICK, SHAPES, Setting, Shape
 from eval.speed.operations import KINDS, TOLERANCE, Operation, reference_kernels
@@ -152,14 +153,13 @@ def line(record: dict[str, Any]) -> str:
 
 def machine(setting: Setting) -> dict[str, Any]:
     """What the records were measured on and with."""
-    on_gpu = setting.device.type == "cuda"
     distributions = metadata.packages_distributions()
     versions = {"torch": torch.__version__, "hardkv": hardkv.__version__}
     tops = {name: varlen.PACKAGES[name].module.split(".")[0] for name in varlen.installed()}
     for name, top in {"triton": "triton", **tops}.items():
         found = [f"{dist} {metadata.version(dist)}" for dist in sorted(set(distributions.get(top, ())))]
         versions[name] = ", ".join(found) or "not installed"
-    return {"machine": torch.cuda.get_device_name() if on_gpu else "CPU", "versions": versions}
+    return {"machine": device_name(setting.device), "versions": versions}
 
 
 def write(out: Path, data: dict[str, Any]) -> None:

@@ -9,15 +9,14 @@ Random weights and tokens. The caches take turns, so that a slow spell of the ma
 
 import argparse
 import json
-import os
-import platform
 from statistics import median
 from typing import Any
 
 import torch
 from transformers import Qwen3Config
 
-from eval.speed.generate import MODELS, REPEATS, Bench, machine
+from eval.machine import cpu, gpu
+from eval.speed.generate import MODELS, REPEATS, Bench
 from hardkv.files import file_to_write, write_text
 
 OUT = "eval/results/prompts.json"
@@ -70,15 +69,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--device cuda: PyTorch finds no CUDA device here")
     device = torch.device(args.device)
     if args.device == "cuda":
-        bench, where = Bench(args.model, MODELS[args.model](), device, torch.bfloat16), machine(device)
+        bench = Bench(args.model, MODELS[args.model](), device, torch.bfloat16)
     else:
         bench = Bench("two small layers", SMALL, device, torch.float32)
-        where = {"cpu": platform.machine(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-        where["torch"] = torch.__version__
     found = json.loads(args.out.read_text())["records"] if args.out.exists() else []
     for length in args.lengths:
         for record in measure(bench, length, args.repeats):
-            record["machine"] = where
+            record["machine"] = gpu(device) if args.device == "cuda" else cpu()
             found = [old for old in found if _key(old) != _key(record)] + [record]
             print(f"{length} {record['scorer'] or record['method']}: {record['ratio']:.3f}, {record['seconds']:.3f} s")
         write_text(args.out, json.dumps({"records": found}, indent=1) + "\n")
