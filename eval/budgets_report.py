@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from eval.intervals import bootstrap
 from hardkv.extras import require
 from hardkv.files import write_text
 from hardkv.viz.figures import MARKERS, save_figure
 
 # Drawn in this order; the others stand in the tables only.
 DRAWN = ("TopK", "AdaKV", "Pyramid", "Adaptive", "TopP, calibrated", "DuoAttention style", "HeadKV style", "Risk")
-RESAMPLES = 10_000
 
 
 class Study:
@@ -56,9 +56,8 @@ class Study:
         if ours is None or base is None:
             return None
         reference = np.array(base["excess"])
-        pick = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
-        low, high = np.quantile(ours[pick].mean(1) / reference[pick].mean(1), [0.025, 0.975])
-        return float(ours.mean()), float(ours.mean() / reference.mean()), float(low), float(high)
+        low, high = bootstrap(lambda picks: ours[picks].mean(1) / reference[picks].mean(1), len(ours))
+        return float(ours.mean()), float(ours.mean() / reference.mean()), low, high
 
 
 def label(record: dict[str, Any]) -> str:

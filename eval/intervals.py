@@ -1,10 +1,10 @@
-"""Accuracy over problems with bootstrap intervals, and paired differences.
+"""Figures over problems or texts with their bootstrap intervals, and paired differences.
 
 The percentile bootstrap of Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,27 @@ def by_problem(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
+def bootstrap(figure: Callable[[np.ndarray], np.ndarray], count: int, level: float = 0.95) -> tuple[float, float]:
+    """The ends of a figure's percentile interval.
+
+    Args:
+        figure: computes it, float `[resamples]`, for the places that each resample picks, int64 `[resamples, count]`.
+        count: of problems or texts that are resampled.
+        level: of the interval.
+    """
+    picks = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    low, high = np.quantile(figure(picks), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def interval(values: np.ndarray, level: float = 0.95) -> dict[str, float]:
     """Mean of a figure over problems, with its percentile bootstrap interval; the interval of equal values is a point.
 
     Args:
         values: float `[problems]`, not empty. level: of the interval.
     """
-    picks = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(values[picks].mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+    low, high = bootstrap(lambda picks: values[picks].mean(1), len(values), level)
+    return {"mean": float(values.mean()), "low": low, "high": high}
 
 
 def paired(ours: Mapping[str, float], others: Mapping[str, float], level: float = 0.95) -> dict[str, float] | None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import budgets, budgets_report, measures
+from eval import budgets, intervals, measures
 from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed
 from eval.budgets import SECTIONS, Entry, Source, Worker, make_budget, make_cache, plan, read_texts
 from eval.budgets_report import Study, report
@@ -379,7 +379,7 @@ def agg():
 
 @pytest.mark.usefixtures("agg")
 def test_report_writes_tables_and_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(budgets_report, "RESAMPLES", 100)
+    monkeypatch.setattr(intervals, "RESAMPLES", 100)
     path = tmp_path / "budgets.json"
     write_records(path, [*RECORDS[:-1], RECORDS[-1] | {"texts": "choose"}])
     report(path)
