@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.equal_bytes import between
 from eval.intervals import bootstrap
 from hardkv.extras import require
 from hardkv.files import write_text
@@ -37,11 +38,13 @@ class Study:
         base = self.topk(group, n)
         if base is None:
             return None
-        points = sorted((np.log(record["nbytes"]), record["excess"]) for records in cell.values() for record in records)
-        at, rows = np.log(base["nbytes"]), np.array([excess for _, excess in points])
-        if not points[0][0] <= at <= points[-1][0]:
+        points = sorted((record["nbytes"], record["excess"]) for records in cell.values() for record in records)
+        found = between([nbytes for nbytes, _ in points], base["nbytes"])
+        if found is None:
             return None
-        return np.array([np.interp(at, [x for x, _ in points], text) for text in rows.T])
+        place, share = found
+        below, above = (np.array(excess) for _, excess in points[place : place + 2])
+        return below * (1 - share) + above * share
 
     def topk(self, group: tuple, n: int) -> dict[str, Any] | None:
         """TopK's record of the same texts, length, scorer and n, from any section."""

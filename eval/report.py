@@ -3,12 +3,12 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval.equal_bytes import NEAR_BYTES, SAME_BYTES, between
 from eval.intervals import by_problem, interval, paired
 from eval.methods import METHODS, Configuration
 from eval.store import Store
@@ -17,9 +17,6 @@ from hardkv.extras import require
 from hardkv.files import write_text
 from hardkv.viz.figures import MARKERS, save_figure
 
-# Within so much of TopK's bytes a method used as many; up to so much beyond its budgets it is still compared.
-SAME_BYTES = 0.01
-NEAR_BYTES = 0.05
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -101,18 +98,15 @@ def _size(row: Mapping[str, Any]) -> float:
 def _at_bytes(
     uniform: Sequence[Mapping[str, Any]], accuracies: Mapping[str, Any], nbytes: float
 ) -> tuple[float, dict[str, float]]:
-    """TopK's accuracy on every problem at so many bytes, or as near as it comes, and at how many.
-
-    Between two of its budgets it is taken as linear in the logarithm of bytes.
-    """
+    """TopK's accuracy on every problem at so many bytes, or as near as it comes, and at how many."""
     points = sorted(((row["bytes_mean"], accuracies[row["label"]]) for row in uniform), key=lambda point: point[0])
     nearest = min(points, key=lambda point: abs(point[0] - nbytes), default=(nbytes, {}))
     if abs(nearest[0] / nbytes - 1) <= SAME_BYTES:
         return nearest
-    for (low, below), (high, above) in pairwise(points):
-        if low < nbytes < high:
-            share = float(np.log(nbytes / low) / np.log(high / low))
-            return nbytes, {name: below[name] * (1 - share) + above[name] * share for name in below if name in above}
+    if (found := between([size for size, _ in points], nbytes)) is not None:
+        place, share = found
+        below, above = points[place][1], points[place + 1][1]
+        return nbytes, {name: below[name] * (1 - share) + above[name] * share for name in below if name in above}
     return nearest if abs(nearest[0] / nbytes - 1) <= NEAR_BYTES else (nbytes, {})
 
 
