@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.budgets_report import Study
+from eval.markdown import line, table
 from eval.methods import Configuration
 from eval.speed import generate_report, kernels_report
 
@@ -36,8 +37,7 @@ def read(name: str) -> Any:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join([*table(line(head), rows), ""])
 
 
 def budgets() -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from eval.equal_bytes import between
 from eval.intervals import bootstrap
+from eval.markdown import table
 from hardkv.extras import require
 from hardkv.files import write_text
 from hardkv.viz.figures import MARKERS, save_figure
@@ -78,9 +79,9 @@ def tables(study: Study) -> str:
         section, texts, length, scorer = group
         counts = sorted({n for name, cell in labels.items() if not name.startswith("TopP") for n in cell})
         lines += [f"\n### {section}: {scorer}, {length:,} tokens, set {texts}\n"]
-        lines += ["| | " + " | ".join(f"n = {n}" for n in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+        rows = []
         for name in labels:
-            row = []
+            row = [name]
             for n in counts:
                 found, excess = study.ratio(group, name, n), study.excess(group, name, n)
                 if found is not None:
@@ -88,20 +89,22 @@ def tables(study: Study) -> str:
                     row.append(f"{mean:.4f} = {ratio:.2f} [{low:.2f}, {high:.2f}]")
                 else:
                     row.append("" if excess is None else f"{excess.mean():.4f}")
-            lines.append(f"| {name} | " + " | ".join(row) + " |")
+            rows.append(row)
+        lines += table(f"| | {' | '.join(f'n = {n}' for n in counts)} |", rows, "---")
     return "\n".join(lines)
 
 
 def patience(study: Study) -> str:
     """What patience costs and gains at the bytes it really holds."""
-    lines = ["\n### patience, at the bytes held\n", "| | n | bytes of dense | excess NLL |", "|---|---|---|---|"]
+    rows = []
     for group, labels in study.cells.items():
         if group[0] == "patience":
             for name, cell in labels.items():
                 for n, (record, *_) in sorted(cell.items()):
                     share = record["nbytes"] / record["dense_nbytes"]
-                    lines.append(f"| {name} | {n} | {share:.3f} | {np.mean(record['excess']):.4f} |")
-    return "\n".join(lines) if len(lines) > 3 else ""
+                    rows.append([name, str(n), f"{share:.3f}", f"{np.mean(record['excess']):.4f}"])
+    lines = table("| | n | bytes of dense | excess NLL |", rows, "---")
+    return "\n".join(["\n### patience, at the bytes held\n", *lines]) if rows else ""
 
 
 def draw(study: Study, path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from eval.equal_bytes import NEAR_BYTES, SAME_BYTES, between
 from eval.intervals import by_problem, interval, paired
+from eval.markdown import table
 from eval.methods import METHODS, Configuration
 from eval.store import Store
 from hardkv.cache.stats import format_bytes
@@ -196,12 +197,11 @@ def budget_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(row["budget"] for row in rows if row["budget"] and row["budget"][0] != "p"))
     columns.sort(key=lambda budget: min(row["bytes_mean"] for row in rows if row["budget"] == budget))
     names = list(dict.fromkeys(_name(row) for row in rows if row["budget"] in (None, *columns)))
-    lines = ["| | " + " | ".join(columns or ["all tokens"]) + " |", "|---" * (len(columns or [1]) + 1) + "|"]
+    lines = []
     for name in names:
         cells = {row["budget"]: _cell(row) for row in rows if _name(row) == name}
-        texts = [cells.get(column, cells.get(None, "")) for column in columns or [None]]
-        lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    return lines
+        lines.append([name, *(cells.get(column, cells.get(None, "")) for column in columns or [None])])
+    return table(f"| | {' | '.join(columns or ['all tokens'])} |", lines, "---")
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -227,10 +227,10 @@ def more_bytes(row: Mapping[str, Any] | None) -> str:
 
 def _detail_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     head = (
-        "configuration | problems × samples | accuracy | against full | against topk, equal bytes | new tokens "
-        "| truncated | bytes | peak | allocated | tokens a head | tokens/s"
+        "| configuration | problems × samples | accuracy | against full | against topk, equal bytes | new tokens "
+        "| truncated | bytes | peak | allocated | tokens a head | tokens/s |"
     )
-    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    lines = []
     for row in rows:
         heads = row["tokens_per_head"]
         asked = f" ({row['tokens']})" if row["tokens"] else ""
@@ -248,8 +248,8 @@ def _detail_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{heads['mean']:,.0f} ({heads['min']:,.0f}–{heads['max']:,.0f})",
             f"{row['tokens_per_second']:,.1f}, batch {row['batch']}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return table(head, lines, "---")
 
 
 # ---------------------------------------------------------------------- picture

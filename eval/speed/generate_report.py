@@ -10,6 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from eval.markdown import line, table
 from hardkv.extras import require
 from hardkv.files import write_text
 from hardkv.viz.figures import COLOURS, MARKERS, save_figure
@@ -119,33 +120,31 @@ def markdown(found: dict[str, Any]) -> str:
         "What is not listed was not measured.",
         *_about_kvpress(records),
         "",
-        "| target | wanted | found | |",
-        "| --- | --- | --- | --- |",
     ]
-    for what, wanted, value, met in targets(records):
-        lines.append(f"| {what} | {wanted} | {value:.2f} | {'met' if met else 'missed'} |")
+    rows = [[what, wanted, f"{value:.2f}", "met" if met else "missed"] for what, wanted, value, met in targets(records)]
+    lines += [*table("| target | wanted | found | |", rows), ""]
     columns = ("model", "context", "batch", "method", "step, ms", "median, ms", "limit, ms", "over limit", "tokens/s")
     columns += ("cache, GB", "peak, GB", "captures", "runs, ms")
-    lines += ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    decoded = [r for r in records if r["measure"] == "decode"]
+    decoded, rows = [r for r in records if r["measure"] == "decode"], []
     for r in sorted(decoded, key=_order):
-        head = f"| {r['model']} | {r['context']:,} | {r.get('batch') or 'largest'} | {NAMES[r['method']]} |"
+        case = [r["model"], f"{r['context']:,}", str(r.get("batch") or "largest"), NAMES[r["method"]]]
         if "error" in r:
-            lines.append(f"{head} {r['error']} | | | | | | | | |")
+            rows.append([*case, r["error"], *[""] * 8])
             continue
         times = [r["step_ms"], r["median_ms"], r["limit_ms"], r["step_ms"] / r["limit_ms"]]
         cells = [*(f"{value:.2f}" for value in times), f"{r['tokens_per_s']:,.0f}"]
         cells += [f"{r['kv_bytes'] / 1e9:.2f}", f"{r['peak_bytes'] / 1e9:.1f}", str(r.get("captures", ""))]
         cells.append(", ".join(f"{value:.1f}" for value in r.get("all_step_ms", ())))
-        lines.append(f"{head} {' | '.join(cells)} |")
-    head = "| model | prompt | method | scorer | first token, s | peak, GB |"
-    lines += ["", head, "| --- " * 6 + "|"]
+        rows.append([*case, *cells])
+    lines += [*table(line(columns), rows), ""]
+    rows = []
     for r in (r for r in records if r["measure"] == "first token" and "error" not in r):
         name = "DynamicCache" if r["method"] == "dynamic" else "HardKVCache"
         peak = r["peak_bytes"] / 1e9
-        lines.append(f"| {r['model']} | {r['context']:,} | {name} | {r['scorer']} | {r['seconds']:.3f} | {peak:.1f} |")
+        rows.append([r["model"], f"{r['context']:,}", name, r["scorer"], f"{r['seconds']:.3f}", f"{peak:.1f}"])
+    lines += table("| model | prompt | method | scorer | first token, s | peak, GB |", rows)
     if columns_and_rows := profiles(records):
-        columns, *rows = columns_and_rows
+        headings, *rows = columns_and_rows
         lines += [
             "",
             "Where the time of a step, without an event, and of a prompt, with its events, goes on the device, in "
@@ -153,9 +152,7 @@ def markdown(found: dict[str, Any]) -> str:
             "the host most of the time, and how long differs from run to run: compare the kernels there, and the times "
             'above. "Selection" are hardkv\'s own kernels of an event; what else belongs to one is among "other".',
             "",
-            f"| {' | '.join(columns)} |",
-            "| --- " * len(columns) + "|",
-            *(f"| {' | '.join(row)} |" for row in rows),
+            *table(line(headings), rows),
         ]
     return "\n".join(lines) + "\n"
 

@@ -11,6 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from eval.markdown import table
 from hardkv.extras import require
 from hardkv.files import write_text
 from hardkv.viz.figures import MARKERS, save_figure
@@ -126,11 +127,6 @@ def event_name(record: Record) -> str:
     return name + (", keys alike" if record["alike"] else "")
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-
-
 def number(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
@@ -226,23 +222,23 @@ def summary(data: dict[str, Any]) -> str:
         f"and written.{' Quick run: fewer shapes.' if data['quick'] else ''}"
     ]
     if rows := ratio_rows(records):
-        head = ["operation", "shape", "MB", "graph, both tiers", "graph, one tier", "eager, both tiers"]
-        lines += ["\n## Times as fast as the best package\n", *table([*head, "eager, one tier"], rows)]
+        head = "| operation | shape | MB | graph, both tiers | graph, one tier | eager, both tiers | eager, one tier |"
+        lines += ["\n## Times as fast as the best package\n", *table(head, rows)]
     if rows := reference_rows(records):
-        lines += ["\n## Times as fast as the PyTorch reference, eager\n", *table(["operation", "by shape"], rows)]
+        lines += ["\n## Times as fast as the PyTorch reference, eager\n", *table("| operation | by shape |", rows)]
     if found:
         met = sum(target.met for target in found)
-        lines += [f"\n## Targets: {met} of {len(found)} met\n", *table(["", "wanted", "found", ""], [])]
+        lines += [f"\n## Targets: {met} of {len(found)} met\n", *table("|  | wanted | found |  |", [])]
         lines += [str(target) for target in found]
     if rows := event_rows(records):
-        head = ["event", "ms", "decode step, ms", "its attention, ms", "share of an interval", "host waits"]
-        lines += ["\n## Events\n", *table([*head, "differs from the reference"], rows)]
+        head = "| event | ms | decode step, ms | its attention, ms | share of an interval | host waits "
+        lines += ["\n## Events\n", *table(f"{head}| differs from the reference |", rows)]
     return "\n".join(lines)
 
 
 def details(records: list[Record]) -> str:
     """Markdown: every record of an operation."""
-    head = ["shape", "backend", "MB", "eager, us", "graph, us", "of copy bandwidth", "TFLOP/s", "error", "failed"]
+    head = "| shape | backend | MB | eager, us | graph, us | of copy bandwidth | TFLOP/s | error | failed |"
     lines: list[str] = []
     for operation in dict.fromkeys(record["operation"] for record in records):
         if operation != "event":
