@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from eval.tasks import Problem
+from eval.problem import Problem
 
 TEXTS = Path(__file__).parent / "texts" / "report"
 PROSE = ("novel-persuasion", "natural-science-opticks", "scripture-first-samuel", "stage-play-as-you-like-it")

@@ -24,10 +24,11 @@ from eval.grading import check_golds
 from eval.intervals import FAR, FEWEST, by_problem, separated
 from eval.machine import one_line
 from eval.methods import METHODS, Configuration, grid, new_cache
+from eval.problem import Problem
 from eval.report import report
 from eval.sampling import Answer, answer_batch, sampling_parameters, seed_of
 from eval.store import SETTINGS, Store
-from eval.tasks import TASKS, Problem, Task, load_problems
+from eval.tasks import TASKS, Task, load_problems
 from hardkv import Calibration, HardKVConfig, calibrate
 from hardkv.extras import MissingPackageError, require
 from hardkv.files import check_writable

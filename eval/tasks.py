@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.grading import boxed_exactly, contains_all, grade
+from eval.needle import needles
+from eval.problem import Problem
+from eval.reasoner import problems as reasoner
 from hardkv.rows import as_question, as_text, json_lines
 from hardkv.selectors.checks import check_count
 
@@ -17,15 +20,6 @@ PROBLEM_FIELDS = ("problem", "question", "problem_statement", "prompt")
 ANSWER_FIELDS = ("answer", "golden_answer", "final_answer", "expected_answer")
 ID_FIELDS = ("id", "unique_id", "uuid", "problem_idx", "ID")
 REASON = r"Please reason step by step, and put your final answer within \boxed{}."
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem. `id` is unique in its task; `answer` the gold answer, as text."""
-
-    id: str
-    text: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -94,14 +88,10 @@ def load_problems(
     if limit is not None:
         limit = check_count("--limit", limit, 1)
     if name == "needle":
-        from eval.needle import needles
-
         return needles(limit or 100, length, facts, asked or facts, seed, tokenizer)
     if name == "reasoner":
-        from eval.reasoner.problems import problems as reasoner_problems
-
         options = {} if difficulty is None else {"difficulty": difficulty}
-        found = reasoner_problems(count=limit or 100, seed=seed, **options)
+        found = reasoner.problems(count=limit or 100, seed=seed, **options)
         return [Problem(str(problem.id), problem.problem, str(problem.answer)) for problem in found]
     source = TASKS[name].source
     assert source is not None
