@@ -15,7 +15,8 @@ import torch
 
 from eval import budgets, intervals, measures
 from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed
-from eval.budgets import SECTIONS, Entry, Source, Worker, make_budget, make_cache, plan, read_texts
+from eval.budgets import Worker, make_budget, make_cache, read_texts
+from eval.budgets_plan import SECTIONS, Entry, Source, plan
 from eval.budgets_report import Study, report
 from eval.teacher_forced import teacher_forced
 from hardkv import Calibration, HardKVCache, calibrate

@@ -1,0 +1,184 @@
+"""What the study of budgets runs: every cache, by sections that each answer one question."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+BUDGETS = {2048: (128, 256, 512), 6144: (256, 512, 1024)}
+MASSES = (0.5, 0.7, 0.85, 0.93, 0.97, 0.99, 0.999)
+SCORERS = ("attention", "snapkv", "rkv")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a calibration is made from."""
+
+    scorer: str = "attention"
+    texts: str = "all"  # part of the names of the shipped texts; "all"
+    count: int = 6  # texts at most
+    length: int = 2048
+    measure: str = "squared attention"
+
+    @property
+    def file(self) -> str:
+        return "-".join(str(value).replace(" ", "_") for value in asdict(self).values()) + ".safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cache on one set of texts."""
+
+    section: str
+    label: str
+    n: int  # tokens a head, or thousandths of mass for TopP
+    texts: str = "choose"
+    length: int = 2048
+    scorer: str = "attention"
+    seed: int | None = None
+    source: Source | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """What can run in one pass over the texts."""
+        return self.texts, self.length
+
+
+def seeded(entry: Entry, seed: int) -> Entry:
+    """Calibrated on one half of the shipped texts, one of each kind."""
+    length = entry.source.length if entry.source is not None else entry.length
+    return replace(entry, seed=seed, source=Source(entry.scorer, f"-{seed + 1}-", 3, length))
+
+
+def _baselines(entry: Entry) -> list[Entry]:
+    plain = [replace(entry, label=label) for label in ("TopK", "AdaKV", "Pyramid", "Adaptive")]
+    static = [seeded(replace(entry, label=label), 0) for label in ("HeadKV style", "DuoAttention style")]
+    both = [seeded(replace(entry, label=label), seed) for label in ("Adaptive, calibrated", "Risk") for seed in (0, 1)]
+    return [*plain, *static, *both, seeded(replace(entry, label="Risk", options={"scope": "layer"}), 0)]
+
+
+def _main() -> list[Entry]:
+    entries = []
+    for scorer in SCORERS:
+        base = Entry("main", "", 0, "report", 2048, scorer)
+        for n in BUDGETS[2048]:
+            found = _baselines(replace(base, n=n))
+            if scorer == "rkv" and n != 256:
+                found = [entry for entry in found if entry.label in ("TopK", "Risk") and not entry.options]
+            entries += found
+        for mass in MASSES if scorer != "rkv" else ():
+            masses = replace(base, label="TopP", n=round(1000 * mass))
+            entries += [masses, seeded(replace(masses, label="TopP, calibrated"), 0)]
+    return entries
+
+
+def _long() -> list[Entry]:
+    entries = []
+    for n in BUDGETS[6144]:
+        base = Entry("long", "", n, "report", 6144)
+        entries += _baselines(base)
+        short = replace(base, label="Risk", source=Source(length=2048), options={"from": 2048})
+        entries += [seeded(short, seed) for seed in (0, 1)]
+    return entries
+
+
+def _measure() -> list[Entry]:
+    names = ("squared attention", "squared value", "output error", "relative output error", "gradient")
+    return [
+        Entry("measure", name, n, source=Source(texts="-1-", count=3, measure=name))
+        for name in names
+        for n in BUDGETS[2048]
+    ]
+
+
+def _floor() -> list[Entry]:
+    return [
+        Entry("floor", f"floor {floor}", n, source=Source(), options={"floor": floor})
+        for floor in (0.0, 0.05, 0.1, 0.2, 0.4)
+        for n in BUDGETS[2048]
+    ]
+
+
+def _tokens() -> list[Entry]:
+    sizes = ((1, 512), (1, 1024), (1, 2048), (3, 2048), (6, 2048))
+    return [
+        Entry("tokens", f"{count * length:,} tokens", n, source=Source("attention", "all", count, length))
+        for count, length in sizes
+        for n in (256, 512)
+    ]
+
+
+def _transfer() -> list[Entry]:
+    kinds = [
+        Entry("transfer", f"from {kind}", n, source=Source(texts=kind, count=2))
+        for kind in ("prose", "code", "mathematics")
+        for n in (256, 512)
+    ]
+    lengths = [
+        Entry(
+            "transfer", f"from {length:,} tokens", 512, length=6144, source=Source(texts="-1-", count=3, length=length)
+        )
+        for length in (1024, 2048, 6144)
+    ]
+    return [*kinds, *lengths, Entry("transfer", "TopK", 512, length=6144)]
+
+
+def _prompt() -> list[Entry]:
+    sources = {"TopK": None, "its own first quarter": Source(texts="self", length=512), "Risk": Source()}
+    return [Entry("prompt", label, n, source=source) for n in (256, 512) for label, source in sources.items()]
+
+
+def _dynamic() -> list[Entry]:
+    return [
+        Entry("dynamic", f"{share:.0%} dynamic{tempered}", n, source=Source(), options={"dynamic": share})
+        for share in (0.1, 0.25, 0.5)
+        for tempered in ("", ", calibrated")
+        for n in (256, 512)
+    ]
+
+
+def _patience() -> list[Entry]:
+    return [
+        Entry("patience", f"{label}, patience {patience}", n, source=source, options={"patience": patience})
+        for label, source in (("TopK", None), ("Risk", Source()))
+        for patience, counts in ((0, (256,)), (1, (160, 208)), (2, (112, 160)))
+        for n in counts
+    ]
+
+
+def _shares() -> list[Entry]:
+    return [
+        Entry("shares", label, n, source=source, options=options)
+        for n in BUDGETS[2048]
+        for label, source, options in (
+            ("TopK", None, {}),
+            ("heads of a layer", Source(), {"scope": "layer"}),
+            ("layers only", Source(), {}),
+            ("Risk", Source(), {}),
+        )
+    ]
+
+
+# Every section of the study: the function that lists its caches.
+SECTIONS: dict[str, Callable[[], list[Entry]]] = {
+    "main": _main,
+    "long": _long,
+    "measure": _measure,
+    "floor": _floor,
+    "tokens": _tokens,
+    "transfer": _transfer,
+    "prompt": _prompt,
+    "dynamic": _dynamic,
+    "patience": _patience,
+    "shares": _shares,
+}
+
+
+def plan(sections: Iterable[str]) -> list[Entry]:
+    """Every cache of these sections."""
+    return [entry for section in sections for entry in SECTIONS[section]()]
