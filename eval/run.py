@@ -10,26 +10,23 @@ more methods, budgets, samples or a higher --limit ask for. The report comes at 
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 from eval.grading import check_golds
-from eval.intervals import FAR, FEWEST, by_problem, separated
+from eval.harness import Harness, cache_options, problem_options, too_weak
 from eval.machine import one_line
-from eval.methods import METHODS, Configuration, grid, new_cache
+from eval.methods import METHODS, Configuration, grid
 from eval.problem import Problem
 from eval.report import report
-from eval.sampling import Answer, answer_batch, sampling_parameters, seed_of
+from eval.sampling import sampling_parameters
 from eval.store import SETTINGS, Store
-from eval.tasks import TASKS, Task, load_problems
-from hardkv import Calibration, HardKVConfig, calibrate
+from eval.tasks import TASKS, load_problems
+from hardkv import HardKVConfig
 from hardkv.extras import MissingPackageError, require
 from hardkv.files import check_writable
 from hardkv.loading import DEFAULT_MODEL, load
@@ -38,191 +35,6 @@ from hardkv.selectors import SCORERS
 REASONER = Path(__file__).parent / "reasoner" / "model"
 # What a calibration is made from: other problems with their dense answers, or the texts that come with hardkv.
 CALIBRATE_ON = ("problems", "texts")
-# Problems whose dense answers a calibration is made from, where problems are generated.
-CALIBRATION_PROBLEMS = 6
-
-
-@dataclass
-class Harness:
-    """One run: what all configurations have in common."""
-
-    args: argparse.Namespace
-    state: Any  # accelerate's PartialState
-    store: Store
-    model: Any
-    tokenizer: Any
-    task: Task
-    problems: list[Problem]
-    parameters: dict[str, Any]
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What every HardKVCache gets."""
-        return cache_options(self.args)
-
-    def run(self, configuration: Configuration, settings: HardKVConfig | None) -> None:
-        """Everything of one configuration that its file lacks, or until it is told apart from the full cache."""
-        label, args = configuration.label, self.args
-        prompts = {problem.id: self.encode(problem) for problem in self.problems}
-        done = {(record["id"], record["sample"]) for record in self.store.records(label)}
-        wanted = [(problem, sample) for problem in self.problems for sample in range(args.samples)]
-        missing = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
-        may_stop = args.stop_when_separated and configuration.method != "full"
-        size = max(args.batch_size * self.state.num_processes, FEWEST * args.samples) if may_stop else len(wanted)
-        bar = tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc=label, disable=not self.is_main)
-        with bar:
-            for start in range(0, len(missing), size):
-                if may_stop and self.is_separated(label):
-                    break
-                # prompts of like length in one batch need little padding; rounds stay in the problems' order
-                part = sorted(missing[start : start + size], key=lambda item: len(prompts[item[0].id]))
-                batches = [part[at : at + args.batch_size] for at in range(0, len(part), args.batch_size)]
-                for batch in batches[self.state.process_index :: self.state.num_processes]:
-                    cache = new_cache(self.model, settings)
-                    self.store.append(label, self.answer(batch, prompts, cache))
-                    bar.update(len(batch) * self.state.num_processes)
-                self.merge(label)
-
-    def answer(self, batch: list[tuple[Problem, int]], prompts: dict[str, list[int]], cache: Any) -> list[dict]:
-        """The records of one batch."""
-        seeds = [seed_of(self.args.seed, problem.id, sample) for problem, sample in batch]
-        limit = self.args.max_new_tokens
-        with tqdm(total=limit, desc="tokens", leave=False, disable=not self.is_main) as bar:
-            answers = answer_batch(
-                self.model,
-                self.tokenizer,
-                [prompts[problem.id] for problem, _ in batch],
-                cache,
-                seeds=seeds,
-                parameters=self.parameters,
-                max_new_tokens=limit,
-                on_step=lambda steps: bar.update(1),
-            )
-        return [
-            self.record(problem, sample, seed, answer)
-            for (problem, sample), seed, answer in zip(batch, seeds, answers, strict=True)
-        ]
-
-    def record(self, problem: Problem, sample: int, seed: int, answer: Answer) -> dict[str, Any]:
-        """One line of a JSONL."""
-        text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
-        figures = asdict(answer)
-        figures["new_tokens"] = len(figures.pop("tokens"))
-        return {
-            "id": problem.id,
-            "sample": sample,
-            "seed": seed,
-            "correct": self.task.correct(text, problem.answer, answer.truncated),
-            "gold": problem.answer,
-            "text": text,
-        } | figures
-
-    def settings(self, configuration: Configuration) -> HardKVConfig | None:
-        """What its HardKVCache is made with; None for the full cache."""
-        if configuration.method == "full":
-            return None
-        n = configuration.tokens(self.full_length() if configuration.is_fraction else None)
-        if n is not None and configuration.is_fraction:
-            if self.is_main:
-                self.store.budget(str(configuration.budget), n)
-            self.state.wait_for_everyone()
-            n = self.store.budget(str(configuration.budget), n)
-        assert configuration.scorer is not None
-        calibration = self.calibration(configuration.scorer) if configuration.needs_calibration else None
-        return configuration.settings(n, self.options, calibration)
-
-    def full_length(self) -> float:
-        """Mean tokens, prompt and answer, with the full cache.
-
-        Raises:
-            ValueError: it has not run in this folder.
-        """
-        records = self.store.records("full")
-        if not records:
-            raise ValueError("budgets as fractions need the full cache's lengths: add full to --method")
-        return float(np.mean([record["prompt_tokens"] + record["new_tokens"] for record in records]))
-
-    def calibration(self, scorer: str) -> Calibration:
-        """The one that was given, or that this folder keeps, or made now."""
-        if self.args.calibration is not None:
-            return Calibration.load(str(self.args.calibration).replace("{scorer}", scorer))
-        path = self.store.folder / "calibrations" / f"{scorer}.safetensors"
-        if self.is_main and not path.exists():
-            calibrate(
-                self.model,
-                self.own_answers() if self.args.calibrate_on == "problems" else None,
-                tokenizer=self.tokenizer,
-                scorer=scorer,
-                length=self.args.calibration_length,
-                **self.options,
-            ).save(path)
-        self.state.wait_for_everyone()
-        return Calibration.load(path)
-
-    def own_answers(self) -> list[torch.Tensor]:
-        """Other problems of a generated task with the model's answers to them, ids `[n]`."""
-        others = load_problems(
-            self.args.task, **problem_options(self.args, self.tokenizer, self.args.seed + 1, CALIBRATION_PROBLEMS)
-        )
-        prompts = [self.encode(problem) for problem in others]
-        answers = answer_batch(
-            self.model,
-            self.tokenizer,
-            prompts,
-            new_cache(self.model, None),
-            seeds=[seed_of(self.args.seed + 1, problem.id, 0) for problem in others],
-            parameters=self.parameters,
-            max_new_tokens=self.args.max_new_tokens,
-        )
-        return [torch.tensor(prompt + answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
-
-    def encode(self, problem: Problem) -> list[int]:
-        """Token ids of a problem as the model is asked it."""
-        text = f"{problem.text}\n\n{self.task.instruction}" if self.task.instruction else problem.text
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer(f"{text}\n").input_ids
-        message = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-    def is_separated(self, label: str) -> bool:
-        """Whether it differs from the full cache beyond doubt, by what is merged: all processes decide alike."""
-        full = by_problem(self.store.records("full"))
-        if not separated(by_problem(self.store.records(label)), full):
-            return False
-        self.say(f"{label}: {FAR:.1%} interval of the difference to full excludes 0, no more problems are added")
-        return True
-
-    def merge(self, label: str) -> None:
-        """Put all processes' results together."""
-        self.state.wait_for_everyone()
-        if self.is_main:
-            self.store.merge(label)
-        self.state.wait_for_everyone()
-
-    @property
-    def is_main(self) -> bool:
-        return bool(self.state.is_main_process)
-
-    def say(self, text: str) -> None:
-        if self.is_main:
-            tqdm.write(text)
-
-
-def cache_options(args: argparse.Namespace) -> dict[str, int]:
-    return {"window": args.window, "sinks": args.sinks, "interval": args.interval}
-
-
-def problem_options(args: argparse.Namespace, tokenizer: Any, seed: int, limit: int | None) -> dict[str, Any]:
-    return {
-        "data": args.data,
-        "seed": seed,
-        "limit": limit,
-        "tokenizer": tokenizer,
-        "length": args.length,
-        "facts": args.needles,
-        "asked": args.asked,
-        "difficulty": args.difficulty,
-    }
 
 
 def self_check(problems: list[Problem], say: Callable[[str], None]) -> None:
@@ -334,13 +146,6 @@ def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[s
     if args.calibration is None and args.calibration_length is not None:
         source += f", {args.calibration_length} tokens of each"
     return settings | {"calibration": source, "sampling": parameters, "machines": [one_line()], "budgets": {}}
-
-
-def too_weak(harness: Harness) -> float | None:
-    """The full cache's accuracy where it is too low to learn anything from; None otherwise, or if it has not run."""
-    accuracy = by_problem(harness.store.records("full"))
-    mean = float(np.mean(list(accuracy.values()))) if accuracy else 1.0
-    return mean if mean < harness.args.least_dense else None
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

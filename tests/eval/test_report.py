@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from eval.budgets_report import Study
-from eval.report import _at_bytes, budget_table, main, markdown, more_bytes, report, summarise
+from eval.report import budget_table, main, markdown, more_bytes, report
 from eval.results_page import PAGE, RESULTS, can_differ, harness_findings, page, read_reports, study_findings, verdict
 from eval.store import Store
+from eval.summary import _at_bytes, summarise
 
 SETTINGS = {
     "model": "made/up",

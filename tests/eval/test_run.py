@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval.harness
 import eval.run
 from eval.methods import BY_MASS, METHODS, Configuration, grid, new_cache
-from eval.report import split, summarise
 from eval.run import main
 from eval.sampling import Answer
 from eval.store import Store
+from eval.summary import split, summarise
 from hardkv import Calibration, HardKVCache
 from hardkv.loading import MODEL_PACKAGE
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
@@ -117,13 +118,13 @@ def test_answers_longer_than_the_model_are_warned_of(command, capsys):
 def test_a_finished_run_computes_nothing_again(command, monkeypatch):
     arguments = command("--method", "full,topk", "--budget", "24,1/2")
     main(arguments)
-    monkeypatch.setattr(eval.run, "answer_batch", None)
+    monkeypatch.setattr(eval.harness, "answer_batch", None)
     main(arguments)
 
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(command, tmp_path, monkeypatch):
     main(command("--method", "full,topk", "--budget", "24", out="whole"))
-    real, calls = eval.run.answer_batch, []
+    real, calls = eval.harness.answer_batch, []
 
     def interrupted(*args, **kwargs):
         calls.append(len(args[2]))
@@ -131,7 +132,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(command, tmp_path, monk
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(eval.run, "answer_batch", interrupted)
+    monkeypatch.setattr(eval.harness, "answer_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(command("--method", "full,topk", "--budget", "24"))
     (part,) = (tmp_path / "out").glob("*.part")
@@ -145,13 +146,13 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(command, tmp_path, monk
 def test_more_is_added_to_what_is_there(command, tmp_path, monkeypatch):
     main(command("--method", "full", "--limit", "2"))
     before = lines(tmp_path / "out", "full")
-    real, asked = eval.run.answer_batch, []
+    real, asked = eval.harness.answer_batch, []
 
     def counted(*args, **kwargs):
         asked.extend(kwargs["seeds"])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(eval.run, "answer_batch", counted)
+    monkeypatch.setattr(eval.harness, "answer_batch", counted)
     main(command("--method", "full", "--samples", "2"))
     after = lines(tmp_path / "out", "full")
     assert len(asked) == 8 - 2
@@ -215,7 +216,7 @@ def test_a_clearly_worse_method_gets_no_more_problems(command, many, tmp_path, m
     def correct(cache, number):
         return not isinstance(cache, HardKVCache) or type(cache.settings.budget) is AdaKV
 
-    monkeypatch.setattr(eval.run, "answer_batch", scripted(tiny.tokenizer(), correct))
+    monkeypatch.setattr(eval.harness, "answer_batch", scripted(tiny.tokenizer(), correct))
     main(command("--method", "full,topk,adakv", "--budget", "24", "--stop-when-separated"))
     counts = {label: len(lines(tmp_path / "out", label)) for label in Store(tmp_path / "out").labels()}
     assert counts == {"full": 100, "topk-rkv-24": 20, "adakv-rkv-24": 100}
@@ -225,7 +226,7 @@ def test_a_clearly_worse_method_gets_no_more_problems(command, many, tmp_path, m
 
 
 def test_nothing_is_compared_where_the_full_cache_fails(command, many, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(eval.run, "answer_batch", scripted(tiny.tokenizer(), lambda cache, number: number % 2 == 0))
+    monkeypatch.setattr(eval.harness, "answer_batch", scripted(tiny.tokenizer(), lambda cache, number: number % 2 == 0))
     main(command("--method", "full,topk", "--budget", "24", "--least-dense", "0.8"))
     assert Store(tmp_path / "out").labels() == ["full"]
     printed = capsys.readouterr().out
