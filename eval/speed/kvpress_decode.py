@@ -1,6 +1,6 @@
 """One model decoding with kvpress (https://github.com/NVIDIA/kvpress), in a process with an older transformers.
 
-`eval.speed.generate` runs this file with the packages of `--kvpress-site` first on the path; nothing of hardkv is
+`eval.speed.bench` runs this file with the packages of `--kvpress-site` first on the path; nothing of hardkv is
 imported. Cases come as JSON on the command line, records leave as JSON on the last line.
 
 As kvpress' own pipeline does, tokens are drawn by a plain loop over the model's forward, the largest logit each. The

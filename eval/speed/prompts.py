@@ -16,7 +16,8 @@ import torch
 from transformers import Qwen3Config
 
 from eval.machine import cpu, gpu
-from eval.speed.generate import MODELS, REPEATS, Bench
+from eval.speed.bench import REPEATS, Bench
+from eval.speed.cases import MODELS
 from hardkv.files import file_to_write, write_text
 
 OUT = "eval/results/prompts.json"

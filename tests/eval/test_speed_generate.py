@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from eval.speed.generate import METHODS, SLOW_WARM, Bench, Case, _key, run
+from eval.speed.bench import SLOW_WARM, Bench
+from eval.speed.cases import METHODS, Case
+from eval.speed.generate import _key, run
 from eval.speed.generate_report import NAMES, event_share, markdown, targets
 from eval.speed.kernel_time import kind_of, summarise
 from hardkv.cache.storage.memory import storage_nbytes

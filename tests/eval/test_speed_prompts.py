@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3Config
 
 from eval.speed import prompts
-from eval.speed.generate import Bench
+from eval.speed.bench import Bench
 
 
 @pytest.fixture
