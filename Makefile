@@ -20,7 +20,7 @@ ARGS ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # What Triton's interpreter runs: every kernel, and a few models whose caches use them all.
-INTERPRETED := tests/kernels/triton tests/eval/test_speed_kernels.py tests/cache/test_oracle.py \
+INTERPRETED := tests/kernels/*/test_triton*.py tests/eval/test_speed_kernels.py tests/cache/test_oracle.py \
 	tests/cache/test_graphed.py -k "triton or (Adaptive and qwen3-3-2) or in_place"
 
 # Whoever has no test left takes some of the others'.

@@ -34,7 +34,7 @@ from eval.speed.inputs import QUICK, SHAPES, Setting, Shape
 from eval.speed.operations import KINDS, TOLERANCE, Operation, reference_kernels
 from eval.speed.timing import COPY_BYTES, CudaTimer, copy_bandwidth, describe
 from hardkv.files import file_to_write, write_text
-from hardkv.kernels import varlen
+from hardkv.kernels.attention import varlen
 from hardkv.kernels.backends import why_not_triton
 
 # Bytes that calls of a round go through, and copies at most; the L2 of an H200 holds 60 MB.

@@ -14,7 +14,8 @@ from torch import Tensor
 from eval.speed.inputs import SEEN, Setting, Shape, make_tiers, slots
 from hardkv.cache.events.held import HeldTokens
 from hardkv.cache.storage.dense import DenseTier
-from hardkv.kernels import append, attention, compaction, layout, scoring, selection, similarity, varlen
+from hardkv.kernels import append, attention, compaction, layout, scoring, selection, similarity
+from hardkv.kernels.attention import varlen
 from hardkv.kernels.rows import Rows
 from hardkv.kernels.similarity import REACH
 

@@ -16,8 +16,7 @@ from eval.speed.inputs import SEEN, SHAPES, Setting, Shape, make_tiers
 from eval.speed.kernels import OPERATIONS
 from eval.speed.kernels_report import Target, targets
 from eval.speed.operations import KINDS, Append, Attention, Chunk, Compaction, ScoringMean
-from hardkv.kernels import varlen
-from hardkv.kernels.attention import attend
+from hardkv.kernels.attention import attend, varlen
 
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, torch.float32, heads=2, group=2, dim=16, window=4, interval=12)

@@ -119,7 +119,7 @@ class Pool:
         """The tier of what lies in `held`, in rows as `cu_seqlens` has them; the schedules of earlier ones cut anew."""
         rows = Rows(self.cu_seqlens, held.keys.shape[0], longest, self.schedules, self.room)
         if self.schedules:
-            from hardkv.kernels.triton.schedule import recut_schedules
+            from hardkv.kernels.attention.triton_schedule import recut_schedules
 
             recut_schedules(rows, bound)
         return RaggedTier(held, rows)

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from hardkv.kernels.attention import dense_allowed, tiered_attention
+from hardkv.kernels.attention.varlen import PACKAGES, installed, resolve_package, varlen_attention
 from hardkv.kernels.rows import Rows, cumulative
-from hardkv.kernels.varlen import PACKAGES, installed, resolve_package, varlen_attention
-from tests.kernels.test_attention import make_case
+from tests.kernels.attention.test_reference import make_case
 
 INF, NAN = float("inf"), float("nan")
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 3e-3}  # relative, of the whole output

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hardkv.kernels.gpu import cdiv, next_power_of_2
 from hardkv.kernels.similarity import REACH
-from hardkv.kernels.triton import cdiv, next_power_of_2
 
 # One program adds up the unit vectors of a chunk: that many of the longest row, but not fewer tokens than the least.
 CHUNKS = 64

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from hardkv.kernels.triton import layout
-from tests.kernels import test_layout as reference
+from hardkv.kernels.layout import triton as layout
+from tests.kernels.layout import test_reference as reference
 
 GPU = torch.cuda.is_available()
 

@@ -36,7 +36,7 @@ def mean_cosine(keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float 
         `[N]` in the accumulation dtype.
     """
     if kernels_for(keys.device, keys.dtype, keys.shape[1]) == "triton":
-        from hardkv.kernels.triton import similarity as kernel
+        from hardkv.kernels.similarity import triton as kernel
 
         with current(keys):
             bounds = rows.cu_seqlens, rows.longest

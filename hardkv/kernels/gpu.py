@@ -1,4 +1,4 @@
-"""The same operations as Triton kernels, one a file; nothing outside imports them where Triton is missing."""
+"""What the host computes at every launch of a Triton kernel; Triton itself is not needed."""
 
 
 def next_power_of_2(number: int) -> int:

@@ -22,10 +22,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-import hardkv.kernels.triton  # noqa: E402
+import hardkv.kernels  # noqa: E402
+from hardkv.kernels.append import triton as append  # noqa: E402
+from hardkv.kernels.attention import triton as attention  # noqa: E402
+from hardkv.kernels.attention import triton_schedule as schedule  # noqa: E402
+from hardkv.kernels.compaction import triton as compaction  # noqa: E402
+from hardkv.kernels.layout import triton as layout  # noqa: E402
 from hardkv.kernels.rows import Rows, cumulative  # noqa: E402
-from hardkv.kernels.triton import append, attention, compaction, layout, schedule, scoring, similarity  # noqa: E402
-from tests.kernels.test_scoring import REDUCTIONS  # noqa: E402
+from hardkv.kernels.scoring import triton as scoring  # noqa: E402
+from hardkv.kernels.similarity import triton as similarity  # noqa: E402
+from tests.kernels.scoring.test_reference import REDUCTIONS  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # Triton brings its own
 
@@ -344,8 +350,8 @@ def test_append(check, arch, dim, dtype, q_len, options):
 
 def test_no_kernel_is_left_out():
     """What the tests above launch is all there is: the functions of every file that no other function calls."""
-    package = hardkv.kernels.triton
-    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    found = pkgutil.walk_packages(hardkv.kernels.__path__, "hardkv.kernels.")
+    modules = [importlib.import_module(module.name) for module in found]
     functions = {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
     called = {name for function in functions for name in function.fn.__code__.co_names}
     launched = set()

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hardkv.kernels.attention.triton_schedule import UNIT, Schedule, schedule_for
+from hardkv.kernels.gpu import cdiv, next_power_of_2
 from hardkv.kernels.rows import Rows
-from hardkv.kernels.triton import cdiv, next_power_of_2
-from hardkv.kernels.triton.schedule import UNIT, Schedule, schedule_for
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Rows of a matrix unit's smallest product: fewer queries are padded to it.

@@ -48,7 +48,7 @@ def window_attention(
     """
     tensors = queries, query_positions, query_valid, keys, positions
     if kernels_for(keys.device, keys.dtype, keys.shape[1]) == "triton":
-        from hardkv.kernels.triton import scoring as kernel
+        from hardkv.kernels.scoring import triton as kernel
 
         with current(keys):
             return kernel.window_attention(
@@ -130,7 +130,7 @@ def pool_rows(score: Tensor, exclude: Tensor, rows: Rows, *, kernel_size: int, p
         `[N]` in score's dtype.
     """
     if kernels_for(score.device, score.dtype) == "triton":
-        from hardkv.kernels.triton import scoring as kernel
+        from hardkv.kernels.scoring import triton as kernel
 
         with current(score):
             return kernel.pool_rows(score, exclude, rows.cu_seqlens, kernel_size=kernel_size, pooling=pooling)

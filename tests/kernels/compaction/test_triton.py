@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from hardkv.kernels.triton import compaction
-from hardkv.kernels.triton.compaction import gather_keys, gather_tiers
-from tests.kernels.triton.poison import poisoned
+from hardkv.kernels.compaction import triton as compaction
+from hardkv.kernels.compaction.triton import gather_keys, gather_tiers
+from tests.kernels.poison import poisoned
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

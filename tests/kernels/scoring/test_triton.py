@@ -9,11 +9,11 @@ import torch
 pytest.importorskip("triton")
 
 from hardkv.kernels.rows import Rows, cumulative
+from hardkv.kernels.scoring import triton as module
 from hardkv.kernels.scoring import window_attention_reference
-from hardkv.kernels.triton import scoring as module
-from hardkv.kernels.triton.scoring import pool_rows, window_attention
-from tests.kernels import test_scoring as reference
-from tests.kernels.triton.poison import poisoned
+from hardkv.kernels.scoring.triton import pool_rows, window_attention
+from tests.kernels.poison import poisoned
+from tests.kernels.scoring import test_reference as reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

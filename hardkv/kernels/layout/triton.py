@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hardkv.kernels.gpu import cdiv
 from hardkv.kernels.rows import Rows
-from hardkv.kernels.triton import cdiv
 
 BLOCK = 1024
 

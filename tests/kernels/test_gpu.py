@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from hardkv.kernels.triton import cdiv, next_power_of_2
+from hardkv.kernels.gpu import cdiv, next_power_of_2
 
 NUMBERS = [*range(2050), (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 1 << 31, (1 << 31) + 1]
 

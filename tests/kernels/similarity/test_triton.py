@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 
 from hardkv.kernels.rows import cumulative
 from hardkv.kernels.similarity import REACH
-from hardkv.kernels.triton import similarity as module
-from hardkv.kernels.triton.similarity import mean_cosine
-from tests.kernels.triton.poison import poisoned
+from hardkv.kernels.similarity import triton as module
+from hardkv.kernels.similarity.triton import mean_cosine
+from tests.kernels.poison import poisoned
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -14,7 +14,7 @@ BACKENDS = ("torch", "triton", "flash_attn")
 
 
 def _varlen() -> Any:
-    from hardkv.kernels import varlen  # builds on this module
+    from hardkv.kernels.attention import varlen  # builds on this module
 
     return varlen
 
@@ -179,7 +179,7 @@ def attend_tiers(
     tail = dense_keys, dense_values, dense_positions, fill
     options |= {"start": start, "bound": bound, "new_mask": None if new_mask is None else mask}
     if backend == "triton":
-        from hardkv.kernels.triton.attention import ragged_attention
+        from hardkv.kernels.attention.triton import ragged_attention
 
         with current(query):
             return ragged_attention(query, keys, values, rows, *tail, **options)

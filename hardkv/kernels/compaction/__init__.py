@@ -21,7 +21,7 @@ def gather_tokens(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | N
         `[N, D]`.
     """
     if kernels_for(sources[-1].device, sources[-1].dtype) == "triton":
-        from hardkv.kernels.triton import compaction as kernel
+        from hardkv.kernels.compaction import triton as kernel
 
         with current(address):
             return kernel.gather_keys(sources, address, out=out)
@@ -46,7 +46,7 @@ def gather_tiers(
     """
     first = sources[-1][0]
     if kernels_for(first.device, first.dtype) == "triton":
-        from hardkv.kernels.triton import compaction as kernel
+        from hardkv.kernels.compaction import triton as kernel
 
         with current(address):
             return kernel.gather_tiers(sources, address, index, positions, misses)
@@ -77,7 +77,7 @@ def compact(
         positions: int32 `[N]`. misses: uint8 `[N]`.
     """
     if kernels_for(tokens[0].device, tokens[0].dtype) == "triton":
-        from hardkv.kernels.triton import compaction as kernel
+        from hardkv.kernels.compaction import triton as kernel
 
         with current(address):
             kernel.compact(tokens, dense, cu_seqlens, address, index, positions, misses)

@@ -29,7 +29,7 @@ def append(
         The new fill, int64 `[B]`.
     """
     if kernels_for(keys.device, keys.dtype) == "triton":
-        from hardkv.kernels.triton import append as kernel
+        from hardkv.kernels.append import triton as kernel
 
         with current(keys):
             return kernel.append(dense_keys, dense_values, dense_positions, fill, keys, values, start, valid)
@@ -85,7 +85,7 @@ def append_step(
     """
     tensors = dense_keys, dense_values, dense_positions, fill, ring, column, query, keys, values
     if kernels_for(keys.device, keys.dtype) == "triton":
-        from hardkv.kernels.triton import append as kernel
+        from hardkv.kernels.append import triton as kernel
 
         with current(keys):
             kernel.append_step(*tensors)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hardkv.kernels.triton import cdiv, next_power_of_2
+from hardkv.kernels.gpu import cdiv, next_power_of_2
 
 # Bytes of keys that one program copies: with the values as much again, enough loads in flight for full bandwidth.
 TILE_BYTES = 8192

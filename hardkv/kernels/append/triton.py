@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hardkv.kernels.triton import cdiv, next_power_of_2
+from hardkv.kernels.gpu import cdiv, next_power_of_2
 
 # Bytes of keys that one program writes at most.
 TILE_BYTES = 16384

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hardkv.kernels.gpu import cdiv, next_power_of_2
 from hardkv.kernels.scoring import Reduce
-from hardkv.kernels.triton import cdiv, next_power_of_2
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Rows that a program compares at once when it looks for its own.

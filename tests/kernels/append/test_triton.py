@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from hardkv.kernels.append import append_step_reference
-from hardkv.kernels.triton import append as module
-from hardkv.kernels.triton.append import append, append_step
+from hardkv.kernels.append import triton as module
+from hardkv.kernels.append.triton import append, append_step
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

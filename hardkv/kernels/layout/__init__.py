@@ -38,7 +38,7 @@ def layout(
     """
     tensors = rows, older, order, positions, misses, dense_positions, fill
     if kernels_for(positions.device, torch.float32) == "triton":
-        from hardkv.kernels.triton import layout as kernel
+        from hardkv.kernels.layout import triton as kernel
 
         with current(positions):
             return kernel.layout(*tensors, capacity, window, sinks, pinned)
@@ -92,7 +92,7 @@ def assign(
         of them each row has, int32 `[2, R]`.
     """
     if kernels_for(keep.device, torch.float32) == "triton":
-        from hardkv.kernels.triton import layout as kernel
+        from hardkv.kernels.layout import triton as kernel
 
         with current(keep):
             return kernel.assign(keep, recent, misses, rows, patience)
