@@ -376,7 +376,7 @@ class TestRKV:
     def test_small_tiles_change_nothing(self, monkeypatch, tile):
         case = make_case(23, columns=20, dim=3)
         whole = RKV().score(case.observation())
-        monkeypatch.setattr("hardkv.kernels.similarity.CPU_COSINES", tile)
+        monkeypatch.setattr("hardkv.kernels.similarity.reference.CPU_COSINES", tile)
         torch.testing.assert_close(RKV().score(case.observation()), whole, rtol=0, atol=1e-12)
 
     def test_newest_of_duplicates_ranks_above_the_older(self):

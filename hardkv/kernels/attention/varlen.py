@@ -27,7 +27,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hardkv.kernels.attention import attend, dense_allowed, merge
+from hardkv.kernels.attention.reference import attend, dense_allowed, merge
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from hardkv.kernels.backends import current, kernels_for
+from hardkv.kernels.compaction.reference import (
+    compact_reference,
+    gather_tiers_reference,
+    gather_tokens_reference,
+)
 
 
 def gather_tokens(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -25,10 +29,7 @@ def gather_tokens(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | N
 
         with current(address):
             return kernel.gather_keys(sources, address, out=out)
-    flat = [source.flatten(0, 2) if source.dim() == 4 else source for source in sources]
-    filled = [source for source in flat if source.shape[0]]
-    source = filled[0] if len(filled) == 1 else torch.cat(flat)
-    return torch.index_select(source, 0, address, out=out)
+    return gather_tokens_reference(sources, address, out)
 
 
 def gather_tiers(
@@ -50,10 +51,7 @@ def gather_tiers(
 
         with current(address):
             return kernel.gather_tiers(sources, address, index, positions, misses)
-    chosen = address[index]
-    keys = gather_tokens([keys for keys, _ in sources], chosen)
-    values = gather_tokens([values for _, values in sources], chosen)
-    return keys, values, positions[index], misses[index]
+    return gather_tiers_reference(sources, address, index, positions, misses)
 
 
 def compact(
@@ -81,7 +79,5 @@ def compact(
 
         with current(address):
             kernel.compact(tokens, dense, cu_seqlens, address, index, positions, misses)
-        return
-    sources = [(tokens[0], tokens[1]), dense]
-    for held, new in zip(tokens, gather_tiers(sources, address, index, positions, misses), strict=True):
-        held.copy_(new)
+    else:
+        compact_reference(tokens, dense, address, index, positions, misses)

@@ -254,7 +254,7 @@ class TestTieredAttention:
     def test_small_blocks_change_nothing(self, monkeypatch, limit):
         case = make_case(11, [9, 0, 1, 5], batch=2, q_len=5, new_mask=np.tril(np.ones((2, 5, 5), dtype=bool)))
         whole = case.run()
-        monkeypatch.setattr("hardkv.kernels.attention.MAX_LOGITS", limit)
+        monkeypatch.setattr("hardkv.kernels.attention.reference.MAX_LOGITS", limit)
         for found, expected in zip(case.run(), whole, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         assert_matches(case)
@@ -304,14 +304,14 @@ class TestAttend:
 
         assert largest(4) == 2 * 128 * 4
         assert largest(128) == 2 * 128 * 128
-        monkeypatch.setattr("hardkv.kernels.attention.MAX_LOGITS", 2048)
+        monkeypatch.setattr("hardkv.kernels.attention.reference.MAX_LOGITS", 2048)
         assert largest(16) == 2 * 128 * 16  # the keys themselves, in logits of 4 queries at a time
         assert largest(4) == 2 * 128 * 4
 
     @pytest.mark.parametrize("shape", [(3, 1, 1, 6), (3, 2, 1, 6), (3, 1, 4, 6), (3, 2, 4, 6), (1, 1, 4, 6)], ids=str)
     @pytest.mark.parametrize("limit", [1, 1 << 26])
     def test_allowed_broadcasts(self, monkeypatch, shape, limit):
-        monkeypatch.setattr("hardkv.kernels.attention.MAX_LOGITS", limit)
+        monkeypatch.setattr("hardkv.kernels.attention.reference.MAX_LOGITS", limit)
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(3, 2, 4, 5, generator=generator, dtype=torch.float64)
         key, value = torch.randn(2, 3, 6, 5, generator=generator, dtype=torch.float64)

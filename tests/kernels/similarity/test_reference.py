@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hardkv.kernels import similarity
 from hardkv.kernels.rows import Rows
-from hardkv.kernels.similarity import REACH, mean_cosine
+from hardkv.kernels.similarity import REACH, mean_cosine, reference
 
 
 def run(rows, threshold=0.5, dtype=torch.float64, **options):
@@ -65,8 +64,8 @@ def test_ragged(seed, lengths, dim, threshold):
 @contextmanager
 def tiles(cosines, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(similarity, "CPU_COSINES", cosines)
-        patch.setattr(similarity, "BLOCK", block)
+        patch.setattr(reference, "CPU_COSINES", cosines)
+        patch.setattr(reference, "BLOCK", block)
         yield
 
 

@@ -1,0 +1,72 @@
+"""The PyTorch reference of `mean_cosine`."""
+
+import torch
+from torch import Tensor
+
+from hardkv.kernels.attention import accumulation_dtype
+from hardkv.kernels.rows import Rows
+
+# Cosines that one tile holds at a time, on a CPU (where they should stay in its cache) and elsewhere; fewer where
+# the keys themselves are few.
+CPU_COSINES, MAX_COSINES = 1 << 18, 1 << 24
+# Newest tokens that a long row is compared with at first; as its tokens find their last match, those left see more.
+BLOCK = 64
+
+
+def mean_cosine_reference(keys: Tensor, rows: Rows, threshold: float, eps: float, reach: int) -> Tensor:
+    """The PyTorch reference of `mean_cosine`; beside the result it holds no more than the keys do, or a row."""
+    dtype = accumulation_dtype(keys.dtype)
+    redundancy = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
+    cosines = max(1, min(CPU_COSINES if keys.device.type == "cpu" else MAX_COSINES, keys.numel() // 4))
+    # rows that go together have all their cosines in one tile
+    together = min(keys.shape[0] // 4, cosines // max(1, min(reach, rows.longest)))
+    for bucket in rows.buckets_of(together):
+        index, valid = bucket.index()
+        unit = keys[index].to(dtype)
+        unit /= torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(eps)  # [r, n, D]
+        unit.masked_fill_(~valid[..., None], 0.0)  # not a product: 0 * NaN is NaN
+        column = torch.bmm(unit, unit.sum(1)[..., None])[..., 0]  # [r, n]
+        column -= torch.linalg.vector_norm(unit, dim=-1).square()
+        _spare(column, unit, bucket.lengths, threshold, reach, cosines)
+        redundancy[index[valid]] = (column / bucket.lengths[:, None])[valid]
+    return redundancy
+
+
+def _spare(column: Tensor, unit: Tensor, lengths: Tensor, threshold: float, reach: int, cosines: int) -> None:
+    """Take from the column sums, `[r, n]`, every token's cosine to its last near-duplicate.
+
+    Args:
+        unit: `[r, n, D]`, 0 beyond a row's end. lengths: int64 `[r]`; that of a single row is n.
+        cosines: of a tile, at most, unless that is less than one token's; those of several rows fit in one.
+    """
+    count, width, dim = unit.shape
+    near = min(reach, width)
+    block = near if count > 1 else min(near, BLOCK)
+    tile = width if count > 1 else max(1, cosines // block)
+    end = lengths[:, None] - 1
+    back = end - torch.arange(near, device=unit.device)  # [r, near], newest first; negative before a row's start
+    recent = unit.gather(1, back.clamp_min(0)[..., None].expand(-1, -1, dim))
+    place = torch.arange(near, dtype=torch.int32, device=unit.device)
+    slots = torch.arange(width, device=unit.device).expand(count, -1)
+    for first in range(0, width, tile):
+        slot, own = slots[:, first : first + tile], unit[:, first : first + tile]  # tokens without a match so far
+        begin = 0
+        while begin < near and slot.numel():
+            # of several rows all at once; of a single one the more, the fewer tokens are left
+            size = min(max(block, cosines // slot.numel()), near - begin)
+            cosine = torch.bmm(own, recent[:, begin : begin + size].mT)  # [r, t, size]
+            if width - begin - size < first + tile and first < width - begin:  # tokens meet themselves
+                itself = end - slot - begin  # [r, t]
+                elsewhere, at = (itself < 0) | (itself >= size), itself.clamp(0, size - 1)[..., None]
+                cosine.scatter_(2, at, cosine.gather(2, at).masked_fill(~elsewhere[..., None], -torch.inf))
+            found = cosine.amax(-1) > threshold  # [r, t]
+            matched = cosine[found]  # [m, size]
+            newest = torch.where(matched > threshold, place[:size], size).amin(-1).long()
+            row = found.nonzero()[:, 0]
+            last = back[row, begin + newest]
+            spared = matched.gather(1, newest[:, None])[:, 0].masked_fill(last < 0, 0.0)
+            column.index_put_((row, last.clamp_min(0)), -spared, accumulate=True)
+            begin += size
+            if begin < near:  # of a single row
+                left = (~found[0]).nonzero()[:, 0]
+                slot, own = slot[:, left], own[:, left]
