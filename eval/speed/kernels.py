@@ -34,7 +34,7 @@ from eval.speed.inputs import QUICK, SHAPES, Setting, Shape
 from eval.speed.operations import KINDS, TOLERANCE, Operation, reference_kernels
 from eval.speed.timing import COPY_BYTES, CudaTimer, copy_bandwidth, describe
 from hardkv.files import file_to_write, write_text
-from hardkv.kernels.attention import varlen
+from hardkv.kernels.attention import packages
 from hardkv.kernels.backends import why_not_triton
 
 # Bytes that calls of a round go through, and copies at most; the L2 of an H200 holds 60 MB.
@@ -155,7 +155,7 @@ def machine(setting: Setting) -> dict[str, Any]:
     """What the records were measured on and with."""
     distributions = metadata.packages_distributions()
     versions = {"torch": torch.__version__, "hardkv": hardkv.__version__}
-    tops = {name: varlen.PACKAGES[name].module.split(".")[0] for name in varlen.installed()}
+    tops = {name: packages.PACKAGES[name].module.split(".")[0] for name in packages.installed()}
     for name, top in {"triton": "triton", **tops}.items():
         found = [f"{dist} {metadata.version(dist)}" for dist in sorted(set(distributions.get(top, ())))]
         versions[name] = ", ".join(found) or "not installed"

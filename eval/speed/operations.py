@@ -15,7 +15,8 @@ from eval.speed.inputs import SEEN, Setting, Shape, make_tiers, slots
 from hardkv.cache.events.held import HeldTokens
 from hardkv.cache.storage.dense import DenseTier
 from hardkv.kernels import append, attention, compaction, layout, scoring, selection, similarity
-from hardkv.kernels.attention import varlen
+from hardkv.kernels.attention import packages
+from hardkv.kernels.attention.varlen import varlen_attention
 from hardkv.kernels.rows import Rows
 from hardkv.kernels.similarity import REACH
 
@@ -101,8 +102,8 @@ class Attention(Operation):
 
     @classmethod
     def backends(cls) -> tuple[str, ...]:
-        packages = varlen.installed()
-        return "triton", *packages, *(f"{package}, one tier" for package in packages), "torch"
+        installed = packages.installed()
+        return "triton", *installed, *(f"{package}, one tier" for package in installed), "torch"
 
     def run(self, backend: str) -> Tensor:
         """`[B, H, G, q, D]`."""
@@ -117,7 +118,7 @@ class Attention(Operation):
             return self._one_tier(backend.removesuffix(", one tier"))
         else:
             rows = condensed.rows
-            out, _ = varlen.varlen_attention(
+            out, _ = varlen_attention(
                 self.query, condensed.keys, condensed.values, rows.cu_seqlens, rows.longest, *tail,
                 package=backend, **new,
             )  # fmt: skip
@@ -132,7 +133,7 @@ class Attention(Operation):
             tokens = merged.gather([self.tiers], 0), merged.gather([self.tiers], 1)
             self.joined = query.flatten(0, 2).contiguous(), *tokens, cu_q, merged.rows
         query, keys, values, cu_q, rows = self.joined
-        out, _ = varlen.PACKAGES[package].attend(
+        out, _ = packages.PACKAGES[package].attend(
             query, keys[:, None], values[:, None], cu_q, rows.cu_seqlens, self.queries, rows.longest,
             self.scale, self.queries > 1, None,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from eval.speed.inputs import SEEN, SHAPES, Setting, Shape, make_tiers
 from eval.speed.kernels import OPERATIONS
 from eval.speed.kernels_report import Target, targets
 from eval.speed.operations import KINDS, Append, Attention, Chunk, Compaction, ScoringMean
-from hardkv.kernels.attention import attend, varlen
+from hardkv.kernels.attention import attend, packages
 
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, torch.float32, heads=2, group=2, dim=16, window=4, interval=12)
@@ -64,7 +64,7 @@ class FakeTimer:
 def small(monkeypatch):
     """Two copies of inputs rather than 48, and no package."""
     monkeypatch.setattr(kernels, "MAX_COPIES", 2)
-    monkeypatch.setattr(varlen, "installed", lambda: ())
+    monkeypatch.setattr(packages, "installed", lambda: ())
 
 
 def run(path, operations=OPERATIONS, timer=None, setting=SETTING, **options):
@@ -247,9 +247,9 @@ def fake_package(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, softcap):
 
 
 def test_packages_attend_both_tiers_and_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(varlen, "installed", lambda: ("torch_varlen",))
-    fake = replace(varlen.PACKAGES["torch_varlen"], attend=fake_package)
-    monkeypatch.setitem(varlen.PACKAGES, "torch_varlen", fake)
+    monkeypatch.setattr(packages, "installed", lambda: ("torch_varlen",))
+    fake = replace(packages.PACKAGES["torch_varlen"], attend=fake_package)
+    monkeypatch.setitem(packages.PACKAGES, "torch_varlen", fake)
     setting = replace(SETTING, dtype=torch.float16)
     records = run(tmp_path / "kernels.json", ["attention", "attention-chunk"], setting=setting)["records"]
     for backend in ("torch_varlen", "torch_varlen, one tier", "torch"):

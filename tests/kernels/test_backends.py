@@ -86,7 +86,7 @@ def test_names_are_checked(monkeypatch):
     monkeypatch.setattr("hardkv.kernels.attention.has_triton", lambda: False)
     with pytest.raises(ValueError, match=r"attention='triton' needs Triton: pip install"):
         check_backend("triton")
-    monkeypatch.setattr("hardkv.kernels.attention.varlen.installed", lambda: ())
+    monkeypatch.setattr("hardkv.kernels.attention.packages.installed", lambda: ())
     with pytest.raises(ValueError, match="attention='flash_attn' needs a flash_attn_varlen_func"):
         check_backend("flash_attn")
     check_backend("torch")

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardkv.kernels.attention import varlen
+from hardkv.kernels.attention import packages
 from hardkv.kernels.attention.reference import accumulation_dtype, attend, dense_allowed, merge, tiered_attention
+from hardkv.kernels.attention.varlen import varlen_attention
 from hardkv.kernels.backends import current, has_triton, kernels_for, why_not_triton
 from hardkv.kernels.rows import Rows
 
@@ -34,7 +35,7 @@ def check_backend(attention: str) -> None:
         raise ValueError(f"attention={attention!r} is not available.{hint} Allowed: 'auto', {', '.join(BACKENDS)}")
     if attention == "triton" and not has_triton():
         raise ValueError("attention='triton' needs Triton: pip install 'hardkv[triton]', or take attention='auto'")
-    if attention == "flash_attn" and not varlen.installed():
+    if attention == "flash_attn" and not packages.installed():
         raise ValueError(
             "attention='flash_attn' needs a flash_attn_varlen_func, of FlashAttention or of PyTorch's own "
             "torch.nn.attention.varlen: pip install 'hardkv[flash-attn]', or take attention='auto'"
@@ -116,4 +117,4 @@ def attend_tiers(
 
         with current(query):
             return ragged_attention(query, keys, values, rows, *tail, **options)
-    return varlen.varlen_attention(query, keys, values, rows.cu_seqlens, rows.longest, *tail, padded=padded, **options)
+    return varlen_attention(query, keys, values, rows.cu_seqlens, rows.longest, *tail, padded=padded, **options)

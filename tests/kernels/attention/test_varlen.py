@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from hardkv.kernels.attention import dense_allowed, tiered_attention
-from hardkv.kernels.attention.varlen import PACKAGES, installed, resolve_package, varlen_attention
+from hardkv.kernels.attention.packages import PACKAGES, installed, resolve_package
+from hardkv.kernels.attention.varlen import varlen_attention
 from hardkv.kernels.rows import Rows, cumulative
 from tests.kernels.attention.test_reference import make_case
 
