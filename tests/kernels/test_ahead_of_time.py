@@ -27,6 +27,7 @@ from hardkv.kernels.append import triton as append  # noqa: E402
 from hardkv.kernels.attention import triton as attention  # noqa: E402
 from hardkv.kernels.attention import triton_schedule as schedule  # noqa: E402
 from hardkv.kernels.compaction import triton as compaction  # noqa: E402
+from hardkv.kernels.compaction import triton_in_place as in_place  # noqa: E402
 from hardkv.kernels.layout import triton as layout  # noqa: E402
 from hardkv.kernels.rows import Rows, cumulative  # noqa: E402
 from hardkv.kernels.scoring import triton as scoring  # noqa: E402
@@ -213,7 +214,7 @@ def compact(dim, dtype, layout):
     address = torch.zeros(2 * N, dtype=torch.int64)
     known = [torch.zeros(size, dtype=dtype) for size in (N, 2 * N) for dtype in (torch.int32, torch.uint8)]
     held, told = known[:2], known[2:]
-    compaction.compact([first, first.clone(), *held], (last, last), cu_seqlens(), address, address[:N], *told)
+    in_place.compact([first, first.clone(), *held], (last, last), cu_seqlens(), address, address[:N], *told)
 
 
 def cut():

@@ -75,7 +75,7 @@ def compact(
         positions: int32 `[N]`. misses: uint8 `[N]`.
     """
     if kernels_for(tokens[0].device, tokens[0].dtype) == "triton":
-        from hardkv.kernels.compaction import triton as kernel
+        from hardkv.kernels.compaction import triton_in_place as kernel
 
         with current(address):
             kernel.compact(tokens, dense, cu_seqlens, address, index, positions, misses)

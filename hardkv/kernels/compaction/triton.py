@@ -11,15 +11,12 @@ from hardkv.kernels.gpu import cdiv, next_power_of_2
 # Bytes of keys that one program copies: with the values as much again, enough loads in flight for full bandwidth.
 TILE_BYTES = 8192
 MAX_TILE_TOKENS = 256
-# Bytes of a token that one program of a compaction in place moves, and tokens that it moves at a time: so a batch of
-# one has some dozens of programs.
-PART_BYTES, COMPACT_TOKENS = 128, 128
 # Counts change with every event, and a compiled variant for each would buy nothing.
 COUNTS = ["n", "n_first", "n_second"]
 
 
 @triton.jit
-def _rows_at(
+def rows_at(
     address,
     first,
     second,
@@ -102,13 +99,13 @@ def _gather_tiers_kernel(
     where = tl.load(address + merged, mask=live, other=0)
     tl.store(positions_out + token, tl.load(positions + merged, mask=live), mask=live)
     tl.store(misses_out + token, tl.load(misses + merged, mask=live), mask=live)
-    key_source = _rows_at(
+    key_source = rows_at(
         where, first_keys, second_keys, last_keys,
         key_heads, key_capacity, key_stride_b, key_stride_h, key_stride_c,
         n_first, n_second, D, KEYS_FLAT,
     )  # fmt: skip
     _copy_rows(keys_out, token, live, key_source, D, BLOCK_D)
-    value_source = _rows_at(
+    value_source = rows_at(
         where, first_values, second_values, last_values,
         value_heads, value_capacity, value_stride_b, value_stride_h, value_stride_c,
         n_first, n_second, DV, VALUES_FLAT,
@@ -139,83 +136,13 @@ def _gather_keys_kernel(
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = token < n
     where = tl.load(address + token, mask=live, other=0)
-    source = _rows_at(
+    source = rows_at(
         where, first, second, last, heads, capacity, stride_b, stride_h, stride_c, n_first, n_second, D, FLAT
     )
     _copy_rows(out, token, live, source, D, BLOCK_D)
 
 
-@triton.jit(
-    do_not_specialize=["key_heads", "key_capacity", "value_heads", "value_capacity", "n"],
-    do_not_specialize_on_alignment=["index"],
-)
-def _compact_kernel(
-    keys,
-    values,
-    positions_out,
-    misses_out,
-    cu,
-    address,
-    index,
-    positions,
-    misses,
-    last_keys,
-    last_values,
-    key_heads,
-    key_capacity,
-    key_stride_b,
-    key_stride_h,
-    key_stride_c,
-    value_heads,
-    value_capacity,
-    value_stride_b,
-    value_stride_h,
-    value_stride_c,
-    n,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEY_PARTS: tl.constexpr,
-    KEYS_FLAT: tl.constexpr,
-    VALUES_FLAT: tl.constexpr,
-):
-    """One row, some columns of its keys or of its values: from front to back, so nothing unread is overwritten."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    begin, end = tl.load(cu + row), tl.load(cu + row + 1)
-    for first in range(begin, end, BLOCK):
-        token = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        live = token < end
-        merged = tl.load(index + token, mask=live, other=0)
-        where = tl.load(address + merged, mask=live, other=0)
-        if part == 0:
-            tl.store(positions_out + token, tl.load(positions + merged, mask=live), mask=live)
-            tl.store(misses_out + token, tl.load(misses + merged, mask=live), mask=live)
-        moved = live & (where != token)
-        if part < KEY_PARTS:
-            source = _rows_at(
-                where, keys, keys, last_keys, key_heads, key_capacity, key_stride_b, key_stride_h, key_stride_c,
-                n, 0, D, KEYS_FLAT,
-            )  # fmt: skip
-            _move(source, keys + token * D, moved, part * WIDTH + tl.arange(0, WIDTH), D)
-        else:
-            source = _rows_at(
-                where, values, values, last_values,
-                value_heads, value_capacity, value_stride_b, value_stride_h, value_stride_c,
-                n, 0, DV, VALUES_FLAT,
-            )  # fmt: skip
-            _move(source, values + token * DV, moved, (part - KEY_PARTS) * WIDTH + tl.arange(0, WIDTH), DV)
-
-
-@triton.jit
-def _move(source, target, moved, column, D: tl.constexpr):
-    mask = moved[:, None] & (column < D)[None, :]
-    data = tl.load(source[:, None] + column[None, :], mask=mask)
-    tl.debug_barrier()  # the whole tile is read: a token's new place may be another's old one
-    tl.store(target[:, None] + column[None, :], data, mask=mask)
-
-
-def _buffers(sources: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]:
+def three_buffers(sources: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]:
     """Exactly three buffers, the last `[B, H, C, D]`, and the tokens that count of the first two."""
     *flat, last = sources
     last = last if last.dim() == 4 else last[None, None]
@@ -235,14 +162,14 @@ def _buffers(sources: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], 
     return (first, second, last), (n_first, n_second)
 
 
-def _block(width: int) -> int:
+def padded_width(width: int) -> int:
     """Columns of a tile; values may have none."""
     return next_power_of_2(max(width, 1))
 
 
 def _tile(*buffers: Tensor) -> int:
     """Tokens that one program copies."""
-    row = max(_block(buffer.shape[-1]) * buffer.element_size() for buffer in buffers)
+    row = max(padded_width(buffer.shape[-1]) * buffer.element_size() for buffer in buffers)
     return min(max(TILE_BYTES // row, 1), MAX_TILE_TOKENS)
 
 
@@ -265,8 +192,8 @@ def gather_tiers(
     Returns:
         Keys `[n, D]`, values `[n, Dv]`, positions `[n]` and misses `[n]`.
     """
-    keys, (n_first, n_second) = _buffers([keys for keys, _ in sources])
-    values, _ = _buffers([values for _, values in sources])
+    keys, (n_first, n_second) = three_buffers([keys for keys, _ in sources])
+    values, _ = three_buffers([values for _, values in sources])
     n, dim, value_dim = index.shape[0], keys[-1].shape[-1], values[-1].shape[-1]
     outs = (
         keys[-1].new_empty(n, dim),
@@ -294,52 +221,13 @@ def gather_tiers(
             D=dim,
             DV=value_dim,
             BLOCK=tile,
-            BLOCK_D=_block(dim),
-            BLOCK_DV=_block(value_dim),
+            BLOCK_D=padded_width(dim),
+            BLOCK_DV=padded_width(value_dim),
             KEYS_FLAT=keys[-1].is_contiguous(),
             VALUES_FLAT=values[-1].is_contiguous(),
             num_warps=4,
         )
     return outs
-
-
-def compact(
-    tokens: Sequence[Tensor],
-    dense: tuple[Tensor, Tensor],
-    cu_seqlens: Tensor,
-    address: Tensor,
-    index: Tensor,
-    positions: Tensor,
-    misses: Tensor,
-) -> None:
-    """`hardkv.kernels.compaction.compact` in one launch."""
-    keys, values, positions_out, misses_out = tokens
-    n, dim, value_dim = index.shape[0], keys.shape[1], values.shape[1]
-    (_, _, last_keys), (n_first, _) = _buffers([keys, dense[0]])
-    (_, _, last_values), _ = _buffers([values, dense[1]])
-    if n_first != n:
-        raise ValueError(f"{n} tokens to keep where {n_first} are held: rows compacted in place keep their lengths")
-    width = min(max(PART_BYTES // keys.element_size(), 1), _block(max(dim, value_dim)))
-    key_parts, value_parts = cdiv(dim, width), cdiv(value_dim, width)
-    if not n:
-        return
-    _compact_kernel[(cu_seqlens.shape[0] - 1, key_parts + value_parts)](
-        *(keys, values, positions_out, misses_out, cu_seqlens, address, index, positions, misses),
-        *(last_keys, last_values),
-        *last_keys.shape[1:3],
-        *last_keys.stride()[:3],
-        *last_values.shape[1:3],
-        *last_values.stride()[:3],
-        n,
-        D=dim,
-        DV=value_dim,
-        BLOCK=COMPACT_TOKENS,
-        WIDTH=width,
-        KEY_PARTS=key_parts,
-        KEYS_FLAT=last_keys.is_contiguous(),
-        VALUES_FLAT=last_values.is_contiguous(),
-        num_warps=4,
-    )
 
 
 def gather_keys(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -352,7 +240,7 @@ def gather_keys(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | Non
     Returns:
         `[n, D]`.
     """
-    buffers, (n_first, n_second) = _buffers(sources)
+    buffers, (n_first, n_second) = three_buffers(sources)
     n, dim = address.shape[0], buffers[-1].shape[-1]
     shape, dtype = (n, dim), buffers[-1].dtype
     if out is None:
@@ -373,7 +261,7 @@ def gather_keys(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | Non
             n_second,
             D=dim,
             BLOCK=tile,
-            BLOCK_D=_block(dim),
+            BLOCK_D=padded_width(dim),
             FLAT=buffers[-1].is_contiguous(),
             num_warps=4,
         )

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from hardkv.kernels.compaction import triton as compaction
 from hardkv.kernels.compaction.triton import gather_keys, gather_tiers
+from hardkv.kernels.compaction.triton_in_place import compact
 from tests.kernels.poison import poisoned
 
 GPU = torch.cuda.is_available()
@@ -259,7 +260,7 @@ def test_compacting_rows_over_themselves(batch, heads, length, capacity, layout,
     misses = torch.randint(0, 256, address.shape, device=DEVICE).to(torch.uint8)
     expected = [concatenated([mine, new])[address[index]] for mine, new in zip(held, newest, strict=False)]
     cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * length
-    compaction.compact(held, newest, cu_seqlens, address, index, positions, misses)
+    compact(held, newest, cu_seqlens, address, index, positions, misses)
     for found, wanted in zip(held, [*expected, positions[index], misses[index]], strict=True):
         assert torch.equal(found, wanted)
 
@@ -286,6 +287,6 @@ def test_compacting_much(rows):
     misses = torch.zeros(address.shape[0], dtype=torch.uint8, device=DEVICE)
     expected = [concatenated([mine, new])[address[index]] for mine, new in zip(held, newest, strict=False)]
     cu_seqlens = torch.arange(number + 1, dtype=torch.int32, device=DEVICE) * length
-    compaction.compact(held, newest, cu_seqlens, address, index, positions, misses)
+    compact(held, newest, cu_seqlens, address, index, positions, misses)
     for found, wanted in zip(held, [*expected, positions[index]], strict=False):
         assert torch.equal(found, wanted)
