@@ -31,6 +31,7 @@ from hardkv.kernels.compaction import triton_in_place as in_place  # noqa: E402
 from hardkv.kernels.layout import triton as layout  # noqa: E402
 from hardkv.kernels.rows import Rows, cumulative  # noqa: E402
 from hardkv.kernels.scoring import triton as scoring  # noqa: E402
+from hardkv.kernels.scoring import triton_pooling as pooling_kernel  # noqa: E402
 from hardkv.kernels.similarity import triton as similarity  # noqa: E402
 from tests.kernels.scoring.test_reference import REDUCTIONS  # noqa: E402
 
@@ -183,7 +184,7 @@ def assign():
 
 def pool(pooling):
     excluded = torch.zeros(N, dtype=torch.bool)
-    scoring.pool_rows(torch.zeros(N), excluded, cu_seqlens(), kernel_size=7, pooling=pooling)
+    pooling_kernel.pool_rows(torch.zeros(N), excluded, cu_seqlens(), kernel_size=7, pooling=pooling)
 
 
 def compare(dim, dtype):

@@ -70,7 +70,7 @@ def pool_rows(score: Tensor, exclude: Tensor, rows: Rows, *, kernel_size: int, p
         `[N]` in score's dtype.
     """
     if kernels_for(score.device, score.dtype) == "triton":
-        from hardkv.kernels.scoring import triton as kernel
+        from hardkv.kernels.scoring import triton_pooling as kernel
 
         with current(score):
             return kernel.pool_rows(score, exclude, rows.cu_seqlens, kernel_size=kernel_size, pooling=pooling)

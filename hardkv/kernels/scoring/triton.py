@@ -11,8 +11,6 @@ In the kernels' names: G query heads of C columns each, in blocks of BG and BC (
 columns), D the head dimension and BD the power of two above it.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -20,16 +18,23 @@ from torch import Tensor
 
 from hardkv.kernels.gpu import cdiv, next_power_of_2
 from hardkv.kernels.scoring import Reduce
+from hardkv.kernels.scoring.triton_tiles import (
+    LOG2_E,
+    causal,
+    earliest_of,
+    group_logits,
+    load_positions,
+    load_query_block,
+    load_vectors,
+    logits_of,
+)
 
-LOG2_E = tl.constexpr(math.log2(math.e))
 # Rows that a program compares at once when it looks for its own.
 ROWS = tl.constexpr(1024)
-# A position behind every query's, for tokens that nobody sees.
-LATEST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _chunk_of(slot, cu_seqlens, num_rows, chunk):
+def chunk_of(slot, cu_seqlens, num_rows, chunk):
     """The row of a slot, the row's bounds, and the chunk's first token, which lies past the row if there is no work."""
     row = -1
     for first_row in range(0, num_rows, ROWS):
@@ -38,90 +43,6 @@ def _chunk_of(slot, cu_seqlens, num_rows, chunk):
         row += tl.sum(((index < num_rows) & (index + starts // chunk <= slot)).to(tl.int32))
     start = tl.load(cu_seqlens + row)
     return row, start, tl.load(cu_seqlens + row + 1), start + (slot - row - start // chunk) * chunk
-
-
-@triton.jit
-def _load_vectors(base, index, valid, D: tl.constexpr, BD: tl.constexpr):
-    """Rows of a matrix `[..., D]`, zeros where not `valid` and from D on: `[len(index), BD]`."""
-    d = tl.arange(0, BD)
-    pointers = base + index.to(tl.int64)[:, None] * D + d[None, :]
-    return tl.load(pointers, mask=valid[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_positions(positions, exclude, begin, stop, TILE: tl.constexpr):
-    """Positions of a tile of tokens; those from `stop` on and the excluded ones lie behind every query."""
-    index = tl.arange(0, TILE)
-    mask = index < stop - begin
-    position = tl.load(positions + begin + index, mask=mask, other=LATEST)
-    if exclude is not None:
-        position = tl.where(tl.load(exclude + begin + index, mask=mask, other=1) != 0, LATEST, position)
-    return position
-
-
-@triton.jit
-def _load_queries(
-    base, offsets, group, column, G: tl.constexpr, C: tl.constexpr, BG, BC, D: tl.constexpr, BD: tl.constexpr, SHARED
-):
-    """A row's queries from (group, column) on, `[BG * BC, BD]`; the last ones stand in for those that do not exist.
-
-    With `offsets`, zeros for queries whose offset is infinite: whatever such queries hold, they give nothing.
-    """
-    index = tl.arange(0, BG * BC)
-    group = tl.minimum(group + index // BC, G - 1)
-    column = tl.minimum(column + index % BC, C - 1)
-    if offsets is None:
-        valid = index >= 0
-    else:
-        valid = tl.load(offsets + (column if SHARED else group * C + column)) < float("inf")
-    return _load_vectors(base, group * C + column, valid, D, BD)
-
-
-@triton.jit
-def _causal(logits, positions, exclude, begin, stop, query_positions, column, W: tl.constexpr, AXIS: tl.constexpr):
-    """Logits of tokens from `begin` on, -inf where one's position lies behind the query's; AXIS: that of the tokens."""
-    position = _load_positions(positions, exclude, begin, stop, logits.shape[AXIS])
-    last = tl.load(query_positions + column % W).to(tl.int32)
-    seen = tl.expand_dims(position, 1 - AXIS) <= tl.expand_dims(last, AXIS)
-    return tl.where(seen, logits, -float("inf"))
-
-
-@triton.jit
-def _earliest(query_positions, W: tl.constexpr, BW: tl.constexpr):
-    """Tokens up to this position are seen by all queries."""
-    w = tl.arange(0, BW)
-    return tl.min(tl.load(query_positions + w, mask=w < W, other=LATEST)).to(tl.int32)
-
-
-@triton.jit
-def _logits(left, right, scale, cap, PRECISION: tl.constexpr):
-    """Logits of `left [m, BD]` against `right [n, BD]`, in units of log(2), as `scale` and `cap` are."""
-    logits = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale
-    if cap is not None:
-        x = tl.abs(logits)
-        square = x * x
-        # tanh: near 0 the quotient would cancel
-        series = x * (1 - square * (0.33333333 - square * (0.13333333 - square * (0.053968254 - square * 0.021869489))))
-        decay = tl.exp2(x * (-2 * LOG2_E))
-        tanh = tl.where(x < 0.25, series, (1 - decay) / (1 + decay))
-        logits = tl.where(logits < 0, -tanh, tanh) * cap
-    return logits
-
-
-@triton.jit
-def _group_logits(
-    k, q, base, offsets, column, scale, cap, G: tl.constexpr, C: tl.constexpr, BG, BC, D: tl.constexpr, PRECISION
-):
-    """The group's largest logit for tokens k and columns from `column` on; q: the queries, when one block holds all."""
-    logits = tl.full([k.shape[0], BC], -float("inf"), tl.float32)
-    for group in range(0, G, BG):
-        if G > BG or C > BC:
-            block = _load_queries(base, offsets, group, column, G, C, BG, BC, D, k.shape[1], True)
-        else:
-            block = q
-        each = tl.reshape(_logits(k, block, scale, cap, PRECISION), [k.shape[0], BG, BC])
-        logits = tl.maximum(logits, tl.max(each, 1))
-    return logits
 
 
 @triton.jit
@@ -152,27 +73,27 @@ def _denominator_of_chunk(
     blocks = tl.cdiv(C, BC)
     slot = tl.program_id(0) // blocks
     first_column = tl.program_id(0) % blocks * BC
-    row, _, end, first = _chunk_of(slot, cu_seqlens, num_rows, chunk)
+    row, _, end, first = chunk_of(slot, cu_seqlens, num_rows, chunk)
     if first >= end:
         return
     stop = tl.minimum(first + chunk, end)
     column = first_column + tl.arange(0, BC)
-    earliest = _earliest(query_positions, W, BW)
+    earliest = earliest_of(query_positions, W, BW)
     base = queries + row.to(tl.int64) * (G * C * D)
-    q = _load_queries(base, None, 0, first_column, G, C, BG, BC, D, BD, False)
+    q = load_query_block(base, None, 0, first_column, G, C, BG, BC, D, BD, False)
     top = tl.full([BC], -float("inf"), tl.float32)
     total = tl.zeros([BC], tl.float32)
     for begin in tl.range(first, stop, TILE):
         token = begin + tl.arange(0, TILE)
-        k = _load_vectors(keys, token, token < stop, D, BD)
-        late = tl.max(_load_positions(positions, exclude, begin, stop, TILE)) > earliest
+        k = load_vectors(keys, token, token < stop, D, BD)
+        late = tl.max(load_positions(positions, exclude, begin, stop, TILE)) > earliest
         if G > 1:
-            each = _group_logits(k, q, base, None, first_column, scale, cap, G, C, BG, BC, D, PRECISION)
+            each = group_logits(k, q, base, None, first_column, scale, cap, G, C, BG, BC, D, PRECISION)
             logits = tl.trans(each)
         else:
-            logits = _logits(q, k, scale, cap, PRECISION)
+            logits = logits_of(q, k, scale, cap, PRECISION)
         if late:
-            logits = _causal(logits, positions, exclude, begin, stop, query_positions, column, W, AXIS=1)
+            logits = causal(logits, positions, exclude, begin, stop, query_positions, column, W, AXIS=1)
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
@@ -266,7 +187,7 @@ def _received(
     PRECISION: tl.constexpr,
 ):
     """Probabilities of one chunk of a row, summed over columns; of the group's heads the largest sum."""
-    row, _, end, first = _chunk_of(tl.program_id(0), cu_seqlens, num_rows, chunk)
+    row, _, end, first = chunk_of(tl.program_id(0), cu_seqlens, num_rows, chunk)
     if first >= end:
         return
     stop = tl.minimum(first + chunk, end)
@@ -275,65 +196,35 @@ def _received(
     GS: tl.constexpr = 1 if SHARED else G
     BGS: tl.constexpr = 1 if SHARED else BG
     offsets += row.to(tl.int64) * (GS * C)
-    earliest = _earliest(query_positions, W, BW)
+    earliest = earliest_of(query_positions, W, BW)
     # what a single block needs is loaded once
     ONE: tl.constexpr = G <= BG and C <= BC
-    q = _load_queries(base, offsets, 0, 0, G, C, BG, BC, D, BD, SHARED)
+    q = load_query_block(base, offsets, 0, 0, G, C, BG, BC, D, BD, SHARED)
     offset = _load_offsets(offsets, 0, 0, GS, C, BGS, BC)
     for begin in tl.range(first, stop, TILE):
         token = begin + tl.arange(0, TILE)
-        k = _load_vectors(keys, token, token < stop, D, BD)
-        late = tl.max(_load_positions(positions, exclude, begin, stop, TILE)) > earliest
+        k = load_vectors(keys, token, token < stop, D, BD)
+        late = tl.max(load_positions(positions, exclude, begin, stop, TILE)) > earliest
         received = tl.zeros([TILE], tl.float32)
         for group in range(0, GS, BGS):
             share = tl.zeros([TILE, BGS], tl.float32)
             for column in range(0, C, BC):
                 if SHARED:
-                    logits = _group_logits(k, q, base, offsets, column, scale, cap, G, C, BG, BC, D, PRECISION)
+                    logits = group_logits(k, q, base, offsets, column, scale, cap, G, C, BG, BC, D, PRECISION)
                 elif ONE:
-                    logits = _logits(k, q, scale, cap, PRECISION)
+                    logits = logits_of(k, q, scale, cap, PRECISION)
                 else:
-                    block = _load_queries(base, offsets, group, column, G, C, BG, BC, D, BD, False)
-                    logits = _logits(k, block, scale, cap, PRECISION)
+                    block = load_query_block(base, offsets, group, column, G, C, BG, BC, D, BD, False)
+                    logits = logits_of(k, block, scale, cap, PRECISION)
                 if late:
                     index = column + tl.arange(0, BGS * BC) % BC
-                    logits = _causal(logits, positions, exclude, begin, stop, query_positions, index, W, AXIS=0)
+                    logits = causal(logits, positions, exclude, begin, stop, query_positions, index, W, AXIS=0)
                 if not ONE:
                     offset = _load_offsets(offsets, group, column, GS, C, BGS, BC)
                 weight = tl.exp2(logits * POWER - offset[None, :])
                 share += tl.sum(tl.reshape(weight, [TILE, BGS, BC]), 2)
             received = tl.maximum(received, tl.max(share, 1))
         tl.store(out + token, tl.where(received == received, received, 0.0), mask=token < stop)
-
-
-@triton.jit
-def _pool(
-    out,
-    score,
-    exclude,
-    cu_seqlens,
-    num_rows,
-    BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-    AVERAGE: tl.constexpr,
-):
-    """Mean or maximum over the neighbours of every token of one block of a row."""
-    _, start, end, first = _chunk_of(tl.program_id(0), cu_seqlens, num_rows, BLOCK)
-    if first >= end:
-        return
-    token = first + tl.arange(0, BLOCK)
-    pooled = tl.zeros([BLOCK], tl.float32)
-    for shift in range(-(SIZE // 2), SIZE // 2 + 1):
-        near = token + shift
-        inside = (near >= start) & (near < end)
-        value = tl.load(score + near, mask=inside, other=0.0)
-        value = tl.where(tl.load(exclude + near, mask=inside, other=1) != 0, 0.0, value)
-        pooled = pooled + value if AVERAGE else tl.maximum(pooled, value)
-    if AVERAGE:
-        pooled = pooled / SIZE
-    mask = token < end
-    pooled = tl.where(tl.load(exclude + token, mask=mask, other=1) != 0, 0.0, pooled)
-    tl.store(out + token, pooled, mask=mask)
 
 
 def _blocks(dim: int, keys: Tensor) -> tuple[int, int, int, int]:
@@ -453,38 +344,4 @@ def window_attention(
     )
     second = grouped if reduce in ("max", "max_logits") else flat
     _received[(slots,)](out, offsets, *inputs, SHARED=shared, POWER=power, **second, **settings)
-    return out
-
-
-def pool_rows(
-    score: Tensor,
-    exclude: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    pooling: str,
-) -> Tensor:
-    """Smooth scores along each row over the tokens that `exclude` leaves: `hardkv.kernels.scoring.pool_rows` on a GPU.
-
-    Args:
-        score: float32 `[N]`, >= 0. exclude: bool `[N]`, the last tokens of their rows. cu_seqlens: int32 `[R + 1]`.
-        kernel_size: odd. pooling: "max" or "avg" (zeros beyond the row's ends count).
-
-    Returns:
-        `[N]`, float32; 0 at excluded tokens.
-    """
-    out = torch.empty_like(score)
-    if score.shape[0]:
-        block = 512
-        num_rows = cu_seqlens.shape[0] - 1
-        _pool[(num_rows + score.shape[0] // block,)](
-            out,
-            score.contiguous(),
-            exclude.contiguous().view(torch.uint8),
-            cu_seqlens,
-            num_rows,
-            BLOCK=block,
-            SIZE=kernel_size,
-            AVERAGE=pooling == "avg",
-        )
     return out

@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 from hardkv.kernels.rows import Rows, cumulative
 from hardkv.kernels.scoring import triton as module
 from hardkv.kernels.scoring import window_attention_reference
-from hardkv.kernels.scoring.triton import pool_rows, window_attention
+from hardkv.kernels.scoring.triton import window_attention
+from hardkv.kernels.scoring.triton_pooling import pool_rows
 from tests.kernels.poison import poisoned
 from tests.kernels.scoring import test_reference as reference
 
