@@ -12,14 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hardkv.kernels.attention.triton_schedule import UNIT, Schedule, schedule_for
-from hardkv.kernels.gpu import cdiv, next_power_of_2
+from hardkv.kernels.attention.triton_schedule import UNIT, Schedule, queries_per_block, query_blocks, schedule_for
+from hardkv.kernels.gpu import next_power_of_2
 from hardkv.kernels.rows import Rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Rows of a matrix unit's smallest product: fewer queries are padded to it.
-MIN_QUERIES = 16
-MAX_QUERIES, QUERY_BYTES = 64, 16 << 10
 
 
 @triton.jit
@@ -249,7 +246,7 @@ def _ragged_attention(
 
 
 # Warps of a program, and pipeline stages of about 16 KB. Measured best on an H200 for 60 MB of keys and values and more
-# (eval/speed), with `schedule.OCCUPANCY`.
+# (eval/speed), with `triton_schedule.OCCUPANCY`.
 WARPS, STAGES, STAGE_BYTES = 4, 3, 16 << 10
 
 
@@ -298,13 +295,6 @@ def ragged_attention(
     return launch(*tensors, schedule, start=start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask)
 
 
-def outputs(query: Tensor, dense_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Unwritten `out` and `lse`; `out` lies in memory as `[B, q, Hq, Dv]`, as models want it next."""
-    batch, num_heads, q_len, _ = query.shape
-    out = query.new_empty(batch, q_len, num_heads, dense_values.shape[-1]).transpose(1, 2)
-    return out, query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
-
-
 def launch(
     query: Tensor,
     keys: Tensor,
@@ -328,7 +318,9 @@ def launch(
     group = num_heads // num_kv_heads
     if query.stride(-1) != 1:
         query = query.contiguous()
-    out, lse = outputs(query, dense_values)
+    # out lies in memory as [B, q, Hq, Dv], as models want it next
+    out = query.new_empty(batch, q_len, num_heads, value_dim).transpose(1, 2)
+    lse = query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
     size = max(head_dim, value_dim), query.element_size()
     queries, blocks = queries_per_block(group, q_len, *size), query_blocks(group, q_len, *size)
     tokens, stages = block_tokens(*size)
@@ -354,14 +346,3 @@ def launch(
         num_warps=WARPS,
     )  # fmt: skip
     return out, lse
-
-
-def queries_per_block(group: int, q_len: int, head_dim: int, itemsize: int) -> int:
-    """Rows of queries that one program works on: 16 KB of them at most, or small GPUs run out of shared memory."""
-    fit = QUERY_BYTES // (next_power_of_2(max(head_dim, 16)) * itemsize)
-    return min(max(next_power_of_2(group * q_len), MIN_QUERIES), max(MIN_QUERIES, min(fit, MAX_QUERIES)))
-
-
-def query_blocks(group: int, q_len: int, head_dim: int, itemsize: int) -> int:
-    """Blocks of queries that one row has."""
-    return cdiv(group * q_len, queries_per_block(group, q_len, head_dim, itemsize))

@@ -8,17 +8,21 @@ import triton.language as tl
 from torch import Tensor
 
 from hardkv.kernels.backends import current
+from hardkv.kernels.gpu import cdiv, next_power_of_2
 from hardkv.kernels.rows import Rows
 
 # The line is cut at multiples of this.
 UNIT = 64
 # Fewest tokens that are worth a program.
 MIN_SHARE = 128
-# Programs per multiprocessor. Measured best with `attention.WARPS` and `STAGES`; as many fit on every GPU since sm_80
+# Programs per multiprocessor. Measured best with `triton.WARPS` and `STAGES`; as many fit on every GPU since sm_80
 # but sm_86 and sm_89.
 OCCUPANCY = 3
 # Rows, or programs, that are worked out at a time.
 BLOCK = 512
+# Rows of a matrix unit's smallest product: fewer queries are padded to it.
+MIN_QUERIES = 16
+MAX_QUERIES, QUERY_BYTES = 64, 16 << 10
 
 
 @triton.jit(do_not_specialize=["rows", "dense", "programs"])
@@ -131,3 +135,14 @@ def recut_schedules(rows: Rows, bound: int) -> None:
     """Rewrite in place every schedule that `rows` took over from rows in the same buffers; see `schedule_for`."""
     for (capacity, _), schedule in rows.schedules.items():
         schedule.recut(rows.cu_seqlens, expected(bound, capacity))
+
+
+def queries_per_block(group: int, q_len: int, head_dim: int, itemsize: int) -> int:
+    """Rows of queries that one program works on: 16 KB of them at most, or small GPUs run out of shared memory."""
+    fit = QUERY_BYTES // (next_power_of_2(max(head_dim, 16)) * itemsize)
+    return min(max(next_power_of_2(group * q_len), MIN_QUERIES), max(MIN_QUERIES, min(fit, MAX_QUERIES)))
+
+
+def query_blocks(group: int, q_len: int, head_dim: int, itemsize: int) -> int:
+    """Blocks of queries that one row has."""
+    return cdiv(group * q_len, queries_per_block(group, q_len, head_dim, itemsize))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton")
 
 from hardkv.kernels.attention import dense_allowed  # noqa: E402
-from hardkv.kernels.attention.triton import launch, query_blocks  # noqa: E402
-from hardkv.kernels.attention.triton_schedule import UNIT, Schedule  # noqa: E402
+from hardkv.kernels.attention.triton import launch  # noqa: E402
+from hardkv.kernels.attention.triton_schedule import UNIT, Schedule, query_blocks  # noqa: E402
 from hardkv.kernels.rows import cumulative  # noqa: E402
 from tests.kernels.attention import test_reference as reference  # noqa: E402
 from tests.kernels.poison import poisoned  # noqa: E402
