@@ -1,246 +1,29 @@
 """Variable-length FlashAttention over both tiers, against one softmax over all tokens a query sees, in float64.
 
-Everything but the last class runs on the CPU, against *fakes*: functions in PyTorch with the signatures, layouts,
-checks and oddities of the real packages' `flash_attn_varlen_func`, as read from their sources. FlashAttention-2 and
-FlashAttention-3 are tested by these contracts only, since the project has no machine with either; PyTorch's own and
+Everything but the last class runs on the CPU, against the fakes of `fake_packages`. FlashAttention-2 and
+FlashAttention-3 are tested by these only, since the project has no machine with either; PyTorch's own and
 FlashAttention-4 are also run on a GPU where there is one.
 """
 
-import sys
-import warnings
 from dataclasses import replace
 from functools import cache
-from types import ModuleType
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hardkv.kernels.attention import dense_allowed, tiered_attention
 from hardkv.kernels.attention.packages import PACKAGES, installed, resolve_package
 from hardkv.kernels.attention.varlen import varlen_attention
 from hardkv.kernels.rows import Rows, cumulative
+from tests.kernels.attention.fake_packages import flash_attn_3_early, flash_attn_4
 from tests.kernels.attention.test_reference import make_case
 
 INF, NAN = float("inf"), float("nan")
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 3e-3}  # relative, of the whole output
-
-
-# ---------------------------------------------------------------------- fakes of the packages
-
-
-class Contract(NamedTuple):
-    """What every fake checks and does, and in what the packages differ."""
-
-    unseen_out: float  # written for queries that see no key
-    unseen_lse: float
-    any_value_dim: bool = False
-    tile: int = 0  # values behind a sequence's end that are multiplied by 0, not skipped
-    swaps: bool = False  # takes a single query of several heads for several queries of one head, as FlashAttention-2
-
-
-FLASH_2 = Contract(unseen_out=0.0, unseen_lse=INF, swaps=True)
-FLASH_3 = Contract(unseen_out=0.0, unseen_lse=-INF, tile=128)
-FLASH_4 = Contract(unseen_out=NAN, unseen_lse=NAN, any_value_dim=True, tile=128)
-
-
-def check(contract, q, k, v, cu_q, cu_k, max_q, max_k):
-    """What the packages' sources check, or rely on without checking."""
-    assert q.dtype in (torch.float16, torch.bfloat16)
-    assert k.dtype == v.dtype == q.dtype
-    assert q.dim() == k.dim() == v.dim() == 3
-    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    assert k.shape[:2] == v.shape[:2]
-    assert q.shape[1] % k.shape[1] == 0
-    assert k.shape[2] == q.shape[2]
-    assert v.shape[2] == q.shape[2] or contract.any_value_dim
-    for dim in (q.shape[2], v.shape[2]):
-        assert dim % 8 == 0
-        assert 0 < dim <= 256
-    assert cu_q.shape == cu_k.shape
-    for cu, tokens, longest in ((cu_q, q.shape[0], max_q), (cu_k, k.shape[0], max_k)):
-        assert cu.dtype == torch.int32
-        assert cu.is_contiguous()
-        assert cu[0] == 0
-        assert cu[-1] == tokens
-        assert type(longest) is int
-        assert cu.diff().min() >= 0
-        assert cu.diff().max() <= longest
-
-
-def fake_attention(contract, q, k, v, cu_q, cu_k, max_q, max_k, *, scale, causal, softcap):
-    """`out [total_q, G, Dv]` and `lse [G, total_q]`, one sequence after the other."""
-    with _disable_current_modes():  # what happens on a device
-        check(contract, q, k, v, cu_q, cu_k, max_q, max_k)
-        batch, (_, heads, head_dim), kv_heads = cu_q.shape[0] - 1, q.shape, k.shape[1]
-        if contract.swaps and max_q == 1 and heads > kv_heads:
-            q.reshape(batch, kv_heads, heads // kv_heads, head_dim)  # a sequence without a query does not fit
-        out = torch.full((*q.shape[:2], v.shape[2]), contract.unseen_out, dtype=q.dtype)
-        lse = torch.full((heads, q.shape[0]), contract.unseen_lse)
-        starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
-        for sequence in range(batch):
-            first, last = starts_k[sequence : sequence + 2]
-            behind = v[last : last + contract.tile].double()  # [n, heads of k, Dv]
-            for at in range(*starts_q[sequence : sequence + 2]):
-                stop = last - (starts_q[sequence + 1] - 1 - at) if causal else last
-                if stop <= first:
-                    continue
-                for head in range(heads):
-                    kv_head = head // (heads // kv_heads)
-                    logits = k[first:stop, kv_head].double() @ q[at, head].double() * scale
-                    if softcap:
-                        logits = softcap * torch.tanh(logits / softcap)
-                    weights = torch.softmax(logits, 0)
-                    found = weights @ v[first:stop, kv_head].double() + (0.0 * behind[:, kv_head]).sum(0)
-                    out[at, head], lse[head, at] = found.to(q.dtype), torch.logsumexp(logits, 0)
-        return out, lse
-
-
-def flash_attn_2(calls):
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-        return_attn_probs=False, block_table=None,
-    ):  # fmt: skip
-        calls.append(max_seqlen_q)
-        assert dropout_p == 0.0
-        assert window_size == (-1, -1)
-        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        out, lse = fake_attention(FLASH_2, *tensors, scale=softmax_scale, causal=causal, softcap=softcap)
-        return (out, lse, None) if return_attn_probs else out
-
-    return {"flash_attn_varlen_func": flash_attn_varlen_func}
-
-
-def flash_attn_3(calls):
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
-        softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-        sm_margin=0, return_attn_probs=False,
-    ):  # fmt: skip
-        calls.append(max_seqlen_q)
-        assert num_splits == 0
-        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        out, lse = fake_attention(FLASH_3, *tensors, scale=softmax_scale, causal=causal, softcap=softcap)
-        return (out, lse) if return_attn_probs else out
-
-    return {"flash_attn_varlen_func": flash_attn_varlen_func}
-
-
-def flash_attn_3_early(calls, returns_lse=True):
-    """Before July 2025, with the lse always, or from then to August 2025, without."""
-
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
-        softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-        sm_margin=0,
-    ):  # fmt: skip
-        calls.append(max_seqlen_q)
-        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        out, lse = fake_attention(FLASH_3, *tensors, scale=softmax_scale, causal=causal, softcap=softcap)
-        return (out, lse) if returns_lse else out
-
-    return {"flash_attn_varlen_func": flash_attn_varlen_func}
-
-
-def flash_attn_4(calls):
-    def flash_attn_varlen_func(
-        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-        min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None,
-        softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1,
-        pack_gqa=None, deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None,
-        block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None,
-        seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False,
-        gather_bwd_token_chunk=None,
-    ):  # fmt: skip
-        calls.append(max_seqlen_q)
-        assert qv is None
-        assert num_splits == 1
-        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        out, lse = fake_attention(FLASH_4, *tensors, scale=softmax_scale, causal=causal, softcap=softcap)
-        return out, lse if return_lse else None
-
-    return {"flash_attn_varlen_func": flash_attn_varlen_func}
-
-
-class AuxRequest(NamedTuple):
-    lse: bool = False
-
-
-def torch_varlen(calls):
-    """PyTorch 2.12 and later."""
-
-    def varlen_attn(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
-        enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
-    ):  # fmt: skip
-        calls.append(max_q)
-        assert window_size in ((-1, -1), (-1, 0))
-        assert enable_gqa or query.shape[1] == key.shape[1]
-        tensors = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
-        out, lse = fake_attention(FLASH_2, *tensors, scale=scale, causal=window_size == (-1, 0), softcap=None)
-        return (out, lse) if return_aux is not None and return_aux.lse else out
-
-    return {"varlen_attn": varlen_attn, "AuxRequest": AuxRequest}
-
-
-def torch_varlen_2_11(calls):
-    """Without `enable_gqa`; fewer heads of k and v are taken as they come."""
-
-    def varlen_attn(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
-    ):
-        calls.append(max_q)
-        tensors = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
-        out, lse = fake_attention(FLASH_2, *tensors, scale=scale, causal=window_size == (-1, 0), softcap=None)
-        return (out, lse) if return_aux is not None and return_aux.lse else out
-
-    return {"varlen_attn": varlen_attn, "AuxRequest": AuxRequest}
-
-
-FAKES = {
-    "flash_attn_2": flash_attn_2,
-    "flash_attn_3": flash_attn_3,
-    "flash_attn_3 before July 2025": flash_attn_3_early,
-    "flash_attn_4": flash_attn_4,
-    "torch_varlen": torch_varlen,
-    "torch_varlen 2.11": torch_varlen_2_11,
-}
-
-
-@pytest.fixture
-def install(monkeypatch):
-    """`install(package, contents)` puts a module where the package is looked for; nothing is installed at first."""
-
-    def put(package, contents):
-        module = ModuleType(PACKAGES[package].module)
-        module.__dict__.update(contents)
-        monkeypatch.setitem(sys.modules, PACKAGES[package].module, module)
-        installed.cache_clear()
-
-    for package in PACKAGES.values():
-        monkeypatch.setitem(sys.modules, package.module, None)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    installed.cache_clear()
-    yield put
-    installed.cache_clear()
-
-
-@pytest.fixture(params=FAKES)
-def fake(request, install):
-    """The only package installed: its name, and its calls' bounds on the queries of a sequence."""
-    package, calls = request.param.split()[0], []
-    install(package, FAKES[request.param](calls))
-    return package, calls
-
-
-# ---------------------------------------------------------------------- cases
 
 
 def widened(case, dim=8, value_dim=8, dtype=torch.float16):
@@ -478,92 +261,6 @@ def test_flash_attn_3_without_lse(install):
     install("flash_attn_3", flash_attn_3_early([], returns_lse=False))
     with pytest.raises(RuntimeError, match="does not return the lse"):
         run(widened(make_case(13, [3, 5], batch=1)))
-
-
-class TestInstalled:
-    def test_nothing(self, install):
-        assert installed() == ()
-
-    def test_order_of_preference(self, install):
-        for package in ("torch_varlen", "flash_attn_4", "flash_attn_2", "flash_attn_3"):
-            install(package, FAKES[package]([]))
-        assert installed() == tuple(PACKAGES) == ("flash_attn_3", "flash_attn_2", "flash_attn_4", "torch_varlen")
-
-    @pytest.mark.parametrize("error", [ImportError("undefined symbol"), OSError("no such file"), RuntimeError("ABI")])
-    def test_broken_package_is_warned_of_once(self, install, monkeypatch, tmp_path, error):
-        install("torch_varlen", torch_varlen([]))
-        (tmp_path / "flash_attn.py").write_text(f"raise {error!r}")
-        monkeypatch.delitem(sys.modules, "flash_attn")
-        monkeypatch.syspath_prepend(str(tmp_path))
-        with pytest.warns(UserWarning, match="flash_attn_2 is installed but cannot be imported") as warned:
-            assert installed() == ("torch_varlen",)
-        assert len(warned) == 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert installed() == ("torch_varlen",)
-
-    def test_namespace_that_another_package_left(self, install):
-        """FlashAttention-4 is installed as `flash_attn.cute`; there is a `flash_attn` then, with nothing in it."""
-        install("flash_attn_2", {})
-        install("flash_attn_4", flash_attn_4([]))
-        assert installed() == ("flash_attn_4",)
-
-    @pytest.mark.parametrize("package", ["flash_attn_2", "flash_attn_4", "torch_varlen"])
-    def test_version_before_those_supported(self, install, package):
-        """FlashAttention-2 without softcap, a preview of FlashAttention-4 without lse, PyTorch 2.10."""
-        install(package, {PACKAGES[package].function: lambda q, k, v, causal=False: None})
-        assert installed() == ()
-
-    def test_pytorch_without_its_kernel(self, install, monkeypatch):
-        install("torch_varlen", torch_varlen([]))
-        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-        assert installed() == ()
-
-
-class TestResolvePackage:
-    def put(self, install, *packages):
-        for package in packages:
-            install(package, FAKES[package]([]))
-
-    def test_first_that_can(self, install):
-        self.put(install, *PACKAGES)
-        assert resolve_package(None, torch.bfloat16, 128, 128, None) == "flash_attn_3"
-        assert resolve_package(None, torch.bfloat16, 128, 64, None) == "flash_attn_4"
-        assert resolve_package("torch_varlen", torch.bfloat16, 128, 128, None) == "torch_varlen"
-
-    def test_unknown(self, install):
-        with pytest.raises(ValueError, match="package='flash' is not known. Allowed: None, 'flash_attn_3'"):
-            resolve_package("flash", torch.bfloat16, 128, 128, None)
-
-    def test_not_installed(self, install):
-        with pytest.raises(ValueError, match="package=None is not installed; installed: none. Install one"):
-            resolve_package(None, torch.bfloat16, 128, 128, None)
-        self.put(install, "torch_varlen")
-        with pytest.raises(ValueError, match="package='flash_attn_2' is not installed; installed: 'torch_varlen'"):
-            resolve_package("flash_attn_2", torch.bfloat16, 128, 128, None)
-
-    @pytest.mark.parametrize(
-        ("package", "inputs", "message"),
-        [
-            (
-                "flash_attn_2",
-                (torch.float32, 128, 128, None),
-                "takes torch.float16 and torch.bfloat16, .*dtype=torch.float32",
-            ),
-            ("flash_attn_2", (torch.float16, 12, 12, None), "multiples of 8 up to 256, but one is 12"),
-            ("flash_attn_3", (torch.float16, 264, 264, None), "multiples of 8 up to 256, but one is 264"),
-            ("flash_attn_4", (torch.float16, 64, 0, None), "multiples of 8 up to 256, but one is 0"),
-            ("flash_attn_2", (torch.float16, 192, 128, None), "keys have 192 and values 128 dimensions"),
-            ("flash_attn_3", (torch.float16, 192, 128, None), "keys have 192 and values 128 dimensions"),
-            ("torch_varlen", (torch.float16, 128, 128, 30.0), "has no softcap, but softcap=30.0"),
-        ],
-        ids=str,
-    )
-    def test_refusals(self, install, package, inputs, message):
-        self.put(install, package)
-        for named in (package, None):
-            with pytest.raises(ValueError, match=f"{package}.*{message}.* attention='torch'"):
-                resolve_package(named, *inputs)
 
 
 # ---------------------------------------------------------------------- the real packages
