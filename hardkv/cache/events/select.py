@@ -97,7 +97,7 @@ def _keep(
     """The kept set, bool `[N]`: by one budget where all layers' can be one."""
     if len(inputs) == 1:
         return inputs[0].budget.select(z, observation, temperatures[0])
-    budget = inputs[0].budget.together([each.budget for each in inputs])
+    budget = inputs[0].budget.joint([each.budget for each in inputs])
     if budget is not None:
         given = [each for each in temperatures if each is not None]
         return budget.select(z, observation, torch.cat(given) if len(given) == len(inputs) else None)

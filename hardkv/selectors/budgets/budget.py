@@ -60,7 +60,7 @@ class Budget(ABC):
         """
         return [self] * (1 if num_layers is None else num_layers)
 
-    def together(self, budgets: "Sequence[Budget]") -> "Budget | None":
+    def joint(self, budgets: "Sequence[Budget]") -> "Budget | None":
         """One budget for several layers, whose sequences follow one another as if they were one batch.
 
         Args:
@@ -124,7 +124,7 @@ class FixedTotal(Budget):
     def __post_init__(self) -> None:
         settle(self, n=check_count("n", self.n, 1))
 
-    def together(self, budgets: Sequence[Budget]) -> Budget | None:
+    def joint(self, budgets: Sequence[Budget]) -> Budget | None:
         return self if all(each == self for each in budgets) else None
 
     @property

@@ -106,7 +106,7 @@ class LayerRisk(Budget):
     def limit(self) -> int:
         return self.risk.limit
 
-    def together(self, budgets: Sequence[Budget]) -> Budget | None:
+    def joint(self, budgets: Sequence[Budget]) -> Budget | None:
         same = [each for each in budgets if isinstance(each, LayerRisk) and each.plan is self.plan]
         if len(same) < len(budgets) or any(each.heads != self.heads for each in same):
             return None

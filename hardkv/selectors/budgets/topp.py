@@ -41,7 +41,7 @@ class TopP(Budget):
         """The mass that temperatures are fitted for: its own."""
         return self.p
 
-    def together(self, budgets: Sequence[Budget]) -> Budget | None:
+    def joint(self, budgets: Sequence[Budget]) -> Budget | None:
         return self if all(each == self for each in budgets) else None
 
     @property
