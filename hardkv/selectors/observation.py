@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hardkv.kernels.rows import Rows, cumulative, padded_index
 from hardkv.kernels.scoring import Reduce, window_attention
+from hardkv.selectors.checks import settle
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Observation:
         softcap: of the model's attention; None without one.
         seen: int64 `[B]`, tokens of each sequence so far, evicted ones too; None: its longest row's.
         longest: the longest row, or more, where the host knows; None: read from the device.
-        newest: bool `[N]`, what `window_mask` is, where known.
+        window_mask: bool `[N]`, True at the newest `window` tokens of every row. None: computed here.
     """
 
     keys: Tensor
@@ -49,7 +50,12 @@ class Observation:
     softcap: float | None = None
     seen: Tensor | None = None
     longest: int | None = None
-    newest: Tensor | None = None
+    window_mask: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.window_mask is None:
+            stop = self.cu_seqlens[1:].long()[self.row]
+            settle(self, window_mask=torch.arange(stop.shape[0], device=stop.device) >= stop - self.window)
 
     @cached_property
     def values(self) -> Tensor:
@@ -99,14 +105,6 @@ class Observation:
         return self.rows.ids
 
     @cached_property
-    def window_mask(self) -> Tensor:
-        """The newest `window` tokens of every row, bool `[N]`."""
-        if self.newest is not None:
-            return self.newest
-        stop = self.cu_seqlens[1:].long()[self.row]
-        return torch.arange(stop.shape[0], device=stop.device) >= stop - self.window
-
-    @cached_property
     def attention(self) -> Tensor:
         """Reference attention A: mean over valid queries and the group of softmax(q . k * scale), `[N]`."""
         return self.received("mean")
@@ -144,7 +142,7 @@ class Observation:
                 query_valid=self.query_valid[sequences],
                 seen=None if self.seen is None else self.seen[sequences],
                 protected=self.protected[tokens],
-                newest=None if self.newest is None else self.newest[tokens],
+                window_mask=self.window_mask[tokens],
             )
             parts.append(part)
             first += rows.total

@@ -174,7 +174,7 @@ def _observe(inputs: Sequence[EventInputs], held: HeldTokens) -> Observation:
         query_valid=valid,
         seen=layers[0].tokens if len(layers) == 1 else torch.cat([tiers.tokens for tiers in layers]),
         protected=held.protected,
-        newest=held.window_mask,
+        window_mask=held.window_mask,
         scale=first.scale,
         window=window,
         softcap=first.softcap,
