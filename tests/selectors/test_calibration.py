@@ -8,8 +8,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hardkv.selectors import temperatures as calibration
-from hardkv.selectors.temperatures import MAX_TEMPERATURE, MIN_TEMPERATURE, fit_temperatures, kept_counts
+from hardkv.selectors import solvers
+from hardkv.selectors.temperatures import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    _prepare,
+    fit_temperatures,
+    kept_counts,
+)
 
 SOLVERS = ["adam", "bisect"]
 ROUNDING = 1e-9  # of shares
@@ -395,18 +401,18 @@ def test_adam_moves_its_leaf(monkeypatch):
 @pytest.mark.parametrize("offset", [-0.4, -0.1, 0.1, 0.4])
 def test_adam_alone_finds_the_way(offset):
     reference = attention(6, 3, 100, seed=9)
-    problem = calibration._prepare(3.7 * reference.log(), reference, 0.9, protect(reference))
+    problem = _prepare(3.7 * reference.log(), reference, 0.9, protect(reference))
     with torch.no_grad():
-        log_t = calibration._adam(problem, torch.full((6,), math.log(3.7) + offset).double(), 300, 1e-6)
+        log_t = solvers.adam(problem, torch.full((6,), math.log(3.7) + offset).double(), 300, 1e-6)
     torch.testing.assert_close(log_t.exp(), torch.full((6,), 3.7).double(), atol=0, rtol=1e-3)
 
 
 def test_derivative_is_exact():
     z = noise(torch.empty(2, 3, 9, dtype=torch.float64), 0).sort(-1, descending=True).values
-    z[0, 0, 6:] = calibration._DEAD
+    z[0, 0, 6:] = solvers.DEAD
     m = torch.tensor([[1, 4, 8], [2, 2, 5]])
     log_t = noise(torch.empty(2, 3, dtype=torch.float64), 1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: calibration._RestMass.apply(x, z - z[..., :1], m), log_t)
+    assert torch.autograd.gradcheck(lambda x: solvers._RestMass.apply(x, z - z[..., :1], m), log_t)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -414,7 +420,7 @@ def test_blocks_do_not_matter(solver, monkeypatch):
     reference = attention(5, 3, 64, seed=10).float()
     z = max_pooled(reference)
     whole = fit_temperatures(z, reference, 0.9, solver=solver)
-    monkeypatch.setattr(calibration, "_CPU_BLOCK", 100)
+    monkeypatch.setattr(solvers, "_CPU_BLOCK", 100)
     torch.testing.assert_close(fit_temperatures(z, reference, 0.9, solver=solver).temperatures, whole.temperatures)
 
 
