@@ -1,4 +1,4 @@
-"""What to keep: scorers rate tokens, budgets turn rates into kept sets. Functions of tensors: no cache, no model."""
+"""Scorers give tokens scores, budgets turn scores into kept sets. All are functions of tensors: no cache, no model."""
 
 from hardkv.selectors.budgets import (
     BUDGETS,

@@ -1,4 +1,4 @@
-"""`fit_temperatures` under its earlier path."""
+"""The earlier import path of `fit_temperatures`."""
 
 from hardkv.selectors.temperatures import fit_temperatures
 

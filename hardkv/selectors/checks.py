@@ -1,4 +1,4 @@
-"""Checks of hyperparameters: errors name the argument, the value and what is allowed."""
+"""Checks of hyperparameters. An error names the argument, the value and the allowed values."""
 
 import difflib
 import numbers
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def check_count(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """`value` as a plain int, whatever integer it is (numpy's, a tensor of one); raise unless it is in [low, high]."""
+    """Return any integer (numpy's, a tensor of one) as a plain int; raise unless it lies in [low, high]."""
     try:
         if _is_bool(value):
             raise TypeError
@@ -21,7 +21,7 @@ def check_count(name: str, value: Any, low: int, high: int | None = None) -> int
 
 
 def check_fraction(name: str, value: Any, low_open: bool) -> "int | float":
-    """`value` as a plain number, whatever real one it is; raise unless it is in (0, 1] (or [0, 1])."""
+    """Return any real number as a plain int or float; raise unless it lies in (0, 1] (or [0, 1])."""
     if _is_bool(value) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
     plain = int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -31,13 +31,13 @@ def check_fraction(name: str, value: Any, low_open: bool) -> "int | float":
 
 
 def settle(owner: Any, **values: Any) -> None:
-    """Set fields of a frozen dataclass to what the checks made of them; for its `__post_init__`."""
+    """Set fields of a frozen dataclass, in its `__post_init__`, to checked values."""
     for name, value in values.items():
         object.__setattr__(owner, name, value)
 
 
 def _is_bool(value: Any) -> bool:
-    """Whether it is a truth value, Python's, numpy's or a tensor's."""
+    """Whether `value` is a truth value: Python's, numpy's or a tensor's."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
 
 

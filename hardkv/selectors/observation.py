@@ -1,4 +1,4 @@
-"""What a scorer sees: the held tokens of one layer, ragged, and the newest queries."""
+"""Observation: what a scorer sees, the held tokens of one layer and the newest queries."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,26 +14,26 @@ from hardkv.selectors.checks import settle
 
 @dataclass(frozen=True)
 class Observation:
-    """The held tokens of one layer and the queries that judge them.
+    """The held tokens of one layer and the queries that score them.
 
-    Tokens are flat and ragged: row `b * H + h` holds KV head h of sequence b, contiguous and ascending in position,
-    from `cu_seqlens[row]` to `cu_seqlens[row + 1]`. Symbols: B sequences, H KV heads, R = B * H rows, G query heads a
-    KV head, Hq = H * G, W queries, N tokens of all rows together, D and Dv channels of a key and a value.
+    Tokens are flat and ragged: row `b * H + h` is KV head h of sequence b. Its tokens are contiguous, ascend in
+    position, and lie from `cu_seqlens[row]` to `cu_seqlens[row + 1]`. Symbols: B sequences, H KV heads, R = B * H rows,
+    G query heads per KV head, Hq = H * G, W queries, N tokens in all rows, D and Dv channels of a key and a value.
 
     Args:
         keys: `[N, D]`, after rotation (RoPE).
-        load_values: called when `values [N, Dv]` is first read: scorers that do not need them save the gathering.
-        positions: int32 `[N]`, columns of the sequence, pads counted.
-        cu_seqlens: int32 `[R + 1]`, where rows begin, and the end.
-        queries: `[B, Hq, W, D]`, the newest, after rotation, oldest first.
+        load_values: returns `values [N, Dv]`; called when they are first read, so scorers without values gather none.
+        positions: int32 `[N]`, the column of each token in its sequence, pads counted.
+        cu_seqlens: int32 `[R + 1]`, where each row begins, and where the last one ends.
+        queries: `[B, Hq, W, D]`, the newest queries, after rotation, oldest first.
         query_positions: int64 `[W]`, their columns.
         query_valid: bool `[B, W]`, False at padding.
-        protected: bool `[N]`, tokens that are kept whatever their score: sinks, window, a pinned prompt.
-        scale: what attention multiplies q . k by.
-        window: the newest tokens of a row that count as its window.
-        softcap: of the model's attention; None without one.
-        seen: int64 `[B]`, tokens of each sequence so far, evicted ones too; None: its longest row's.
-        longest: the longest row, or more, where the host knows; None: read from the device.
+        protected: bool `[N]`, tokens kept at any score: sinks, window, a pinned prompt.
+        scale: the factor by which attention multiplies q . k.
+        window: how many of the newest tokens of a row are its window.
+        softcap: the softcap of the model's attention; None without one.
+        seen: int64 `[B]`, tokens of each sequence so far, evicted ones included; None: the length of its longest row.
+        longest: the length of the longest row, or an upper bound, if the host knows it; None: read from the device.
         window_mask: bool `[N]`, True at the newest `window` tokens of every row. None: computed here.
     """
 
@@ -59,58 +59,58 @@ class Observation:
 
     @cached_property
     def values(self) -> Tensor:
-        """Of every token, `[N, Dv]`."""
+        """Values of all tokens, `[N, Dv]`."""
         return self.load_values()
 
     @property
     def batch_size(self) -> int:
-        """Sequences, B."""
+        """Number of sequences, B."""
         return self.queries.shape[0]
 
     @property
     def num_rows(self) -> int:
-        """Rows, R = B * H."""
+        """Number of rows, R = B * H."""
         return self.cu_seqlens.shape[0] - 1
 
     @property
     def num_kv_heads(self) -> int:
-        """KV heads, H."""
+        """Number of KV heads, H."""
         return self.num_rows // self.batch_size
 
     @cached_property
     def rows(self) -> Rows:
-        """The rows as kernels take them."""
+        """The rows in the form that kernels take."""
         if self.longest is None:
             return Rows.of(self.cu_seqlens)
         return Rows(self.cu_seqlens, self.keys.shape[0], min(self.longest, self.keys.shape[0]))
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Tokens of every row, int64 `[R]`."""
+        """Number of tokens per row, int64 `[R]`."""
         return self.rows.lengths
 
     @cached_property
     def context(self) -> Tensor:
-        """`seen`, int64 `[B]`."""
+        """Tokens of each sequence so far, int64 `[B]`: `seen`, or the length of its longest row."""
         return self.lengths.view(self.batch_size, -1).amax(1) if self.seen is None else self.seen
 
     @property
     def max_length(self) -> int:
-        """The longest row, or more: the width of padded tensors."""
+        """The length of the longest row, or an upper bound: the width of padded tensors."""
         return self.rows.longest
 
     @cached_property
     def row(self) -> Tensor:
-        """The row of every token, int64 `[N]`."""
+        """The row of each token, int64 `[N]`."""
         return self.rows.ids
 
     @cached_property
     def attention(self) -> Tensor:
-        """Reference attention A: mean over valid queries and the group of softmax(q . k * scale), `[N]`."""
+        """Reference attention A, `[N]`: mean over valid queries and the group of softmax(q . k * scale)."""
         return self.received("mean")
 
     def received(self, reduce: Reduce, exclude: Tensor | None = None) -> Tensor:
-        """Attention that every token receives from the queries, `[N]`; see `kernels.scoring.window_attention`."""
+        """Attention that each token receives from the queries, `[N]`; see `kernels.scoring.window_attention`."""
         return window_attention(
             self.queries,
             self.query_positions,
@@ -126,7 +126,7 @@ class Observation:
         )
 
     def split(self, layers: Sequence[Rows]) -> "list[Observation]":
-        """This observation of several layers' rows, layer after layer, as one of each."""
+        """Split an observation of several layers, whose rows follow one another, into one per layer."""
         parts, first = [], 0
         batch = self.batch_size // len(layers)
         for i, rows in enumerate(layers):
@@ -152,12 +152,12 @@ class Observation:
         return self.values[tokens]
 
     def to_padded(self, z: Tensor, fill: float = -torch.inf) -> Tensor:
-        """Flat `z [N]` as `[B, H, max_length]`, every row left-aligned, `fill` behind its end."""
+        """Turn flat `z [N]` into `[B, H, max_length]`; rows are left-aligned, and `fill` follows their end."""
         index, valid = padded_index(self.cu_seqlens[:-1], self.lengths, self.max_length)
         return torch.where(valid, z[index], fill).unflatten(0, (self.batch_size, self.num_kv_heads))
 
     def to_flat(self, padded: Tensor) -> Tensor:
-        """The inverse of `to_padded`: `[B, H, max_length]` (or `[R, max_length]`) to `[N]`."""
+        """Turn `[B, H, max_length]` (or `[R, max_length]`) into `[N]`: the inverse of `to_padded`."""
         padded = padded.reshape(self.num_rows, padded.shape[-1])
         slot = torch.arange(self.keys.shape[0], device=padded.device) - self.cu_seqlens[:-1].long()[self.row]
         return padded[self.row, slot]
@@ -175,21 +175,21 @@ class Observation:
         mask: Tensor | None = None,
         softcap: float | None = None,
     ) -> "Observation":
-        """An observation from rectangular tensors, for tests and for scoring outside a cache.
+        """Make an observation from rectangular tensors, for tests and for scoring outside a cache.
 
         Args:
             keys: `[B, H, n, D]`.
             values: `[B, H, n, Dv]`.
-            queries: `[B, Hq, W, D]`, those of the last W columns.
+            queries: `[B, Hq, W, D]`, the queries of the last W columns.
             scale: `D ** -0.5` by default.
-            window: newest tokens that are protected, W by default.
+            window: newest tokens of a row that are protected, W by default.
             sinks: first tokens of a row that are protected.
-            mask: bool `[B, n]` or `[B, H, n]`, tokens that exist; all by default. Queries of columns that exist for no
-                head of their sequence do not count.
-            softcap: as in the model's attention.
+            mask: bool `[B, n]` or `[B, H, n]`, True for tokens that exist; all by default. A query does not count if
+                its column exists in no head of its sequence.
+            softcap: the softcap of the model's attention; None without one.
 
         Raises:
-            ValueError: shapes do not fit together.
+            ValueError: the shapes do not fit together.
 
         Example:
 

@@ -16,26 +16,26 @@ _RATE, _RATE_DECAY = 0.05, 0.95  # Adam's learning rate, in log T, and its decay
 
 @dataclass(frozen=True)
 class Problem:
-    """The fit in its smallest form: what is left outside the m best of each sample, as a function of log T."""
+    """The fit as a least-squares problem in log T: the mass outside the m best of each sample should be `target`."""
 
-    z: Tensor  # [R, S, N] descending, the best one at 0, everything outside the softmax at DEAD
-    m: Tensor  # [R, S]
-    target: Tensor  # [R, S] 1 - M. The rest, not the top, is compared: near p = 1 it has more digits
-    used: Tensor  # [R, S] bool
+    z: Tensor  # [R, S, N], descending from 0; DEAD outside the softmax
+    m: Tensor  # [R, S], how many are the best
+    target: Tensor  # [R, S], 1 - M: the mass outside the m best, which has more digits near p = 1
+    used: Tensor  # [R, S] bool, whether the sample counts
 
     def rows(self, index: Tensor) -> "Problem":
         return Problem(self.z[index], self.m[index], self.target[index], self.used[index])
 
     def rest_mass(self, log_t: Tensor) -> Tensor:
-        """1 - mass_T of the m best, `[R, S]`, for log T `[R, 1]` or `[R, S]`; it grows with T."""
+        """Return 1 - mass_T of the m best, `[R, S]`, for log T `[R, 1]` or `[R, S]`; it grows with T."""
         return _RestMass.apply(log_t.expand_as(self.target), self.z, self.m)
 
     def loss(self, log_t: Tensor) -> Tensor:
-        """`[R]` for log T `[R]`."""
+        """Return the squared error per row, `[R]`, for log T `[R]`."""
         return ((self.rest_mass(log_t.unsqueeze(-1)) - self.target).square() * self.used).sum(-1)
 
     def bracket(self, halvings: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Bisect each sample's own log T. Returns per row their lowest and highest, and whether no T matters."""
+        """Bisect each sample's own log T. Return per row the lowest, the highest, and whether every T is as good."""
         n_best, n_live = (self.z == 0).sum(-1), (self.z > DEAD).sum(-1)
         flat = ((n_best == n_live) | (self.m >= n_live) | ~self.used).all(-1)
         # the rest's mass for T -> 0 and T -> infinity
@@ -62,7 +62,7 @@ class Problem:
         return low, high, flat
 
     def scan(self, low: Tensor, high: Tensor, n_points: int) -> tuple[Tensor, Tensor]:
-        """The best of evenly spaced log T of each row, and the spacing, both `[R]`."""
+        """Return the best of evenly spaced log T per row, and the spacing, both `[R]`."""
         spacing = (high - low) / (n_points - 1)
         points = torch.stack([low + i * spacing for i in range(n_points)])  # [P, R]
         losses = torch.stack([self.loss(point) for point in points])
@@ -72,7 +72,7 @@ class Problem:
 
 
 class _RestMass(torch.autograd.Function):
-    """The mass beyond the m best `[R, S]` and its exact derivative, a block of samples at a time.
+    """The mass beyond the m best, `[R, S]`, and its exact derivative, computed for one block of samples at a time.
 
     Plain autograd would keep three tensors of the size of z and take several times as long.
     """
@@ -104,7 +104,7 @@ class _RestMass(torch.autograd.Function):
 
 
 def adam(problem: Problem, start: Tensor, max_steps: int, tolerance: float) -> Tensor:
-    """The best log T `[R]` that Adam saw on its way from `start`."""
+    """Run Adam from `start` and return the best log T that it met, `[R]`."""
     log_t = start.clone().requires_grad_()  # the leaf, and what the loss reads
     # Adam works per coordinate, so rows stay independent.
     optimizer = torch.optim.Adam([log_t], lr=_RATE, betas=(0.8, 0.9), eps=1e-12)
@@ -126,13 +126,13 @@ def adam(problem: Problem, start: Tensor, max_steps: int, tolerance: float) -> T
         log_t.clamp_(-LIMIT, LIMIT)
         small = (log_t - before).abs() < tolerance
         small_steps = torch.where(small | (small_steps >= 3), small_steps + 1, 0)
-        if step % 8 == 0 and bool((small_steps >= 3).all()):  # a look now and then: it waits for the device
+        if step % 8 == 0 and bool((small_steps >= 3).all()):  # not every step: this waits for the device
             break
     return best
 
 
 def golden_section(problem: Problem, start: Tensor, low: Tensor, high: Tensor, steps: int = 32) -> Tensor:
-    """A minimum of the loss between `low` and `high`, `[R]`, or `start` where that is no better."""
+    """Return a minimum of the loss between `low` and `high`, `[R]`, or `start` where that is no better."""
     shrink = (math.sqrt(5) - 1) / 2
     left, right = high - shrink * (high - low), low + shrink * (high - low)
     left_loss, right_loss = problem.loss(left), problem.loss(right)
@@ -148,5 +148,5 @@ def golden_section(problem: Problem, start: Tensor, low: Tensor, high: Tensor, s
 
 
 def halvings_to_precision(dtype: torch.dtype) -> int:
-    """Halvings that take a bracket of width `LIMIT` to the precision of `dtype`."""
+    """Return how many halvings take a bracket of width `LIMIT` to the precision of `dtype`."""
     return math.ceil(math.log2(LIMIT / torch.finfo(dtype).eps))

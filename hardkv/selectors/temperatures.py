@@ -1,4 +1,4 @@
-"""Logits Calibration: one temperature per KV head, so that a scorer's top-p keeps what raw attention's top-p keeps."""
+"""Logits Calibration: with one temperature per KV head, a scorer's top-p keeps as much as raw attention's."""
 
 import math
 import numbers
@@ -28,17 +28,17 @@ _SCAN_POINTS = 33  # samples that disagree by orders of magnitude give a row sev
 
 @dataclass(frozen=True)
 class TemperatureFit:
-    """What `fit_temperatures` found; unpacks as `temperatures, residuals = fit`.
+    """The result of `fit_temperatures`; unpacks as `temperatures, residuals = fit`.
 
     Args:
         temperatures: `[R]`, float32 (float64 for float64 input).
         residuals: `[R]`, root mean square, over the samples used, of (mass of the m best-scored candidates
             at T) - (reference mass of the m best candidates). 0 where no sample was used.
-        counts: `[R, S]` int64, the m of every sample: what `TopP(p)` keeps on the reference.
+        counts: `[R, S]` int64, the m of each sample: how many candidates `TopP(p)` keeps on the reference.
         samples: `[R]` int64, how many of the S samples were used.
-        unfitted: `[R]` bool, T is 1 because nothing determines it: no sample was used, or the masses are the
-            same at every T (all scores of the row equal, for instance; its residual still tells how far off they are).
-        clamped: `[R]` bool, T stopped at `MIN_TEMPERATURE` or `MAX_TEMPERATURE`; the best one lies beyond.
+        unfitted: `[R]` bool, True where T is 1 because nothing determines it: no sample was used, or the masses are the
+            same at every T (for instance if all scores of the row are equal); the residual still tells the difference.
+        clamped: `[R]` bool, True where T is `MIN_TEMPERATURE` or `MAX_TEMPERATURE` and the best T lies beyond.
     """
 
     temperatures: Tensor
@@ -66,39 +66,40 @@ def fit_temperatures(
 ) -> TemperatureFit:
     """Fit one temperature per row so that top-p on softmax(z / T) keeps as much as top-p on raw attention.
 
-    Logits Calibration of HARD-KV (ICML 2026, https://arxiv.org/abs/2606.28831). For sample s of row r let m be the
-    number of candidates that `TopP(p)` keeps on the reference (protected tokens are credited with the mass A(F) they
-    hold) and M the reference mass, normalised over the candidates, of those m. The row's temperature minimises
+    This is Logits Calibration of HARD-KV (ICML 2026, https://arxiv.org/abs/2606.28831). For sample s of row r, let m be
+    the number of candidates that `TopP(p)` keeps on the reference (the protected tokens' mass A(F) counts toward p),
+    and M the reference mass, normalised over the candidates, of those m. The row's temperature minimises
 
         sum over s of (mass_T(m best candidates by z) - M)^2,  mass_T under softmax over the candidates of z / T.
 
-    T never changes the order of z, so z is sorted once; the masses fall as T grows. Samples that say nothing are left
-    out: protected tokens alone reach p (m = 0), or everything is kept (m = number of candidates). Where several T
-    are equally good the one nearest to 1 is taken.
+    T never changes the order of z, so z is sorted once; the masses fall as T grows. A sample is left out if protected
+    tokens alone reach p (m = 0) or everything is kept (m = number of candidates). Where several T are equally good, the
+    fit takes the one nearest to 1.
 
-    M overshoots p's share, so that z = log A gives T = 1. For one sample with distinct scores `TopP(p)` then keeps
-    exactly m if the m-th score's own mass at T exceeds that overshoot (always so for z = a * log A), else a few less.
+    M is somewhat larger than p's share, so that z = log A gives T = 1. For one sample with distinct scores, `TopP(p)`
+    then keeps exactly m if the m-th score's own mass at T exceeds this surplus (always so for z = a * log A), and a few
+    less otherwise.
 
-    Both solvers first bisect, for every sample, the T that fits it alone; the row's minimum lies between the smallest
-    and the largest of these, and the best point of a scan there is the start. Rows never influence one another.
+    Both solvers first find by bisection, for each sample, the T that fits it alone. The row's minimum lies between the
+    smallest and the largest of these; the search starts at the best point of a scan there. Rows are independent.
 
     Args:
-        scores: log-scores z `[R, S, N]`, floating point, R rows (layer, KV head), S samples sharing a
+        scores: log-scores z `[R, S, N]`, floating point: R rows (layer, KV head), S samples that share a
             temperature. -inf is a candidate without mass. Entries outside `mask` are ignored.
         reference: attention probabilities `[R, S, N]` over all tokens of the row, protected ones included.
-            Padding is 0 here and False in `mask`.
+            Padding has 0 here and False in `mask`.
         p: the mass to keep, in (0, 1].
-        mask: bool `[R, S, N]`, True for candidates. All tokens are by default.
-        solver: `"adam"`, the paper's optimiser: `torch.optim.Adam` on log T of all rows at once, its learning
-            rate decaying, a row done when its steps stay below `tolerance`. `"bisect"`: bisection to the floating
-            point's precision, exact for one sample; several samples: golden-section search around the scan's best
+        mask: bool `[R, S, N]`, True for candidates. By default all tokens are candidates.
+        solver: `"adam"`, the paper's optimiser: `torch.optim.Adam` on log T of all rows at once, with a decaying
+            learning rate; a row is done when its steps stay below `tolerance`. `"bisect"`: bisection to the precision
+            of the dtype, exact for one sample; with several samples, golden-section search around the scan's best
             point. It needs fewer passes over the data.
-        max_steps: most Adam steps.
-        tolerance: Adam's smallest step in log T.
+        max_steps: the most Adam steps.
+        tolerance: a step of Adam below this, in log T, counts as none.
 
     Returns:
         `TemperatureFit`, which unpacks as `(temperatures, residuals)`, both `[R]`. T stays within
-        [`MIN_TEMPERATURE`, `MAX_TEMPERATURE`]; rows stopped there are flagged and a `UserWarning` counts them.
+        [`MIN_TEMPERATURE`, `MAX_TEMPERATURE`]; rows that stop there have `clamped`, and a `UserWarning` counts them.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes that differ, devices that differ, p outside (0, 1], NaN or +inf
@@ -158,15 +159,15 @@ def fit_temperatures(
 def kept_counts(
     scores: Tensor, temperatures: Tensor | None, reference: Tensor, p: float, mask: Tensor | None = None
 ) -> Tensor:
-    """How many candidates `TopP(p)` keeps of each sample, without floor and cap.
+    """Count the candidates that `TopP(p)`, without floor and cap, keeps of each sample.
 
-    `kept_counts(z, None, ...)` is before calibration, `kept_counts(z, temperatures, ...)` after, and both are to be
-    compared with the `counts` of the fit, which are `kept_counts(reference.log(), None, ...)`.
+    `kept_counts(z, None, ...)` gives the counts before calibration, `kept_counts(z, temperatures, ...)` those after.
+    Compare both with the `counts` of the fit, which are `kept_counts(reference.log(), None, ...)`.
 
     Args:
         scores: log-scores z `[R, S, N]`, as for `fit_temperatures`.
         temperatures: `[R]`, positive; `None` means 1.
-        reference: attention probabilities `[R, S, N]`; only the mass of the protected tokens is read.
+        reference: attention probabilities `[R, S, N]`; only those of protected tokens are read.
         p: the mass to keep, in (0, 1].
         mask: bool `[R, S, N]`, True for candidates.
 
@@ -189,7 +190,7 @@ def kept_counts(
 
 
 def _prepare(scores: Tensor, reference: Tensor, p: float, mask: Tensor) -> Problem:
-    """Sort, aim, and tell which samples can be used."""
+    """Sort the scores, compute m and the target mass, and mark the samples that can be used."""
     n_candidates = mask.sum(-1)
     weights = (reference * mask).sort(-1, descending=True).values
     m, rest_mass = _top_p(weights, (reference * ~mask).sum(-1), n_candidates, p)
@@ -199,18 +200,18 @@ def _prepare(scores: Tensor, reference: Tensor, p: float, mask: Tensor) -> Probl
 
 
 def _sorted_logits(scores: Tensor, mask: Tensor) -> Tensor:
-    """Descending along the last dimension, the best at 0. Equal scores are interchangeable here, so no tie rule."""
+    """Sort descending along the last dimension and move the best to 0. Ties need no rule: equal scores are alike."""
     z = scores.masked_fill(~mask, -math.inf).sort(-1, descending=True).values
     best = z[..., :1]
     return torch.where(z > -math.inf, z - best, DEAD)
 
 
 def _top_p(weights: Tensor, credit: Tensor, n_candidates: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """The number of candidates that top-p keeps, and the share of the candidates' mass beyond them, both `[R, S]`.
+    """Return how many candidates top-p keeps, and the share of the candidates' mass beyond them, both `[R, S]`.
 
     `weights` `[R, S, N]` descend and need no normalisation; `credit` is the mass A(F) of the protected tokens.
     """
-    tail = weights.flip(-1).cumsum(-1).flip(-1)  # summed from the small end: it keeps its digits near p = 1
+    tail = weights.flip(-1).cumsum(-1).flip(-1)  # summed from the small end, so that digits survive near p = 1
     share = tail / tail[..., :1].clamp(min=torch.finfo(tail.dtype).tiny)
     if p == 1:
         return n_candidates, torch.zeros_like(credit)
@@ -220,7 +221,7 @@ def _top_p(weights: Tensor, credit: Tensor, n_candidates: Tensor, p: float) -> t
 
 
 def _checked(scores: Tensor, reference: Tensor, p: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments, validated, detached, and in float32 or float64."""
+    """Return the arguments: validated, detached, and in float32 or float64."""
     if not isinstance(p, numbers.Real) or isinstance(p, bool) or not 0 < p <= 1:
         raise ValueError(f"p is {p!r}; it is the attention mass to keep and must be a number in (0, 1].")
     if mask is None:

@@ -1,4 +1,4 @@
-"""What turns scores into kept sets: one budget a file."""
+"""Budgets turn scores into kept sets. Each file holds one budget."""
 
 from hardkv.selectors.budgets.adakv import AdaKV
 from hardkv.selectors.budgets.adaptive import Adaptive

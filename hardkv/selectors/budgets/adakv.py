@@ -1,4 +1,4 @@
-"""AdaKV: heads share a layer's budget by their part in its best tokens."""
+"""AdaKV: a head's share of a layer's budget is its share of the layer's best tokens."""
 
 from dataclasses import dataclass
 
@@ -14,15 +14,15 @@ from hardkv.selectors.ranking import Ranking
 @register_budget("adakv")
 @dataclass(frozen=True)
 class AdaKV(FixedTotal):
-    """AdaKV (https://arxiv.org/abs/2407.11550): heads share a layer's budget by their part in its best tokens.
+    """AdaKV (https://arxiv.org/abs/2407.11550): each layer's budget follows its best tokens.
 
-    With base = n - |F| and c_h the tokens of head h among the best H * base of the layer, head h gets
-    c_h * (1 - alpha) + alpha * base, rounded by largest remainder so that totals are exact; what a head has no
-    candidates for goes to the heads that do. Sequences of a batch are separate.
+    Let base = n - |F|, and c_h the number of head h's tokens among the best H * base tokens of the layer. Head h gets
+    c_h * (1 - alpha) + alpha * base, rounded by largest remainder so that totals are exact. Tokens that a head cannot
+    use, for want of candidates, go to the other heads. Each sequence of a batch is treated separately.
 
     Args:
         n: mean tokens kept per head, protected ones included.
-        alpha: the share that is split evenly, in [0, 1].
+        alpha: the share of the budget that is split evenly, in [0, 1].
 
     Raises:
         ValueError, TypeError: a hyperparameter out of range or of the wrong type.
@@ -47,10 +47,10 @@ class AdaKV(FixedTotal):
 
 
 def round_to_total(target: Tensor, room: Tensor, total: Tensor, most: int | None = None) -> Tensor:
-    """Integers near `target [B, H]`, at most `room [B, H]`, that sum to `min(total [B], room)`: largest remainder.
+    """Round `target [B, H]` by largest remainder to integers of at most `room [B, H]`; they sum to `total [B]`.
 
-    One unit at a time goes to the head that lacks most of its target and has room; equals: the lower head. `most`: a
-    bound on `room`, read from the device when None.
+    Each unit goes to the head that has room and lacks most of its target; of equal heads, to the first. If `room` sums
+    to less than `total`, the integers are `room`. `most` is a bound on `room`; None: read from the device.
     """
     units = (int(room.max()) if room.numel() else 0) if most is None else most
     unit = torch.arange(units, device=target.device)

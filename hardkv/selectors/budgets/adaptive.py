@@ -1,4 +1,4 @@
-"""Top-p with an exact total."""
+"""Adaptive: Top-p with an exact total."""
 
 from dataclasses import dataclass, replace
 
@@ -15,15 +15,15 @@ from hardkv.selectors.ranking import Ranking
 @register_budget("adaptive")
 @dataclass(frozen=True)
 class Adaptive(FixedTotal):
-    """Top-p with the one p, per layer and sequence, at which the heads' total is exact: fixed bytes, free shares.
+    """Top-p at the p, one per layer and sequence, for which the heads' total is exact: fixed bytes, free shares.
 
-    A candidate is kept when the mass its head would lose from there on is among the layer's largest
-    (`Ranking.mass_lost`); a head's kept set stays a prefix of its order.
+    Each candidate has the mass that its head would lose with it and all worse ones (`Ranking.mass_lost`). The layer
+    keeps the candidates with the largest such masses; a head's kept set stays a prefix of its order.
 
     Args:
         n: mean tokens kept per head, protected ones included.
-        floor: fewest tokens of a head, protected ones included, at most n.
-        cap: most tokens of a head, protected ones included. None: no bound.
+        floor: fewest tokens per head, protected ones included; at most n.
+        cap: most tokens per head, protected ones included. None: no bound.
 
     Raises:
         ValueError, TypeError: a hyperparameter out of range or of the wrong type.
@@ -42,7 +42,7 @@ class Adaptive(FixedTotal):
             raise ValueError(f"cap={self.cap} must be >= n={self.n}, the mean")
 
     def with_n(self, n: int) -> "Adaptive":
-        """The same budget for another mean; floor and cap give way to it."""
+        """Return the same budget for another mean; floor and cap are moved where they exclude it."""
         return replace(self, n=n, floor=min(self.floor, n), cap=None if self.cap is None else max(self.cap, n))
 
     def counts(self, ranking: Ranking) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fewest and the most tokens of a head."""
+"""Floor and cap: the fewest and the most tokens per head."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from hardkv.selectors.ranking import Ranking
 
 
 def candidate_bounds(floor: int, cap: int | None, ranking: Ranking) -> tuple[Tensor, Tensor]:
-    """Public counts `floor` and `cap` as candidate counts of every row, int64 `[R]` each."""
+    """Turn the public counts `floor` and `cap` into candidate counts per row, int64 `[R]` each."""
     low = (floor - ranking.num_protected).clamp_min(0).minimum(ranking.num_candidates)
     if cap is None:
         return low, ranking.num_candidates
@@ -15,7 +15,7 @@ def candidate_bounds(floor: int, cap: int | None, ranking: Ranking) -> tuple[Ten
 
 
 def check_bounds(floor: int, cap: int | None) -> dict[str, int | None]:
-    """`floor` and `cap` as plain ints, by name; raise unless 0 <= floor <= cap."""
+    """Return `floor` and `cap` as plain ints, by name; raise unless 0 <= floor <= cap."""
     floor = check_count("floor", floor, 0)
     if cap is not None:
         cap = check_count("cap", cap, 1)

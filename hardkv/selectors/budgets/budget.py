@@ -1,6 +1,6 @@
-"""The budget contract: scores in, kept sets out, all rows of a layer at once.
+"""The budget contract: a budget turns the scores of all rows of a layer into kept sets.
 
-Every public count (n, floor, cap) includes the protected tokens F of a row and holds right after an event.
+Every public count (n, floor, cap) includes the protected tokens F of a row, and holds right after an event.
 """
 
 from abc import ABC, abstractmethod
@@ -21,10 +21,10 @@ BUDGETS: "dict[str, type[Budget]]" = {}
 
 
 def register_budget(name: str):
-    """Class decorator: give a budget, a frozen dataclass, a name for JSON.
+    """Class decorator that registers a budget, a frozen dataclass, under a name for JSON.
 
     Raises:
-        ValueError: the name is a built-in's.
+        ValueError: a built-in has this name.
     """
     return partial(add_to_registry, BUDGETS, name)
 
@@ -34,81 +34,81 @@ class Budget(ABC):
 
     #: Whether calibrated temperatures change what the budget keeps.
     uses_temperature = False
-    #: Whether it needs measured risk curves.
+    #: Whether the budget needs measured risk curves.
     uses_risk = False
-    #: The mass at which temperatures are fitted for this budget.
+    #: The attention mass for which this budget's temperatures are fitted.
     calibration_p = 0.9
-    #: How many KV heads of a layer it knows one by one; None: it treats whatever heads come.
+    #: How many KV heads of a layer the budget knows one by one; None: it works for any number of heads.
     known_heads: int | None = None
 
     @abstractmethod
     def counts(self, ranking: Ranking) -> Tensor:
-        """How many of its best candidates every row keeps, int64 `[R]`; more than it has means all."""
+        """Return how many of its best candidates each row keeps, int64 `[R]`; a row with fewer keeps all."""
 
     def for_layers(
         self, num_layers: int | None, num_protected: int, curves: RiskCurves | None = None
     ) -> "Sequence[Budget]":
-        """The budgets of the layers that a cache compresses, in order.
+        """Return one budget per compressed layer of a cache, in order.
 
         Args:
-            num_layers: how many; None: not known, which asks for one budget that serves any layer.
-            num_protected: the usual |F| (window + sinks).
+            num_layers: number of compressed layers; None: not known, which asks for one budget that serves any layer.
+            num_protected: the usual |F|, window + sinks.
             curves: measured risk curves of these layers; None without.
 
         Raises:
-            ValueError: the budget needs what is not given.
+            ValueError: the budget needs an argument that is None.
         """
         return [self] * (1 if num_layers is None else num_layers)
 
     def joint(self, budgets: "Sequence[Budget]") -> "Budget | None":
-        """One budget for several layers, whose sequences follow one another as if they were one batch.
+        """Return one budget for several layers, whose sequences follow one another as if they were one batch.
 
         Args:
-            budgets: those of the layers, this one first.
+            budgets: the budgets of the layers, this one first.
 
         Returns:
-            A budget, or None, the default: every layer selects for itself.
+            A budget; or None, the default: each layer selects with its own budget.
         """
         return None
 
     def for_heads(self, first: int, last: int) -> "Budget":
-        """The budget of a process that computes only heads `first` to `last - 1` (tensor parallelism)."""
+        """Return the budget of a process that computes only heads `first` to `last - 1` (tensor parallelism)."""
         return self
 
     @property
     def limit(self) -> int | None:
-        """The tokens a row of mean length may keep, F included; None without a bound."""
+        """The most tokens that a row keeps on average, F included; None without a bound."""
         return None
 
     @property
     def smallest(self) -> tuple[str, int] | None:
-        """The count, with its name, that must exceed the protected tokens; None without one."""
+        """Name and value of the count that must exceed the number of protected tokens; None without one."""
         return None
 
     def fixed_total(self, heads: int, length: int, protected: int) -> int | None:
-        """The most tokens that all heads of a layer together keep of a sequence, F included; None: it depends.
+        """Return the most tokens of a sequence that all heads of a layer keep in total, F included; None: not fixed.
 
         Args:
-            heads: KV heads of the layer.
-            length: tokens that the sequence may have had by then.
-            protected: the most tokens that are protected in a head.
+            heads: number of KV heads of the layer.
+            length: the most tokens that the sequence may have by then.
+            protected: the most protected tokens per head.
         """
         return None
 
     def tensors(self, device: torch.device) -> list[Tensor]:
-        """What the budget itself holds on a cache's device, for counting bytes; layers may share it."""
+        """The tensors that the budget holds on a cache's device, for counting bytes; layers may share them."""
         return []
 
     def select(self, z: Tensor, observation: Observation, temperature: Tensor | None = None) -> Tensor:
-        """The kept set.
+        """Return the kept set.
 
         Args:
-            z: log-scores `[N]` from a scorer, higher = keep.
-            observation: the tokens they belong to.
-            temperature: `[R]`, what Top-p budgets divide z by; 1 when None.
+            z: log-scores `[N]` from a scorer; higher scores are kept.
+            observation: the tokens that z belongs to.
+            temperature: `[R]`, by which Top-p budgets divide z; None: 1.
 
         Returns:
-            bool `[N]`: protected tokens always, and of every row a prefix of its candidates ordered by z (ties: the
+            bool `[N]`: the protected tokens, and a prefix of each row's candidates in descending order of z (ties: the
             newer token first).
         """
         ranking = Ranking.of(z, observation, temperature)
@@ -117,7 +117,7 @@ class Budget(ABC):
 
 @dataclass(frozen=True)
 class FixedTotal(Budget):
-    """What budgets with a mean of n tokens a head share."""
+    """Base class of budgets with a mean of n tokens per head."""
 
     n: int
 
@@ -139,9 +139,9 @@ class FixedTotal(Budget):
         return heads * min(max(self.n, protected), length)
 
     def with_n(self, n: int) -> "FixedTotal":
-        """The same budget for another mean."""
+        """Return the same budget for another mean."""
         return replace(self, n=n)
 
     def room(self, ranking: Ranking) -> Tensor:
-        """n - |F|, at least 0, int64 `[R]`."""
+        """n - |F| per row, at least 0, int64 `[R]`."""
         return (self.n - ranking.num_protected).clamp_min(0)

@@ -1,4 +1,4 @@
-"""Risk curves: what every head was measured to lose by eviction, and how they go on."""
+"""Risk curves: the measured loss of each head by eviction, and the model that continues them."""
 
 import math
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Curves are continued up to this count, in quarters of a doubling; context windows end before.
+# Curves are continued up to this count, four counts per doubling; no context window is longer.
 FAR = 1 << 24
 
-# Losses are averaged over the contexts from this share of a length to all of it.
+# Losses are averaged over contexts between this share of a length and the whole length.
 CONTEXT_FROM = 1 / 4
 
 
 @dataclass(frozen=True)
 class RiskCurves:
-    """What heads lose by eviction, measured: `loss[l, h, k]` when head h of layer l keeps `counts[k]` tokens.
+    """Measured losses by eviction: `loss[l, h, k]` is that of head h of layer l when it keeps `counts[k]` tokens.
 
     Args:
-        counts: int64 `[K]`, ascending, protected tokens included; the last is the measured length, where nothing is
-            lost.
-        loss: float `[L, H, K]`, falling along K to 0, in one unit for all heads.
+        counts: int64 `[K]`, ascending, protected tokens included; the last is the measured length, at which nothing
+            is lost.
+        loss: float `[L, H, K]`, falls along K to 0; all heads have the same unit.
     """
 
     counts: Tensor
@@ -40,7 +40,7 @@ class RiskCurves:
 
     @property
     def length(self) -> int:
-        """The context length up to which the curves were measured."""
+        """The largest context length that was measured."""
         return int(self.counts[-1])
 
     @cached_property
@@ -63,13 +63,13 @@ class RiskCurves:
         return best.masked_fill(~reached, torch.inf).amin(-2).clamp_min(0.0)
 
     def continued(self) -> "tuple[Tensor, Tensor]":
-        """The tail model: counts `[K']` up to `FAR`, and gains `[L, H, K' - 1]` of a context that is longer than they.
+        """Return counts `[K']` up to `FAR`, and the gains `[L, H, K' - 1]` of a context longer than all of them.
 
-        Of the contexts that a curve averages, only a share, `reach`, had more than c tokens; its gains over that share
-        are those of a longer context. From half of the measured length on, where few contexts reach, a power law takes
-        their place, fitted between an eighth and three quarters of the length (least squares in log-log, weighted by
-        tokens; steps without gain are left out). Its exponent lies in [0.5, 4], so that no tail stays flat or breaks
-        off, and it stays below the gains before it.
+        A curve averages contexts, and only a share of them, `reach`, had more than c tokens. The gains divided by this
+        share are those of a longer context. From half of the measured length on few contexts are left, and a power law
+        replaces the gains. It is fitted between an eighth and three quarters of the length (least squares in log-log,
+        weighted by tokens; steps without gain are left out). Its exponent lies in [0.5, 4], so that no tail stays flat
+        or breaks off, and its gains never exceed those before it.
         """
         length = self.length
         far = [math.ceil(length * 2 ** (step / 4)) for step in range(1, 4 * FAR.bit_length())]
@@ -91,11 +91,11 @@ class RiskCurves:
 
 
 def middles(counts: Tensor) -> Tensor:
-    """Geometric means of neighbours, float64."""
+    """Return the geometric means of neighbouring counts, float64."""
     return (counts[1:].double() * counts[:-1].clamp_min(1)).sqrt()
 
 
 def reach(count: Tensor, context: Tensor) -> Tensor:
-    """Which share of the contexts from a quarter of `context` to all of it have more than `count` tokens."""
+    """Return the share of the contexts, from a quarter of `context` up to it, with more than `count` tokens."""
     context = context.to(count)  # a number times integers would have the default dtype
     return ((context - count) / ((1 - CONTEXT_FROM) * context)).clamp(0.0, 1.0)

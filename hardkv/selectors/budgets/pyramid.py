@@ -1,4 +1,4 @@
-"""PyramidKV: lower layers keep more."""
+"""Pyramid: lower layers keep more tokens."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ from hardkv.selectors.ranking import Ranking
 @register_budget("pyramid")
 @dataclass(frozen=True)
 class Pyramid(Budget):
-    """PyramidKV (https://arxiv.org/abs/2406.02069): lower layers keep more, linearly, at the same mean.
+    """PyramidKV (https://arxiv.org/abs/2406.02069): counts fall linearly from the first layer to the last.
 
-    With base = n - |F|: the last layer gets base // beta, the first 2 * base - base // beta.
+    With base = n - |F|, the last layer gets base // beta and the first 2 * base - base // beta; the mean is base.
 
     Args:
         n: mean tokens kept per head over all layers, protected ones included; or a budget (TopK, AdaKV, Adaptive)
             whose n is spread over the layers.
-        beta: steepness, >= 1; 1 is flat.
+        beta: steepness, at least 1; 1 gives every layer the same.
 
     Raises:
         ValueError, TypeError: a hyperparameter out of range or of the wrong type.
@@ -44,7 +44,7 @@ class Pyramid(Budget):
 
     @property
     def uses_temperature(self) -> bool:  # type: ignore[override]
-        """As the budget within a layer does."""
+        """Whether the budget within a layer uses temperatures."""
         return self.inner.uses_temperature
 
     @property
@@ -64,7 +64,7 @@ class Pyramid(Budget):
         low = base // self.beta
         drop = 2 * (base - low)  # from the first layer to the last
         fall = [round(layer * drop / (num_layers - 1)) for layer in range(num_layers // 2)]
-        # mirrored, so that every pair of layers, and so the whole, sums exactly
+        # mirrored, so that each pair of layers, and so the whole, has the exact sum
         rooms = [low + drop - each for each in fall] + [base] * (num_layers % 2) + [low + each for each in fall[::-1]]
         return [self.inner.with_n(num_protected + room) for room in rooms]
 

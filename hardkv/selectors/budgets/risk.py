@@ -1,4 +1,4 @@
-"""Risk budgets: every head of the model gets the tokens whose eviction was measured to cost most."""
+"""Risk: tokens go to the heads where eviction was measured to cost most."""
 
 import math
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from hardkv.selectors.ranking import Ranking
 @register_budget("risk")
 @dataclass(frozen=True)
 class Risk(FixedTotal):
-    """Counts fitted to what eviction really costs each head, the same at every event (hardkv's own).
+    """Counts per head from the measured cost of eviction, the same at every event (hardkv's own).
 
-    A calibration measured, for every head, the loss rho(n) when n tokens are kept. The heads' counts minimise the sum
-    of rho over the model at a mean of n tokens a head: tokens go where the lower convex hulls of the curves fall most
-    (water-filling), which is exact on the hulls. No head gets more than a sequence has; what that frees goes to the
-    others, so counts settle once the sequence is longer than the largest. For sequences longer than the calibration's
-    texts the curves are continued by a power law (`RiskCurves.continued`).
+    A calibration measured each head's loss rho(n) when the head keeps n tokens. The counts minimise the sum of rho over
+    the model at a mean of n tokens per head: tokens go where the lower convex hulls of the curves fall most
+    (water-filling), which is exact on the hulls. No head gets more tokens than the sequence has, and the others get the
+    rest; so counts stay the same once the sequence is longer than the largest. For sequences longer than the
+    calibration's texts, a power law continues the curves (`RiskCurves.continued`).
 
     Args:
         n: mean tokens kept per head, protected ones included.
-        scope: "model": heads of all layers share one total; "layer": every layer has its own.
-        floor: fewest tokens of a head: a count (int), protected ones included, or a share (float) of n - |F| beyond
-            the protected tokens.
-        cap: most tokens of a head, protected ones included. None: no bound.
+        scope: "model": the heads of all layers share one total; "layer": each layer has its own total.
+        floor: fewest tokens per head: a count (int), protected ones included, or a share (float) of n - |F| in
+            addition to the protected tokens.
+        cap: most tokens per head, protected ones included. None: no bound.
 
     Raises:
         ValueError, TypeError: a value out of range or of the wrong type.
@@ -47,7 +47,7 @@ class Risk(FixedTotal):
             raise ValueError(f"scope={self.scope!r} must be 'model' or 'layer'")
         if hasattr(self.floor, "__index__"):
             settle(self, floor=check_count("floor", self.floor, 0, self.n))
-        else:  # of some float's type, which tells a share from a count
+        else:  # any type of float: a share, not a count
             settle(self, floor=float(check_fraction("floor", self.floor, low_open=False)))
         if self.cap is not None:
             settle(self, cap=check_count("cap", self.cap, self.n))
@@ -58,7 +58,7 @@ class Risk(FixedTotal):
         """As `Budget.for_layers`; the budgets of all layers share one plan.
 
         Raises:
-            ValueError: no curves, or those of another number of layers.
+            ValueError: there are no curves, or they have another number of layers.
         """
         if curves is None:
             raise ValueError(f"{self} needs measured risk curves: pass calibration=hardkv.calibrate(model)")
@@ -73,7 +73,7 @@ class Risk(FixedTotal):
         return [LayerRisk(self, (layer * heads,), heads, plan) for layer in range(layers)]
 
     def allocation(self, curves: RiskCurves, length: int, num_protected: int) -> Tensor:
-        """The counts `[L, H]` of a sequence of `length` tokens, protected ones (`num_protected` a head) included."""
+        """Return the counts `[L, H]` for a sequence of `length` tokens, the `num_protected` per head included."""
         at = curves.counts.new_tensor([length]), curves.counts.new_tensor([num_protected])
         return torch.cat([budget.totals(*at) for budget in self.for_layers(len(curves.loss), num_protected, curves)])
 
@@ -85,10 +85,10 @@ class Risk(FixedTotal):
 
 @dataclass(frozen=True)
 class LayerRisk(Budget):
-    """`Risk` of one layer or of several together, or of some of its heads, with the curves of all."""
+    """`Risk` for one layer or for several, or for some of their heads; it holds the curves of all heads."""
 
     risk: Risk
-    firsts: tuple[int, ...]  # rows of the plan where the layers' heads, or those of this process, begin
+    firsts: tuple[int, ...]  # the plan's row of each layer's first head, or of the first in this process
     heads: int
     plan: Plan = field(repr=False)
 
@@ -113,7 +113,7 @@ class LayerRisk(Budget):
         return replace(self, firsts=tuple(row for each in same for row in each.firsts))
 
     def fixed_total(self, heads: int, length: int, protected: int) -> int:
-        """As `Budget.fixed_total`: the most at any length up to this one, since a layer's share moves with it."""
+        """As `Budget.fixed_total`: the most at any length up to `length`, as a layer's share depends on it."""
         counts = self.plan.at_lengths(self.risk, length, protected)
         each = torch.stack([counts[:, first : first + self.heads] for first in self.firsts])
         return math.ceil(int(each.sum(-1).max()) * ROOM_SPARE)
@@ -122,7 +122,7 @@ class LayerRisk(Budget):
         return self.plan.on(device).tensors()
 
     def totals(self, tokens: Tensor, protected: Tensor) -> Tensor:
-        """Counts of heads, int64 `[L * B, H]`, for sequences of `tokens [B]` with `protected [B]` a head."""
+        """Return counts per head, int64 `[L * B, H]`, for sequences of `tokens [B]` with `protected [B]` per head."""
         counts = self.plan.on(tokens.device).totals(self.risk, tokens, protected)
         each = [counts[:, first : first + self.heads] for first in self.firsts]
         return each[0] if len(each) == 1 else torch.cat(each)

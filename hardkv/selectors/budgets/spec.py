@@ -1,4 +1,4 @@
-"""A budget from a number of tokens or from its JSON form, and back."""
+"""Makes a budget from a number of tokens or from its JSON form, and a JSON form from a budget."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -10,15 +10,15 @@ from hardkv.selectors.checks import check_name
 
 
 def get_budget(spec: "int | dict[str, Any] | Budget", of_int: Callable[[int], Budget] = TopK) -> Budget:
-    """A budget from a mean number of tokens, from its JSON form, or as given.
+    """Return a budget, made from a mean number of tokens or from its JSON form, or as given.
 
     Args:
-        spec: an integer n, what `budget_to_dict` made, or a budget.
-        of_int: what an integer becomes.
+        spec: an integer n, a dict from `budget_to_dict`, or a budget.
+        of_int: makes a budget from an integer.
 
     Raises:
-        ValueError: unknown name or bad value.
-        TypeError: anything else.
+        ValueError: the name is not registered, or a value is not allowed.
+        TypeError: `spec` is none of these.
     """
     if isinstance(spec, Budget):
         return spec
@@ -41,7 +41,7 @@ def get_budget(spec: "int | dict[str, Any] | Budget", of_int: Callable[[int], Bu
 
 
 def budget_to_dict(budget: Budget) -> dict[str, Any]:
-    """`{"name": ..., hyperparameters...}`, for JSON.
+    """Return `{"name": ..., hyperparameters...}`, for JSON.
 
     Raises:
         ValueError: the budget's class is not registered.

@@ -1,4 +1,4 @@
-"""An even split."""
+"""TopK: every head keeps the same number of tokens."""
 
 from dataclasses import dataclass
 

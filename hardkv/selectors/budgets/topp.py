@@ -1,4 +1,4 @@
-"""HARD-KV's Top-p."""
+"""TopP: each head keeps a share of the attention mass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from hardkv.selectors.ranking import Ranking
 @register_budget("topp")
 @dataclass(frozen=True)
 class TopP(Budget):
-    """HARD-KV's Top-p (https://arxiv.org/abs/2606.28831): each head keeps the fewest best tokens that hold mass p.
+    """HARD-KV's Top-p (https://arxiv.org/abs/2606.28831): each head keeps its best tokens, as few as hold mass p.
 
-    Scores are read as probabilities, P = softmax(z / T) over candidates; protected tokens count toward p with the
-    attention they truly receive, A(F), so candidates must hold (p - A(F)) / (1 - A(F)) of theirs.
+    Scores are read as probabilities, P = softmax(z / T) over the candidates. Protected tokens count toward p with the
+    attention that they receive, A(F), so the kept candidates must hold the share (p - A(F)) / (1 - A(F)) of P.
 
     Args:
-        p: mass to keep, in (0, 1]; p = 1 keeps everything, whatever floor and cap say.
-        floor: fewest tokens of a head, protected ones included (a head short of it keeps what it has).
-        cap: most tokens of a head, protected ones included: bounds the memory. None: no bound.
+        p: mass to keep, in (0, 1]; p = 1 keeps all tokens and ignores floor and cap.
+        floor: fewest tokens per head, protected ones included (a head with fewer keeps all).
+        cap: most tokens per head, protected ones included; it bounds the memory. None: no bound.
 
     Raises:
         ValueError, TypeError: a hyperparameter out of range or of the wrong type.
@@ -38,7 +38,7 @@ class TopP(Budget):
 
     @property
     def calibration_p(self) -> float:  # type: ignore[override]
-        """The mass that temperatures are fitted for: its own."""
+        """The mass for which temperatures are fitted: p."""
         return self.p
 
     def joint(self, budgets: Sequence[Budget]) -> Budget | None:

@@ -1,4 +1,4 @@
-"""Water-filling: tokens go where the risk curves fall most, exactly and at once."""
+"""Water-filling: tokens go where the risk curves fall most. The result is exact and needs one sort."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,33 +12,33 @@ if TYPE_CHECKING:
     from hardkv.selectors.budgets.risk import Risk
 
 
-# A layer's share of the total is looked at for lengths that are this factor apart, and closer just above n, where it
-# moves fastest; in between it is taken to be larger by no more than the second.
+# `at_lengths` computes a layer's share of the total at lengths that are the first factor apart, and closer just above
+# n, where the share changes fastest. Between two such lengths the share is at most the second factor larger.
 ROOM_STEP, ROOM_SPARE = 1.02, 1.02
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The pieces of all rows' curves, for water-filling; S = rows * (K' - 1), piece-major, so that ties spread."""
+    """The pieces of all rows' curves, for water-filling: S = rows * (K' - 1), piece-major, so that ties spread."""
 
     rows: int
-    length: int  # up to which the curves were measured
-    start: Tensor  # int64 [S], count at which a piece begins
+    length: int  # the largest context length that was measured
+    start: Tensor  # int64 [S], the count at which a piece begins
     stop: Tensor  # int64 [S]
     middle: Tensor  # float64 [S]
-    gains: Tensor  # float64 [S], as measured, for contexts up to `length`
-    tail: Tensor  # float64 [S], of longer ones, before `reach`
+    gains: Tensor  # float64 [S], as measured: for contexts up to `length`
+    tail: Tensor  # float64 [S], for longer contexts, before the factor `reach`
     copies: "dict[torch.device, Plan]" = field(default_factory=dict, repr=False, compare=False)
     rooms: "dict[tuple[Risk, int, int], Tensor]" = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, curves: RiskCurves, continued: tuple[Tensor, Tensor], layers: slice) -> "Plan":
-        """A plan for some layers; `continued` is `curves.continued()`, worked out once for all plans."""
+        """Make the plan of some layers; `continued` is `curves.continued()`, computed once for all plans."""
         counts, tail = continued
         gains = torch.nn.functional.pad(curves.gains, (0, tail.shape[2] - curves.gains.shape[2]))
         rows = tail[layers].flatten(0, 1).shape[0]
         start, middle = counts[:-1].clone(), middles(counts)
-        start[0] = 0  # what a row may hold less than the first measured count belongs to its first piece
+        start[0] = 0  # counts below the first measured one belong to the first piece
 
         def by_piece(per_row: Tensor) -> Tensor:
             return per_row[layers].flatten(0, 1).T.flatten()
@@ -47,7 +47,7 @@ class Plan:
         return cls(rows, curves.length, start, stop, middle, by_piece(gains), by_piece(tail))
 
     def on(self, device: torch.device) -> "Plan":
-        """The plan on a device, moved once for all layers."""
+        """Return the plan on a device; it is copied once for all layers."""
         if self.start.device == device:
             return self
         if device not in self.copies:
@@ -61,7 +61,7 @@ class Plan:
         return [self.start, self.stop, self.middle, self.gains, self.tail]
 
     def totals(self, risk: "Risk", tokens: Tensor, protected: Tensor) -> Tensor:
-        """Counts of all rows, int64 `[B, rows]`, for sequences of `tokens [B]` with `protected [B]` a row."""
+        """Return counts per row, int64 `[B, rows]`, for sequences of `tokens [B]` with `protected [B]` per row."""
         n, floor, cap = risk.n, risk.floor, risk.cap
         if isinstance(floor, float):
             low = protected + (floor * (n - protected).clamp_min(0).float()).long()
@@ -71,11 +71,11 @@ class Plan:
         return self.counts(n * self.rows, tokens, low, high)
 
     def at_lengths(self, risk: "Risk", length: int, protected: int) -> Tensor:
-        """`totals` at lengths up to `length`, `[lengths, rows]`; kept, as every layer asks for the same."""
+        """Return `totals` at lengths up to `length`, `[lengths, rows]`; stored, as every layer asks for the same."""
         asked = risk, length, protected
         found = self.rooms.get(asked)
         if found is None:
-            lengths, step = [length, min(risk.n, length)], 1.0  # up to n tokens all are kept
+            lengths, step = [length, min(risk.n, length)], 1.0  # up to n tokens, all are kept
             while risk.n + step < length:
                 lengths.append(round(risk.n + step))
                 step += min(step / 2, (risk.n + step) * (ROOM_STEP - 1))
@@ -86,9 +86,9 @@ class Plan:
         return found
 
     def counts(self, total: int, context: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Water-filling: tokens of every row, int64 `[B, rows]`, at least `low [B]`, at most `high [B]`.
+        """Water-filling: return counts per row, int64 `[B, rows]`, at least `low [B]` and at most `high [B]`.
 
-        They sum to `total`, or to what the bounds allow. `context [B]`: tokens of the sequences so far.
+        They sum to `total`, or as near to it as the bounds allow. `context [B]`: tokens of each sequence so far.
         """
         low = low.minimum(high)
         longer = self.tail * reach(self.middle, context[:, None])

@@ -1,4 +1,4 @@
-"""What rates the tokens: one scorer a file."""
+"""Scorers give tokens scores. Each file holds one scorer."""
 
 from hardkv.selectors.scorers.attention import Attention
 from hardkv.selectors.scorers.rkv import RKV

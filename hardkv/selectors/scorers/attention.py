@@ -1,4 +1,4 @@
-"""Score by the attention received: the reference that other scores are calibrated against."""
+"""Attention: the score is the attention received. Other scores are calibrated against it."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ from hardkv.selectors.scorers.scorer import log_score, register_scorer
 class Attention:
     """z = log A: the mean attention that the newest queries pay to a token, over the whole row.
 
-    The plain accumulated-attention score, as in H2O (https://arxiv.org/abs/2306.14048), over the last `window` queries
+    This is the accumulated attention of H2O (https://arxiv.org/abs/2306.14048), over the last `window` queries
     instead of all past ones.
     """
 
     across_layers = True
 
     def score(self, observation: Observation) -> Tensor:
-        """Log-scores `[N]`."""
+        """Return log-scores `[N]`."""
         return log_score(observation.attention)

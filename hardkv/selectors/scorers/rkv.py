@@ -1,4 +1,4 @@
-"""R-KV: importance minus redundancy, for long chains of thought that repeat themselves."""
+"""RKV: importance minus redundancy, for long chains of thought that repeat themselves."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ from hardkv.selectors.scorers.scorer import check_pooling, log_affine, pool_rows
 class RKV:
     """R-KV (https://arxiv.org/abs/2505.24133): s = lam * importance - (1 - lam) * redundancy.
 
-    Importance: the group's largest logit, softmax over the keys before the window, mean over the window's queries,
-    max-pooled. Redundancy: softmax over the row of each key's mean cosine to the other keys, the newest of
-    near-duplicates spared (`kernels.similarity.mean_cosine`).
+    Importance is the group's largest logit, then softmax over the keys before the window, mean over the window's
+    queries, and max-pooling. Redundancy is each key's mean cosine to the other keys of its row, which spares the newest
+    of near-duplicates (`kernels.similarity.mean_cosine`), then softmax over the row.
 
     Args:
         lam: weight of importance, in [0, 1].
-        threshold: cosine above which two keys are near-duplicates, in [0, 1].
-        kernel_size, pooling: smoothing of the importance, as in SnapKV.
+        threshold: two keys are near-duplicates if their cosine exceeds this, in [0, 1].
+        kernel_size, pooling: width and kind of the pooling of importance, as in SnapKV.
 
     Raises:
         ValueError, TypeError: a hyperparameter out of range or of the wrong type.
@@ -44,7 +44,7 @@ class RKV:
         )
 
     def score(self, observation: Observation) -> Tensor:
-        """Log-scores `[N]`."""
+        """Return log-scores `[N]`."""
         window = observation.window_mask
         importance = pool_rows(
             observation.received("max_logits", exclude=window), observation, self.pooling, self.kernel_size, window

@@ -1,4 +1,4 @@
-"""The scorer contract, the registry, and what scorers share."""
+"""The scorer contract, the registry, and functions that scorers share."""
 
 from dataclasses import asdict, is_dataclass
 from functools import partial
@@ -18,14 +18,15 @@ TINY = torch.finfo(torch.float32).tiny
 
 @runtime_checkable
 class Scorer(Protocol):
-    """One method: a log-score for every held token, higher = keep. Scorers hold hyperparameters, no state.
+    """The contract of a scorer: one method that returns a log-score per held token.
 
-    A scorer that looks at each sequence by itself may set `across_layers = True`: then it is asked once for several
-    layers, which it sees as further sequences, and that saves time when there are few tokens.
+    A scorer holds hyperparameters and no state. A scorer that treats each sequence separately may set
+    `across_layers = True`. Then it is called once for several layers, which it sees as further sequences; that saves
+    time when there are few tokens.
     """
 
     def score(self, observation: Observation) -> Tensor:
-        """Log-scores z `[N]`, float; only the order of z matters to TopK, its spread to Top-p budgets too."""
+        """Return log-scores z `[N]`, float; higher ones are kept. TopK uses their order, Top-p budgets their spread."""
         ...
 
 
@@ -33,28 +34,28 @@ SCORERS: dict[str, type] = {}
 
 
 def register_scorer(name: str):
-    """Class decorator: make a scorer available as `scorer="name"`. Its constructor must work without arguments.
+    """Class decorator that registers a scorer as `scorer="name"`. Its constructor must work without arguments.
 
     Raises:
-        ValueError: the name is a built-in's.
+        ValueError: a built-in has this name.
     """
     return partial(add_to_registry, SCORERS, name)
 
 
 def scorer_name(scorer: Scorer) -> str | None:
-    """The registered name of a scorer's class, None when it has none."""
+    """Return the registered name of a scorer's class; None without one."""
     return next((name for name, cls in SCORERS.items() if type(scorer) is cls), None)
 
 
 def get_scorer(spec: "str | dict[str, Any] | Scorer") -> Scorer:
-    """A scorer from its name, from its JSON form, or as given.
+    """Return a scorer, made from its name or from its JSON form, or as given.
 
     Args:
-        spec: a name, what `scorer_to_dict` made, or an object with `score(observation)`.
+        spec: a name, a dict from `scorer_to_dict`, or an object with `score(observation)`.
 
     Raises:
-        ValueError: unknown name or hyperparameter.
-        TypeError: an object without a `score` method.
+        ValueError: the name or a hyperparameter is unknown.
+        TypeError: the object has no `score` method.
     """
     if isinstance(spec, str):
         spec = {"name": spec}
@@ -75,7 +76,7 @@ def get_scorer(spec: "str | dict[str, Any] | Scorer") -> Scorer:
 
 
 def scorer_to_dict(scorer: Scorer) -> dict[str, Any]:
-    """`{"name": ..., hyperparameters...}` of a registered dataclass scorer, for JSON.
+    """Return `{"name": ..., hyperparameters...}` of a registered dataclass scorer, for JSON.
 
     Raises:
         ValueError: the scorer is not registered.
@@ -90,7 +91,7 @@ def scorer_to_dict(scorer: Scorer) -> dict[str, Any]:
 
 
 def log_score(score: Tensor) -> Tensor:
-    """z = log(s + tiny) for scores s >= 0.
+    """Return z = log(s + tiny) for scores s >= 0.
 
     Args:
         score: any shape, >= 0.
@@ -107,14 +108,14 @@ def log_score(score: Tensor) -> Tensor:
 
 
 def log_affine(score: Tensor, observation: Observation) -> Tensor:
-    """z of real-valued scores: mapped affinely to [0, 1] over the candidates of each sequence, then the logarithm.
+    """Map the scores of each sequence's candidates affinely to [0, 1], and return the logarithm.
 
-    One map for all heads of a sequence, so that the order between heads survives. Protected tokens may lie outside the
-    candidates' range and are clamped to it.
+    All heads of a sequence have the same map, so the order between heads is preserved. Scores of protected tokens are
+    clamped to the candidates' range.
 
     Args:
-        score: `[N]`, any real numbers, higher = keep.
-        observation: the tokens they belong to.
+        score: `[N]`, any real numbers; higher scores are kept.
+        observation: the tokens that the scores belong to.
 
     Returns:
         `[N]`.
@@ -131,14 +132,14 @@ def log_affine(score: Tensor, observation: Observation) -> Tensor:
 
 
 def pool_rows(score: Tensor, observation: Observation, pooling: str, kernel_size: int, exclude: Tensor) -> Tensor:
-    """Smooth scores along each row, over the tokens that `exclude` (bool `[N]`) leaves, in order of position.
+    """Pool scores along each row, in order of position, without the tokens in `exclude`.
 
     Args:
         score: `[N]`, >= 0.
-        observation: the tokens they belong to.
-        pooling: "max", "avg" (zeros beyond the row's ends count) or "none".
-        kernel_size: odd.
-        exclude: bool `[N]`, tokens that count for nothing.
+        observation: the tokens that the scores belong to.
+        pooling: "max", "avg" (with zeros beyond the row's ends) or "none".
+        kernel_size: width of the pooling, odd.
+        exclude: bool `[N]`, True for tokens that are left out.
 
     Returns:
         `[N]`; 0 at excluded tokens.
@@ -149,7 +150,7 @@ def pool_rows(score: Tensor, observation: Observation, pooling: str, kernel_size
 
 
 def check_pooling(pooling: str, kernel_size: int) -> int:
-    """`kernel_size` as a plain int; raise unless the hyperparameters of `pool_rows` are sound."""
+    """Return `kernel_size` as a plain int; raise unless `pool_rows` can take these hyperparameters."""
     if pooling not in ("max", "avg", "none"):
         raise ValueError(f"pooling={pooling!r} must be 'max', 'avg' or 'none'")
     kernel_size = check_count("kernel_size", kernel_size, 1)

@@ -1,4 +1,4 @@
-"""SnapKV: window attention, pooled along the row."""
+"""SnapKV: the attention of the window's queries, pooled along the row."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,13 @@ from hardkv.selectors.scorers.scorer import check_pooling, log_score, pool_rows,
 class SnapKV:
     """SnapKV (https://arxiv.org/abs/2404.14469) in AdaKV's form for grouped queries (https://arxiv.org/abs/2407.11550).
 
-    Softmax over all keys of the row, the window's columns dropped, mean over the window's queries, then over the
-    group, then pooling over the remaining tokens in order of position.
+    The score is the softmax over all keys of the row, without the window's columns; its mean over the window's queries,
+    then over the group; then pooling over the remaining tokens in order of position.
 
     Args:
         kernel_size: odd width of the pooling.
         pooling: "max" (AdaKV's default), "avg" (SnapKV's paper) or "none".
-        group_reduce: "mean" or "max" over the query heads of a KV head.
+        group_reduce: "mean" or "max" over the query heads of each KV head.
 
     Raises:
         ValueError, TypeError: a hyperparameter out of range or of the wrong type.
@@ -37,7 +37,7 @@ class SnapKV:
             raise ValueError(f"group_reduce={self.group_reduce!r} must be 'mean' or 'max'")
 
     def score(self, observation: Observation) -> Tensor:
-        """Log-scores `[N]`; window tokens get the lowest."""
+        """Return log-scores `[N]`; the window's tokens get the lowest."""
         received = observation.attention if self.group_reduce == "mean" else observation.received("max")
         return log_score(
             pool_rows(received, observation, self.pooling, self.kernel_size, exclude=observation.window_mask)
