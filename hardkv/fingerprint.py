@@ -1,4 +1,4 @@
-"""A short hash of a model's weights, adapters included: what tells one model from another, whatever they are called."""
+"""A short hash of a model's weights, adapters included. It tells models apart whatever their names are."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -7,29 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Values read of a tensor, and tensors read of a model, at most.
+# The most values read per tensor, and the most tensors read per model.
 VALUES, TENSORS = 64, 1024
-# Values are this far apart, modulo the tensor's size: a prime, so that they lie in all rows and columns.
+# The distance of the values, modulo the tensor's size: a prime, so that they lie in all rows and columns.
 STRIDE = 2_654_435_761
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str | None:
-    """16 hexadecimal digits that depend on the weights in use and on nothing else.
+    """Return 16 hexadecimal digits that depend on the weights in use and on nothing else.
 
-    At most 64 values of each of at most 1,024 tensors are read, with one wait for each device. They are the same on
-    every device, for every way in which accelerate spreads or offloads a model, and for every dtype that holds the
-    checkpoint's values exactly. Adapters of PEFT count while they are active, with their scale, under any name; one
-    that is merged counts as what it made of the weights.
+    It reads at most 64 values of each of at most 1,024 tensors, and waits once for each device. The digits are the same
+    on every device, for every way in which accelerate spreads or offloads a model, and for every dtype that
+    holds the checkpoint's values exactly. PEFT's adapters count while they are active, with their scale, under any
+    name; a merged adapter counts through the weights that it changed.
 
     Returns:
-        None where weights cannot be read: on the meta device, or gathered for a forward only.
+        None if weights cannot be read: on the meta device, or gathered for a forward only.
     """
     found = list(_weights(model))
     samples = []  # shape and bits
     places: dict[Any, tuple[Tensor, ...]] = {}
     for stored in found[:: -(-len(found) // TENSORS) or 1]:
-        # one after the other, since what is offloaded comes into memory as it is asked for
+        # one after the other, since offloaded weights come into memory when they are read
         for tensor in _plain(stored if isinstance(stored, Tensor) else stored[0][stored[1]]):
             if tensor.is_meta:
                 return None
@@ -43,12 +43,12 @@ def fingerprint(model: nn.Module) -> str | None:
         whole = torch.cat(parts).cpu()
         read |= zip(chosen, whole.split([len(part) for part in parts]), strict=True)
     known = {shape + read[at].numpy().tobytes().hex(): None for at, (shape, _) in enumerate(samples) if len(read[at])}
-    # each once: weights that are tied may be apart where they are offloaded
+    # each once: tied weights may have several copies where they are offloaded
     return hashlib.sha256("\n".join([*known, *_scales(model)]).encode()).hexdigest()[:16] if known else None
 
 
 def _sample(tensor: Tensor, places: "dict[Any, tuple[Tensor, ...]]") -> Tensor:
-    """The bits of some values of a tensor, int32 `[n]` on its device; `places` keeps their indices by shape."""
+    """Return the bits of some values of a tensor, int32 `[n]` on its device; `places` holds indices by shape."""
     if tensor.element_size() == 1:
         tensor = tensor.view(torch.uint8)  # float8 cannot be indexed everywhere
     if tensor.dim() == 0:
@@ -64,14 +64,14 @@ def _sample(tensor: Tensor, places: "dict[Any, tuple[Tensor, ...]]") -> Tensor:
             flat = flat // max(size, 1)
         places[key] = tuple(reversed(indices))
     values = tensor[places[key]]
-    # both hold what they are made from exactly
+    # both dtypes hold the values exactly
     return values.to(torch.float32 if values.is_floating_point() else torch.int64).view(torch.int32)
 
 
 def _weights(model: nn.Module) -> "Iterator[Tensor | tuple[Mapping[str, Tensor], str]]":
-    """Every parameter and persistent buffer in use, in the order of modules; what accelerate offloaded as map and key.
+    """Yield each parameter and persistent buffer in use, in the order of modules; offloaded ones as map and key.
 
-    Buffers that are not persistent are computed, and may change from one forward to the next.
+    Buffers that are not persistent are left out: they are computed, and may change from one forward to the next.
     """
     unused = {id(tensor) for tensor in _inactive(model)}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -83,7 +83,7 @@ def _weights(model: nn.Module) -> "Iterator[Tensor | tuple[Mapping[str, Tensor],
 
 
 def _offloaded(modules: dict[str, nn.Module], path: str, name: str) -> tuple[Mapping[str, Tensor], str] | None:
-    """Where accelerate's hooks, of a module or of one that it is in, find what they load into a meta tensor."""
+    """Return the map and key from which accelerate's hooks, the module's or an outer one's, load a meta tensor."""
     parts = path.split(".") if path else []
     for depth in range(len(parts), -1, -1):
         key = ".".join([*parts[depth:], name])
@@ -96,7 +96,7 @@ def _offloaded(modules: dict[str, nn.Module], path: str, name: str) -> tuple[Map
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that a subclass (quantised, distributed) consists of; one of torch's own as it is."""
+    """Yield the tensors that a subclass (quantised, distributed) consists of, or a plain tensor itself."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
@@ -104,11 +104,11 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
         yield from _plain(getattr(tensor, name))
 
 
-# ---------------------------------------------------------------------- adapters, by what PEFT's layers have
+# ---------------------------------------------------------------------- adapters, by attributes of PEFT's layers
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[Any, list[str]]]:
-    """Every layer with adapters, and those that its forward adds to the weights."""
+    """Yield each layer with adapters, and the names of those that its forward adds to the weights."""
     layers: list[Any] = list(model.modules())
     for module in layers:
         if hasattr(module, "adapter_layer_names") and hasattr(module, "disable_adapters"):
@@ -117,7 +117,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[Any, list[str]]]:
 
 
 def _inactive(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of the other adapters."""
+    """Yield parameters and buffers of the other adapters."""
     for module, used in _adapted(model):
         for kind in module.adapter_layer_names:
             for name, adapter in dict(getattr(module, kind, {})).items():
@@ -126,8 +126,8 @@ def _inactive(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _scales(model: nn.Module) -> Iterator[str]:
-    """What the output of every adapter in use is multiplied by."""
+    """Yield the factors by which the outputs of adapters in use are multiplied."""
     for module, used in _adapted(model):
         scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict):  # of LoRA's kin
+        if isinstance(scaling, dict):  # LoRA and its relatives
             yield from (str(float(scaling[name])) for name in used if name in scaling)

@@ -1,4 +1,4 @@
-"""The pass that calibration makes: a cache that evicts nothing and records what keeping less would have cost."""
+"""The cache that a calibration runs: it evicts nothing and records the loss that keeping fewer tokens would cause."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,21 +22,21 @@ from hardkv.selectors.temperatures import fit_temperatures, kept_counts
 
 @dataclass(frozen=True)
 class Step:
-    """One layer between two events: what the new queries look for, and what would be gone by then."""
+    """One layer between two events: the new queries, and the order in which earlier tokens would have been evicted."""
 
     layer_idx: int
-    observation: Observation  # all tokens, those of the step's queries too; nothing is evicted, so rows are equal
+    observation: Observation  # all tokens, the step's own included; nothing is evicted, so rows are equal
     queries: Tensor  # [B, Hq, q, D], after RoPE
     positions: Tensor  # int64 [q], their columns
     sinks: Tensor | None  # [Hq], learned attention sinks
-    order: Tensor  # int64 [R, C], the last event's candidates, as places in the row; who kept c has the first c
+    order: Tensor  # int64 [R, C], the last event's candidates, as places in the row; a head that kept c has the first c
     edges: Tensor  # int64 [K], the counts c, at most C
 
 
 def squared_attention(step: Step) -> Tensor:
-    """The squared attention that a step's queries pay to the candidates between two counts, float64 `[R, K - 1]`.
+    """Return the squared attention that a step's queries pay to the candidates between two counts.
 
-    Mean over queries and the query heads of a group.
+    The result is float64 `[R, K - 1]`, the mean over queries and the query heads of a group.
     """
     observation = step.observation
     received = window_attention(
@@ -58,7 +58,7 @@ def squared_attention(step: Step) -> Tensor:
 
 @dataclass
 class Record:
-    """What all texts together say about one layer."""
+    """The losses and samples of one layer, collected over all texts."""
 
     edges: list[int]
     lost: Tensor | None = None  # float64 [H, K - 1], the loss between two counts, summed over steps
@@ -66,13 +66,13 @@ class Record:
     samples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # z, A, candidates: each [H, n]
 
     def curve(self) -> Tensor:
-        """Mean loss at every count, float32 `[H, K]`."""
+        """Return the mean loss at each count, float32 `[H, K]`."""
         assert self.lost is not None
         tail = (self.lost / self.steps).flip(-1).cumsum(-1).flip(-1)
         return torch.nn.functional.pad(tail, (0, 1)).float().cpu()
 
     def fit(self, p: float, solver: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Temperatures and residuals `[H]`, and median kept counts `[3, H]`."""
+        """Return temperatures and residuals, `[H]` each, and median kept counts `[3, H]`."""
         width = max(z.shape[1] for z, _, _ in self.samples)
 
         def stack(part: int, fill: Any) -> Tensor:
@@ -88,7 +88,7 @@ class Record:
 
 
 def curve_edges(most: int) -> list[int]:
-    """Counts of candidates at which curves are measured: 4 apart at first, then a sixteenth."""
+    """Return the counts of candidates at which curves are measured: 4 apart at first, then a sixteenth."""
     edges = [0]
     while edges[-1] < most:
         edges.append(min(most, edges[-1] + max(4, edges[-1] // 16)))
@@ -96,22 +96,22 @@ def curve_edges(most: int) -> list[int]:
 
 
 class _Survey(Budget):
-    """Keeps everything, and records what keeping less would have cost."""
+    """A budget that keeps everything, and records the loss that keeping fewer tokens would cause."""
 
     def __init__(self, record: Record, layer_idx: int, every: int, measure: "Callable[[Step], Tensor]"):
         self.record = record
         self.layer_idx = layer_idx
-        self.every = every  # events between two samples for the temperatures
+        self.every = every  # number of events from one sample for the temperatures to the next
         self.measure = measure
-        self.events = 0  # of all texts
+        self.events = 0  # in all texts
         self.begin(0)
 
     def begin(self, length: int) -> None:
-        """Get ready for a text of `length` tokens."""
+        """Prepare for a text of `length` tokens."""
         self.context_from = length * CONTEXT_FROM
         self.queries: list[tuple[Tensor, Tensor, Tensor | None]] = []  # queries, positions, attention sinks
-        self.order: Tensor | None = None  # int64 [R, C], candidates, grouped by the least count that still holds them
-        self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # what `restack` needs to make the next order
+        self.order: Tensor | None = None  # int64 [R, C], candidates, grouped by the least count that keeps them
+        self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # what `restack` needs for the next order
 
     def counts(self, ranking: Ranking) -> Tensor:
         observation = ranking.observation
@@ -149,15 +149,17 @@ class _Survey(Budget):
 
 
 def restack(order: Tensor, new: Tensor, rank: Tensor, edges: Sequence[int]) -> Tensor:
-    """What heads that keep `edges[0], edges[1], ...` candidates hold after the next event, all at once.
+    """Compute, for all counts in `edges` at once, what heads with these counts hold after the next event.
 
-    A head that keeps c candidates holds the first c of `order` (for every c in `edges`) and meets the new ones; the c
-    best of these remain. The kept sets of two counts are nested before, so they are nested after: what the larger
-    count keeps beyond the smaller one is the best of what the smaller one leaves.
+    For each c in `edges`, a head that keeps c candidates holds the first c of `order`. At the event new candidates
+    come, and the head keeps the c best of all these. The kept sets of two counts are nested before, so they are nested
+    after: the larger count keeps the smaller one's set and the best of what the smaller one drops.
 
     Args:
-        order: int64 `[R, C]`, candidates in groups between edges. new: int64 `[R, m]`.
-        rank: int64 `[R, n]`, 0 for the best. edges: ascending from 0.
+        order: int64 `[R, C]`, candidates, in groups between edges.
+        new: int64 `[R, m]`, candidates that came since the last event.
+        rank: int64 `[R, n]`, the rank of each token, 0 for the best.
+        edges: counts, ascending from 0.
 
     Returns:
         The next order, int64 `[R, C + m]`.
@@ -174,7 +176,7 @@ def restack(order: Tensor, new: Tensor, rank: Tensor, edges: Sequence[int]) -> T
 
 
 class _SurveyLayer(HardKVLayer):
-    """Hands the queries of each forward to its `_Survey`."""
+    """A layer that hands the queries of each forward to its `_Survey`."""
 
     def decode(self, new: NewTokens, query: Tensor, *args: Any, sinks: Tensor | None, **kwargs: Any) -> Tensor:
         positions = torch.arange(new.start, new.stop, device=query.device)
@@ -184,11 +186,11 @@ class _SurveyLayer(HardKVLayer):
 
 
 class _HybridSurveyLayer(HybridLayer, _SurveyLayer):  # type: ignore[misc]
-    """The same with the states of a linear attention beside the keys and values."""
+    """The same, with the states of a linear attention beside keys and values."""
 
 
 class SurveyCache(HardKVCache):
-    """A cache that evicts nothing and fills one `Record` a layer."""
+    """A cache that evicts nothing and fills one `Record` per layer."""
 
     def __init__(
         self,
@@ -211,7 +213,7 @@ class SurveyCache(HardKVCache):
         records.extend(layer.budget.record for layer in self._compressed)  # type: ignore[attr-defined]
 
     def restack(self) -> None:
-        """After a forward: the next order of every layer that had an event, all at once, as each takes many steps."""
+        """Make, after a forward, the next order of all layers that had an event, at once, as each takes many steps."""
         surveys = [layer.budget for layer in self._compressed if isinstance(layer.budget, _Survey)]
         waiting = [(survey, survey.pending) for survey in surveys if survey.pending is not None]
         if not waiting:
@@ -226,7 +228,7 @@ class SurveyCache(HardKVCache):
         return [layer.layer_idx for layer in self._compressed]
 
     def begin(self, length: int) -> None:
-        """Forget the last text and get ready for one of `length` tokens."""
+        """Forget the last text and prepare for one of `length` tokens."""
         self.reset()
         for layer in self._compressed:
             layer.budget.begin(length)  # type: ignore[attr-defined]
