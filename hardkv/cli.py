@@ -1,7 +1,7 @@
 """The command line: `python -m hardkv COMMAND`, also installed as `hardkv`.
 
-A command is a function that adds its parser; `COMMANDS` lists them. What a command runs lives in a module of its own,
-imported when it is chosen.
+A command is a function that adds its parser; `COMMANDS` lists these functions. The code of a command is in another
+module, which is imported when the command runs.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from hardkv.loading import load
 from hardkv.rows import as_question, as_text, json_lines
 from hardkv.selectors import BUDGETS, SCORERS, Budget, TopP, get_budget
 
-# Budgets that one number, the mean tokens per head, describes.
+# Budgets with one required number, the mean tokens per head.
 BY_MEAN = sorted(set(BUDGETS) - {"topp"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status."""
+    """Run a command and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="hardkv", description="Head-adaptive KV-cache compression at decoding time, for transformers models."
     )
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (InputError, MissingPackageError, OSError) as error:  # what the user can mend: packages, files, values
+    except (InputError, MissingPackageError, OSError) as error:  # the user can mend these: packages, files, values
         print(f"hardkv {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_demo(subparsers: Any) -> None:
-    """`demo`: a question about a long text, or problems, answered with a dense cache and with compressed ones."""
+    """`demo`: answer a question about a long text, or solve problems, with a dense cache and with compressed ones."""
     parser = subparsers.add_parser(
         "demo",
         help="answer a question about a long text, or solve problems, with a dense cache and with compressed ones",
@@ -107,7 +107,7 @@ def add_demo(subparsers: Any) -> None:
 def _demo(args: argparse.Namespace) -> None:
     names = ("scorer", "window", "sinks", "interval", "patience")
     common = {name: getattr(args, name) for name in names}
-    policies = args.policy or [None]  # what an integer means
+    policies = args.policy or [None]  # None: the meaning of a plain integer
     configs = {}
     try:  # before a model is loaded
         for n in args.budget:

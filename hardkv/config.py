@@ -19,57 +19,45 @@ MAX_PATIENCE = 254
 class HardKVConfig:
     """How a cache compresses. The constructor turns names and integers into objects and checks every value.
 
-        Args:
-            scorer: name ("rkv", "attention", "snapkv", or one you registered) or an object with `score(observation)`. "rkv"
-                is for long reasoning; its events take longest, as they compare each token with up to 4,096 others.
-            budget: int n, the mean tokens kept per KV head, or a budget object from `hardkv.selectors`. An integer means
-                TopK(n) without a calibration, Risk(n) with risk curves, and Adaptive(n) with temperatures only.
-            window: number of newest tokens, which are always kept; their queries score the others.
-            sinks: number of first tokens, which are always kept.
-            interval: new tokens between two selection events (128 in the paper).
-    <<<<<<< HEAD
-            patience: consecutive events a token must lose before its bytes are given back (0: at once; 1 or more: the
-                prompt's own event frees nothing yet).
-            pin_prompt: keep the whole prompt: what `generate()` was given, in chunks or not. In a loop of your own every
-                token up to the first forward of a single one, so give the prompt's last chunk two tokens or more.
-            calibration: None; a `hardkv.Calibration` or the path of a saved one; "auto", with `HardKVCache(config=model)`:
-                calibrate once for the model's weights and the scorer, and keep the file (`hardkv.calibration_auto.auto`);
-                or "online": Logits Calibration, one temperature per KV head fitted at each sequence's first event that has
-                a choice, as it holds more than is protected (`hardkv.selectors.fit_temperatures`); they are 1 before.
-            refit: with "online", events after which a sequence's temperatures are fitted again; 0: never.
-    =======
-            patience: number of consecutive events at which a token must lose before its bytes are freed (0: freed at once;
-                with 1 or more, the prompt's own event frees nothing).
-            pin_prompt: keep the whole prompt of `generate()`, in chunks or not. In a loop of your own, the prompt is every
-                token before the first forward of a single token; so give its last chunk two tokens or more.
-            calibration: None; a `hardkv.Calibration` or the path of a saved one; "auto": calibrate once for the weights in
-                memory and the scorer, and keep the file (`hardkv.calibration_auto.auto`); or "online": Logits Calibration,
-                one temperature per KV head, fitted at each sequence's first event with tokens that are not protected
-                (`hardkv.selectors.fit_temperatures`); until then the temperatures are 1.
-            refit: with "online", number of events after which a sequence's temperatures are fitted again; 0: never.
-    >>>>>>> 599491b (Config, fingerprint, survey: docstrings in direct words)
-            attention: "auto", or a backend for tokens after the prompt: "triton" (GPUs; pip install 'hardkv[triton]'),
-                "flash_attn" (whichever flash_attn_varlen_func is installed, or PyTorch's) or "torch" (anywhere).
-            offload: keep condensed keys and values in host memory, and copy those of a layer to the device while the layer
-                before it computes. The dense tier, positions and sliding-window layers stay on the device.
+    Args:
+        scorer: name ("rkv", "attention", "snapkv", or one you registered) or an object with `score(observation)`. "rkv"
+            is for long reasoning; its events take longest, as they compare each token with up to 4,096 others.
+        budget: int n, the mean tokens kept per KV head, or a budget object from `hardkv.selectors`. An integer means
+            TopK(n) without a calibration, Risk(n) with risk curves, and Adaptive(n) with temperatures only.
+        window: number of newest tokens, which are always kept; their queries score the others.
+        sinks: number of first tokens, which are always kept.
+        interval: new tokens between two selection events (128 in the paper).
+        patience: number of consecutive events at which a token must lose before its bytes are freed (0: freed at once;
+            with 1 or more, the prompt's own event frees nothing).
+        pin_prompt: keep the whole prompt of `generate()`, in chunks or not. In a loop of your own, the prompt is every
+            token before the first forward of a single token; so give its last chunk two tokens or more.
+        calibration: None; a `hardkv.Calibration` or the path of a saved one; "auto", with `HardKVCache(config=model)`:
+            calibrate once for the model's weights and the scorer, and keep the file (`hardkv.calibration_auto.auto`);
+            or "online": Logits Calibration, one temperature per KV head, fitted at each sequence's first event with tokens that are not protected
+            (`hardkv.selectors.fit_temperatures`); until then the temperatures are 1.
+        refit: with "online", number of events after which a sequence's temperatures are fitted again; 0: never.
+        attention: "auto", or a backend for tokens after the prompt: "triton" (GPUs; pip install 'hardkv[triton]'),
+            "flash_attn" (whichever flash_attn_varlen_func is installed, or PyTorch's) or "torch" (anywhere).
+        offload: keep condensed keys and values in host memory, and copy those of a layer to the device while the layer
+            before it computes. The dense tier, positions and sliding-window layers stay on the device.
 
-        Raises:
-            ValueError, TypeError: a value is not allowed; the message says which are.
-            FileNotFoundError: there is no calibration at the path.
+    Raises:
+        ValueError, TypeError: a value is not allowed; the message says which are.
+        FileNotFoundError: there is no calibration at the path.
 
-        Example:
+    Example:
 
-        ```python
-        >>> config = HardKVConfig(scorer="snapkv", budget=256)
-        >>> config.budget
-        TopK(n=256)
-        >>> HardKVConfig.from_json(config.to_json()) == config
-        True
-        >>> HardKVConfig(budget=32)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ValueError: budget n=32 must be larger than window + sinks = 32 + 4 = 36, which are always kept: raise ...
+    ```python
+    >>> config = HardKVConfig(scorer="snapkv", budget=256)
+    >>> config.budget
+    TopK(n=256)
+    >>> HardKVConfig.from_json(config.to_json()) == config
+    True
+    >>> HardKVConfig(budget=32)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: budget n=32 must be larger than window + sinks = 32 + 4 = 36, which are always kept: raise ...
 
-        ```
+    ```
     """
 
     scorer: "str | dict[str, Any] | Scorer" = "rkv"
