@@ -33,8 +33,8 @@ class HardKVConfig:
             token before the first forward of a single token; so give its last chunk two tokens or more.
         calibration: None; a `hardkv.Calibration` or the path of a saved one; "auto", with `HardKVCache(config=model)`:
             calibrate once for the model's weights and the scorer, and keep the file (`hardkv.calibration_auto.auto`);
-            or "online": Logits Calibration, one temperature per KV head, fitted at each sequence's first event with tokens that are not protected
-            (`hardkv.selectors.fit_temperatures`); until then the temperatures are 1.
+            or "online": Logits Calibration, one temperature per KV head, fitted at each sequence's first event with
+            tokens that are not protected (`hardkv.selectors.fit_temperatures`); until then the temperatures are 1.
         refit: with "online", number of events after which a sequence's temperatures are fitted again; 0: never.
         attention: "auto", or a backend for tokens after the prompt: "triton" (GPUs; pip install 'hardkv[triton]'),
             "flash_attn" (whichever flash_attn_varlen_func is installed, or PyTorch's) or "torch" (anywhere).

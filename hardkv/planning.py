@@ -1,4 +1,4 @@
-"""What a HardKVCache will hold, before anything runs."""
+"""Plans the bytes that a HardKVCache will hold, before anything runs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,18 +18,18 @@ from hardkv.selectors.checks import check_count
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of keys, values and what belongs to them, at the most; activations and weights are not among them.
+    """The most bytes of keys, values and what belongs to them; activations and weights are not counted.
 
     Args:
-        condensed: the tokens that events keep, and those on probation.
-        recent: the dense tiers, of the window and an interval.
-        queries: those that score.
+        condensed: tokens that events keep, and tokens on probation.
+        recent: the dense tiers, each of the window and an interval.
+        queries: the queries that score tokens.
         sliding: layers that attend within a window, which stay uncompressed (transformers keeps their whole prompt
-            until the first step; MiMo-V2-Flash's have twice the KV heads that its config tells).
+            until the first step; those of MiMo-V2-Flash have twice as many KV heads as its config says).
         dense_nbytes: what a DynamicCache holds at `max_length`.
         fixed: whether the budget's totals are fixed, so that `graphed` allocates this from the start; otherwise it is
             a bound that a cache stays below.
-        uncounted: kinds of layers, such as linear attention, whose states are not counted, beside attention or alone.
+        uncounted: kinds of layers whose states are not counted, such as linear attention, beside attention or alone.
     """
 
     condensed: int
@@ -60,13 +60,13 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     **settings: Any,
 ) -> MemoryPlan:
-    """Bytes that `HardKVCache(config=config, budget=budget, **settings)` holds for a batch, without running anything.
+    """Plan the bytes of `HardKVCache(config=config, budget=budget, **settings)` for a batch; nothing is run.
 
     Args:
         config: `model.config`, or the model.
         budget: as for `HardKVCache`.
-        batch: sequences.
-        prompt_length: columns of the prompt, which matter where it is pinned.
+        batch: number of sequences.
+        prompt_length: columns of the prompt; they matter if it is pinned.
         max_length: columns of prompt and answer.
         dtype: of keys and values.
         settings: as for `HardKVCache`.
@@ -74,7 +74,7 @@ def plan(
     Raises:
         ValueError: lengths or batch are not positive, the prompt is longer than `max_length`, the model has latent
             attention, or an argument is not one that HardKVCache takes.
-        TypeError: lengths or batch are no integers.
+        TypeError: lengths or batch are not integers.
 
     Example:
 
@@ -130,12 +130,12 @@ def max_batch_size(
     memory: int | None = None,
     **settings: Any,
 ) -> int:
-    """The most sequences whose `plan` fits into memory, 0 if none does.
+    """Return the most sequences whose `plan` fits into memory; 0 if none fits.
 
     Args:
         config, budget, prompt_length, max_length, dtype, settings: as for `plan`.
-        memory: bytes for the cache: what the device has, less weights and the activations of the prompt. None: what is
-            free on the current CUDA device now, so ask when the model is loaded, and leave room for activations.
+        memory: bytes for the cache: those of the device, less weights and the activations of the prompt. None: the free
+            bytes of the current CUDA device; so call this after loading the model, and leave room for activations.
 
     Raises:
         ValueError: as `plan`; or `memory` is None and there is no CUDA device.
