@@ -1,4 +1,4 @@
-"""calibrate(): one pass of a model over some text -> temperatures and risk curves of every KV head."""
+"""calibrate() runs a model once over some text and measures temperatures and risk curves per KV head."""
 
 import hashlib
 import inspect
@@ -24,9 +24,9 @@ from hardkv.survey import Record, Step, SurveyCache, curve_edges, squared_attent
 
 __all__ = ["Calibration", "calibrate", "default_texts"]
 
-# Tokens of each text that are used.
+# Number of tokens used per text.
 LENGTH = 2048
-# Events of all texts together that temperatures are fitted to.
+# Temperatures are fitted to at most this number of events, over all texts.
 SAMPLES = 16
 
 
@@ -46,33 +46,33 @@ def calibrate(
     measure: "Callable[[Step], Tensor] | None" = None,
     progress: bool = True,
 ) -> Calibration:
-    """Measure what budgets need to know about a model: one dense pass over a few thousand tokens.
+    """Measure temperatures and risk curves of a model, for budgets, in one dense pass over a few thousand tokens.
 
     The texts run through the model in steps of `interval` tokens, as in decoding, and nothing is evicted. At each
-    event the scorer ranks the tokens of every head, which tells for every count n at once what a head that keeps n
-    tokens would still hold (such kept sets are nested, as in the stack simulation of paging, Mattson et al. 1970). The
-    squared attention that the next `interval` queries pay to the tokens it would have lost is the loss of the risk
-    curves, averaged over queries, the group's query heads, and contexts from a quarter of each text's length on.
-    Temperatures are fitted to at most 16 of the events by `hardkv.selectors.fit_temperatures`.
+    event the scorer ranks the tokens of each head. For all counts n at once, the ranking tells which tokens a head that
+    keeps n would still hold, since kept sets are nested (as in the stack simulation of paging, Mattson et al. 1970).
+    The loss at n is the squared attention that the next `interval` queries pay to the tokens that the head would have
+    lost. The curves average it over queries, the group's query heads, and contexts from a quarter of each text's length
+    on. `hardkv.selectors.fit_temperatures` fits the temperatures to at most 16 of the events.
 
     Args:
-        model: a causal language model, on any device. Left as it is.
+        model: a causal language model, on any device. It is not changed.
         texts: texts, or token ids, int64 `[n]` or `[B, n]` without padding.
-            By default six texts that come with hardkv: prose, code and mathematics.
-        tokenizer: for texts; by default that of the model's checkpoint.
+            By default the six texts of hardkv: prose, code and mathematics.
+        tokenizer: for texts; by default the tokenizer of the model's checkpoint.
         scorer, window, sinks, interval: as in `HardKVConfig`; a calibration serves caches with the same scorer and
             window.
-        p: the attention mass that temperatures are fitted for.
-        length: tokens used of each text, by default 2,048 or as many as the model has positions.
-            Token ids are used whole.
-        solver: of `fit_temperatures`.
+        p: the attention mass for which temperatures are fitted.
+        length: number of tokens used per text, by default 2,048, or fewer if the model has fewer positions.
+            It does not apply to token ids.
+        solver: the solver of `fit_temperatures`.
         measure: another measure of loss: a function of a `Step`; `squared_attention` by default.
         progress: show a bar.
 
     Raises:
         TypeError: a text is neither a string nor a tensor.
-        ValueError: a text too short for two events, or longer than the model allows; no layer with full attention; no
-            tokenizer where one is needed; a setting out of range; a model under tensor parallelism.
+        ValueError: a text is too short for two events, or longer than the model allows; no layer has full attention;
+            there are texts and no tokenizer; a setting is out of range; the model is under tensor parallelism.
 
     Example:
 
@@ -175,7 +175,7 @@ def calibrate(
 
 
 def default_texts() -> dict[str, str]:
-    """The texts that come with hardkv, by name."""
+    """Return the texts that come with hardkv, by name."""
     folder = resources.files("hardkv") / "data" / "calibration"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
     return {
@@ -184,7 +184,7 @@ def default_texts() -> dict[str, str]:
 
 
 def _token_batches(model: Any, texts: Any, tokenizer: Any, length: int) -> list[Tensor]:
-    """Token ids `[B, n]` of each text."""
+    """Return the token ids of each text, `[B, n]`."""
     if isinstance(texts, str | bytes | Tensor | Mapping):
         raise TypeError(f"texts must be a list, not a {type(texts).__name__}: wrap a single text, [text]")
     texts = list(default_texts().values()) if texts is None else list(texts)
@@ -208,10 +208,10 @@ def _token_batches(model: Any, texts: Any, tokenizer: Any, length: int) -> list[
 
 
 def load_tokenizer(model: Any) -> Any:
-    """The tokenizer of a model's checkpoint.
+    """Load the tokenizer of a model's checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the checkpoint has none, or the model has no checkpoint.
     """
     name = Traits.of(model.config).name
     try:
