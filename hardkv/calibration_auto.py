@@ -15,12 +15,12 @@ from hardkv.config import HardKVConfig
 from hardkv.fingerprint import fingerprint
 from hardkv.selectors.scorers.scorer import get_scorer
 
-# What could not be kept in a file, by the file's name.
+# Calibrations that could not be written to a file, by the file's name.
 _unsaved: dict[str, Calibration] = {}
 
 
 def cache_folder() -> Path:
-    """Where `calibration="auto"` keeps files: $HARDKV_CACHE, or hardkv in the user's cache folder.
+    """Return the folder of `calibration="auto"`: $HARDKV_CACHE, or hardkv in the user's cache folder.
 
     Raises:
         FileNotFoundError: the user has no home folder.
@@ -38,9 +38,9 @@ def cache_folder() -> Path:
 def auto(model: Any, settings: HardKVConfig, warn: Callable[[str], Any] = warnings.warn) -> Calibration:
     """The calibration of a model for these settings: from the user's cache folder, or made now and kept there.
 
-    A file belongs to weights, adapters included, whatever the model's name (`hardkv.fingerprint`), and to a scorer with
-    its window, sinks and interval; it holds the default texts' result. Delete it to calibrate again. One that cannot be
-    read is made again. Where none can be written, the calibration is kept in memory for this process.
+    A file belongs to weights, adapters included, under any name of the model (`hardkv.fingerprint`), and to a scorer
+    with its window, sinks and interval. It holds the result of the default texts. Delete it to calibrate again. A file
+    that cannot be read is replaced. If no file can be written, this process keeps the calibration in memory.
 
     Args:
         model: the transformers model, loaded. settings: scorer, window, sinks and interval. warn: is told what is
