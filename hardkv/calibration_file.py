@@ -1,4 +1,4 @@
-"""What a calibration found: temperatures and risk curves of every KV head, saved with where they come from."""
+"""Calibration: temperatures and risk curves per KV head, with their provenance, in memory and in a file."""
 
 import json
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ FORMAT = "1"
 
 
 def describe_scorer(scorer: Scorer) -> dict[str, Any]:
-    """A scorer as plain values: its JSON form, or the path of its class when it has none."""
+    """Return a scorer as plain values: its JSON form, or else the path of its class."""
     try:
         return scorer_to_dict(scorer)
     except ValueError:
@@ -32,16 +32,16 @@ def describe_scorer(scorer: Scorer) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class Calibration:
-    """What `calibrate` measured about a model and a scorer; L compressed layers, H KV heads.
+    """What `calibrate` measured for a model and a scorer, with L compressed layers and H KV heads.
 
     Args:
-        temperatures: float32 `[L, H]`, what `TopP` and `Adaptive` divide scores by (Logits Calibration).
-        residuals: float32 `[L, H]`, how far kept mass and reference mass are apart at these temperatures, root mean
-            square over the samples.
-        counts, risk: the risk curves that `Risk` spends its budget by: `risk [L, H, K]` is the loss of a head that
+        temperatures: float32 `[L, H]`, by which `TopP` and `Adaptive` divide scores (Logits Calibration).
+        residuals: float32 `[L, H]`, the difference between kept mass and reference mass at these temperatures, root
+            mean square over the samples.
+        counts, risk: the risk curves by which `Risk` divides its budget: `risk [L, H, K]` is the loss of a head that
             keeps `counts [K]` (int64) tokens; see `hardkv.selectors.RiskCurves`. None: temperatures only.
-        kept: int64 `[3, L, H]`, median tokens that Top-p keeps: by raw attention, by the scores as they are, by the
-            calibrated scores.
+        kept: int64 `[3, L, H]`, the median number of tokens that Top-p keeps: by raw attention, by scores before, and
+            by scores after calibration.
         provenance: model ("name", "geometry", "weights": a fingerprint of them, None where they could not be read),
             "layers", "scorer", "window", "sinks", "interval", "p", "texts_hash", "tokens", "length", "versions".
         path: the file it was loaded from or saved to.
@@ -57,7 +57,7 @@ class Calibration:
 
     @property
     def curves(self) -> RiskCurves:
-        """The risk curves as budgets take them.
+        """The risk curves in the form that budgets take.
 
         Raises:
             ValueError: the calibration has none.
@@ -69,10 +69,10 @@ class Calibration:
         return self._curves
 
     def save(self, path: "str | PathLike[str]") -> Path:
-        """Write a safetensors file (no pickle), its folder made if needed, whole or not at all; the path.
+        """Write a safetensors file (no pickle), whole or not at all; make its folder if needed; return the path.
 
         Raises:
-            OSError: it cannot be written, or something other than a file stands there.
+            OSError: the file cannot be written, or the path is something other than a file.
         """
         metadata = {"format": FORMAT, "provenance": json.dumps(self.provenance)}
         # copies, since tensors that share memory are refused
@@ -84,11 +84,11 @@ class Calibration:
 
     @classmethod
     def load(cls, path: "str | PathLike[str]") -> "Calibration":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds something else.
+            ValueError: the file holds something else.
         """
         path = Path(path)
         if not path.is_file():
@@ -113,13 +113,13 @@ class Calibration:
         return cls(**known, provenance=provenance, path=path)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """Which one it is, in a line: its file, what model and weights it was made for."""
+        """Return one line with its file, and the model and weights that it was made for."""
         where = "in memory" if self.path is None else str(self.path)
         name, weights = self.provenance.get("name"), self.provenance.get("weights")
         return ", ".join([where, *([f"of {name!r}"] if name else []), *([f"weights {weights}"] if weights else [])])
 
     def summary(self, budget: int = 512) -> str:
-        """A table for the terminal: where it comes from, and what it found for every layer.
+        """Return a table for the terminal: the provenance, and the results per layer.
 
         Args:
             budget: n of the `Risk(n)` whose counts at the calibrated length are shown.
@@ -129,7 +129,7 @@ class Calibration:
         return summarize(self, budget)
 
     def plot(self, path: "str | PathLike[str] | None" = None, budget: int = 512) -> "Figure":
-        """The picture of `hardkv.viz.plot_calibration`, which needs matplotlib.
+        """Draw the picture of `hardkv.viz.plot_calibration`, which needs matplotlib.
 
         Args:
             path: where to save it; the suffix chooses the format.
@@ -147,16 +147,16 @@ class Calibration:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def check_settings(self, scorer: Scorer, window: int) -> None:
-        """Raise ValueError unless it was made for this scorer and window."""
+        """Raise ValueError unless the calibration was made for this scorer and window."""
         ours = self.provenance
         theirs = {"scorer": describe_scorer(scorer), "window": window}
         self._compare("cache", ours, theirs)
 
     def check_model(self, config: Any, layers: list[int]) -> str | None:
-        """Raise ValueError unless it was made for a model like this one; a warning when only its name differs.
+        """Raise ValueError unless it was made for such a model; return a warning if only the model's name differs.
 
         Args:
-            config: the model's.
+            config: the model's config.
             layers: indices of the layers that the cache compresses.
         """
         ours = {**self.provenance.get("geometry", {}), "layers": self.provenance.get("layers")}
