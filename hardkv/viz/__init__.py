@@ -1,7 +1,7 @@
-"""Pictures of what a cache holds. They need `pip install 'hardkv[viz]'`, which is imported when one is drawn.
+"""Pictures of what a cache holds. Drawing one imports the packages of `pip install 'hardkv[viz]'`.
 
-Those of matplotlib return a closed figure, which a notebook shows as a cell's last value; `show_tokens` and `explore`
-return HTML.
+The `plot_` functions return a closed figure of matplotlib, which a notebook shows as the last value of a cell;
+`show_tokens` and `explore` return HTML.
 """
 
 from hardkv.viz.calibration import plot_calibration

@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Layers named on a heat map's axis at most.
+# The most layers named on the axis of a heat map.
 MAX_TICKS = 40
-# Beyond this many heads a cell is too low for its number.
+# With more heads, a cell is too low for its number.
 MAX_ANNOTATED_HEADS = 16
-# Narrowest range of the temperatures' colours, [1 / r, r]: what lies within is as good as 1.
+# The colours of temperatures span at least [1 / r, r]: temperatures within it are as good as 1.
 NARROWEST = 1.25
 
 
 def plot_calibration(
     calibration: Calibration, path: "str | PathLike[str] | None" = None, budget: int = 512
 ) -> "Figure":
-    """Draw temperatures, counts of top-p before and after calibration, risk curves, and what `Risk(n)` makes of them.
+    """Draw temperatures, counts of top-p before and after calibration, risk curves, and the counts of `Risk(n)`.
 
     Args:
-        calibration: a panel says what it lacks.
+        calibration: if it lacks something, the panel says so.
         path: where to save the picture; the suffix chooses the format.
         budget: n of the `Risk(n)` whose counts are drawn.
 
     Returns:
-        The figure, closed: a notebook shows it once, as a cell's last value.
+        The figure, closed: a notebook shows it once, as the last value of a cell.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -53,7 +53,7 @@ def plot_calibration(
 
 
 def _draw(calibration: Calibration, budget: int) -> "Figure":
-    """The figure of `plot_calibration`."""
+    """Draw the figure of `plot_calibration`."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import LogLocator, NullLocator
@@ -70,7 +70,7 @@ def _draw(calibration: Calibration, budget: int) -> "Figure":
     figure.suptitle(_title(calibration), fontsize=9)
     layers = layers_of(calibration)
 
-    # A few heads may lie far out: the colours serve the others, and the numbers in the cells these.
+    # A few heads may lie far out: the colours show the others, and numbers in the cells show these.
     spread = float(calibration.temperatures.double().log().abs().quantile(0.9).exp())
     limit = max(spread, NARROWEST)
     bar = _heat_map(axes["temperatures"], calibration.temperatures, layers, LogNorm(1 / limit, limit), "RdBu_r")
@@ -102,7 +102,7 @@ def _draw(calibration: Calibration, budget: int) -> "Figure":
 
 
 def _heat_map(axis: "Axes", values: Tensor, layers: list[int], norm: Any, colours: str) -> Any:
-    """`values [L, H]`, layers from left to right, heads from top to bottom; the colour bar."""
+    """Draw `values [L, H]`, layers from left to right, heads from top to bottom, and return the colour bar."""
     figure: Any = axis.figure
     panel = values.T.cpu().numpy()  # [H, L]
     image = axis.imshow(panel, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
@@ -126,7 +126,7 @@ def _heat_map(axis: "Axes", values: Tensor, layers: list[int], norm: Any, colour
 
 
 def _draw_kept(axis: "Axes", kept: Tensor) -> None:
-    """Counts by scores against counts by raw attention, both logarithmic from 1 on: 0 is a count too."""
+    """Draw counts by scores against counts by raw attention, on axes that are logarithmic from 1 on and include 0."""
     raw, before, after = (counts.flatten().cpu().numpy() for counts in kept)
     largest = max(int(kept.max()), 1) * 1.4
     axis.plot([0, largest], [0, largest], color="0.6", linewidth=1, zorder=1)
@@ -146,7 +146,7 @@ def _draw_kept(axis: "Axes", kept: Tensor) -> None:
 
 
 def _draw_risk(axis: "Axes", calibration: Calibration, allocation: Tensor) -> None:
-    """One thin line a head, coloured by layer; the heads that get most and least of the budget stand out."""
+    """Draw one thin line per head, coloured by layer, and thick ones for the heads with the most and fewest tokens."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -157,7 +157,7 @@ def _draw_risk(axis: "Axes", calibration: Calibration, allocation: Tensor) -> No
     layers = layers_of(calibration)
     counts = calibration.counts.cpu().numpy()
     risk = calibration.risk.cpu().double()
-    drawn = risk.masked_fill(risk <= 0, torch.nan).numpy()  # 0, at the end of every curve, has no logarithm
+    drawn = risk.masked_fill(risk <= 0, torch.nan).numpy()  # every curve ends at 0, which has no logarithm
     scale = Normalize(min(layers), max(layers))
     colours = colormaps["viridis"]
     for (rank, layer), head in product(enumerate(layers), range(risk.shape[1])):
@@ -185,7 +185,7 @@ def _draw_risk(axis: "Axes", calibration: Calibration, allocation: Tensor) -> No
 
 
 def _say(axis: "Axes", text: str) -> None:
-    """A panel without data."""
+    """Write a text into a panel without data."""
     axis.set_xticks([])
     axis.set_yticks([])
     axis.text(0.5, 0.5, text, ha="center", va="center", color="0.4", transform=axis.transAxes)
@@ -201,7 +201,7 @@ def _title(calibration: Calibration) -> str:
 
 
 def _cell(value: "float | int") -> str:
-    """A number as short as two digits can be: no zero before its point, and what is tiny as that."""
+    """Write a number with two digits, no zero before its point, and tiny numbers as <.01."""
     if isinstance(value, int) or value >= 9.95:
         return f"{value:.0f}"
     return f"{value:#.2g}".rstrip(".") if value >= 0.995 else f"{value:.2f}".lstrip("0") if value >= 0.01 else "<.01"

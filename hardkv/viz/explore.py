@@ -1,4 +1,4 @@
-"""Every held token as a point in layers x heads x positions, to turn and to zoom into."""
+"""Draws each held token as a point in layers x heads x positions; the user can turn and zoom the view."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from hardkv.viz.html import Html
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-MAX_TICKS = 8  # of the axes of heads and layers
+MAX_TICKS = 8  # on the axes of heads and layers
 
 
 def explore(
@@ -24,24 +24,24 @@ def explore(
     max_points: int = 60_000,
     include_plotlyjs: "bool | str" = True,
 ) -> Html:
-    """An interactive view of what every KV head holds: a point a token, coloured by its tier.
+    """Make an interactive view of what each KV head holds: one point per token, coloured by its tier.
 
     Args:
-        source: a cache, or a trace of `cache.record()`.
-        sequence: of the batch.
-        snapshots: which of the trace, the newest by default; several come with a slider.
-        max_points: of one snapshot; if there are more, every k-th token of each head and tier is drawn, and the title
-            says so.
+        source: a cache, or a trace from `cache.record()`.
+        sequence: index of the sequence in the batch.
+        snapshots: indices of snapshots of the trace, by default the newest; several get a slider.
+        max_points: the most points per snapshot; if there are more tokens, every k-th is drawn, and the title says
+            so.
         include_plotlyjs: True for a page that works alone (about 5 MB), "cdn" for a small one that needs the internet,
-            False where a page has plotly.js already; as `plotly.io.to_html` has it.
+            False for a page that already has plotly.js; as in `plotly.io.to_html`.
 
     Returns:
-        `Html`: shown by notebooks, `save(path)` writes a page.
+        `Html`: notebooks show it, and `save(path)` writes a page.
 
     Raises:
         MissingPackageError: plotly is not installed.
-        TypeError, ValueError: nothing recorded, no snapshot asked for, or no points.
-        IndexError: no such sequence or snapshot.
+        TypeError, ValueError: nothing was recorded, or the call asks for no snapshot or no points.
+        IndexError: there is no such sequence or snapshot.
     """
     require("viz", "plotly")
     figure = draw(trace_of(source), sequence, snapshots, max_points)
@@ -50,7 +50,7 @@ def explore(
 
 
 def draw(trace: Trace, sequence: int, snapshots: "int | Sequence[int]", max_points: int) -> "Figure":
-    """The figure of `explore`: for each snapshot one set of points a tier."""
+    """Draw the figure of `explore`: one set of points per snapshot and tier."""
     import plotly.graph_objects as go
 
     places = list(snapshots) if isinstance(snapshots, Iterable) else [snapshots]
@@ -113,7 +113,7 @@ def draw(trace: Trace, sequence: int, snapshots: "int | Sequence[int]", max_poin
 
 
 def _points(trace: Trace, sequence: int, place: int, tier: str) -> torch.Tensor:
-    """Position, head and layer of every token of a tier, int32 `[points, 3]`: as few bytes as will do."""
+    """Return position, head and layer of each token of a tier, `[points, 3]`; int32, to save bytes."""
     rows = []
     for layer_idx in trace.layers:
         for head, positions in enumerate(trace.kept(layer_idx, place, tier)[sequence]):

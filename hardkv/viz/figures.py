@@ -1,4 +1,4 @@
-"""What the pictures share: where their data comes from, colours, how a figure ends."""
+"""Parts that the pictures share: data, colours, saving."""
 
 from os import PathLike
 from pathlib import Path
@@ -13,33 +13,34 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Width that a notebook shows unscaled, in inches.
+# Width in inches that a notebook shows unscaled.
 WIDTH = 7.0
-# Okabe and Ito's palette, told apart with any colour vision.
+# Okabe and Ito's palette, which people with any colour vision can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-# Beside colours, where lines are more than these: told apart without them.
+# For figures with more lines than colours: markers tell the lines apart.
 MARKERS = "o^vDPX*<>p"
 TIER_COLOURS = {"condensed": BLUE, "sparse": ORANGE, "dense": GREEN}
 DROPPED, UNSEEN = "#E4E4E4", "#FFFFFF"
-STATES = {  # what `Trace.tiers` says, and 4 for what is still to come
+STATES = {  # the values of `Trace.tiers`, and 4 for tokens that are still to come
     0: ("given back", DROPPED),
     1: ("condensed: selected", BLUE),
     2: ("sparse: held, not read", ORANGE),
     3: ("dense: newest", GREEN),
     4: ("not yet seen", UNSEEN),
 }
-# Points that all cells of a heat map's row share, and the sizes of numbers in them.
+# Points for all cells of a heat map's row, and the smallest and largest font size of the numbers in cells.
 ROW_POINTS, MIN_SIZE, MAX_SIZE = 395, 4.2, 7.0
-# Up to so many rows a row is a pixel at least; beyond, an image is made so many pixels wide.
+# An image with more rows than this, which are less than a pixel high, is made this many pixels wide.
 SHARP_ROWS, WIDE = 200, 600
 
 
 def trace_of(source: "Trace | HardKVCache", what: str = "source") -> Trace:
-    """A recorded trace as it is; of a cache the present.
+    """Return a recorded trace as it is, or a trace of a cache's present state.
 
     Raises:
-        TypeError: neither. ValueError: it holds nothing.
+        TypeError: `source` is neither.
+        ValueError: it holds nothing.
     """
     if isinstance(source, HardKVCache):
         source = Trace.of(source)
@@ -51,7 +52,7 @@ def trace_of(source: "Trace | HardKVCache", what: str = "source") -> Trace:
 
 
 def finish(figure: "Figure", path: "str | PathLike[str] | None") -> "Figure":
-    """Save a figure if it shall be, and close it: a notebook then shows it once, as a cell's last value."""
+    """Save a figure if there is a path, and close it: a notebook then shows it once, as the last value of a cell."""
     import matplotlib.pyplot as plt
 
     if path is not None:
@@ -61,11 +62,11 @@ def finish(figure: "Figure", path: "str | PathLike[str] | None") -> "Figure":
 
 
 def save_figure(figure: "Figure", path: "str | PathLike[str]", dpi: int = 150) -> None:
-    """Write a figure; the suffix chooses the format, and matplotlib's default is added to a name without one.
+    """Write a figure; the suffix chooses the format. A name without suffix gets that of matplotlib's default.
 
     Raises:
-        OSError: it cannot be written, or something other than a file stands there.
-        ValueError: a format that matplotlib does not know.
+        OSError: the file cannot be written, or the path is something other than a file.
+        ValueError: matplotlib does not know the format.
     """
     path = Path(path)
     form = path.suffix[1:] or figure.canvas.get_default_filetype()
@@ -74,18 +75,18 @@ def save_figure(figure: "Figure", path: "str | PathLike[str]", dpi: int = 150) -
 
 
 def number_size(cells: int, characters: int) -> float | None:
-    """Font size of numbers of so many characters in a row of so many cells, in points; None: they do not fit."""
+    """Return the font size, in points, at which such numbers fit into a row of cells; None: they do not fit."""
     size = min(ROW_POINTS / cells / (0.62 * characters + 0.6), MAX_SIZE)
     return size if size >= MIN_SIZE else None
 
 
 def draw_states(axis: "Axes", states: torch.Tensor) -> None:
-    """An image of what `STATES` numbers, uint8 `[rows, snapshots]`; pixels that stand for several rows mix colours."""
+    """Draw states, numbered as in `STATES`, uint8 `[rows, snapshots]`; a pixel of several rows mixes their colours."""
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     rows, snapshots = states.shape
     mixed = rows > SHARP_ROWS
-    # mixing would blur the steps from snapshot to snapshot too, if they were not many pixels wide
+    # many pixels per snapshot, so that mixing does not blur the steps between snapshots
     wide = states.repeat_interleave(-(-WIDE // snapshots) if mixed else 1, 1)
     axis.imshow(
         wide.numpy(),
@@ -100,7 +101,7 @@ def draw_states(axis: "Axes", states: torch.Tensor) -> None:
 
 
 def label_snapshots(axis: "Axes", trace: Trace, most: int = 8, name: bool = True) -> None:
-    """Number cells along the x axis, one a snapshot, by the columns seen, and name the axis."""
+    """Label the x axis, which has one cell per snapshot, with the number of columns seen, and name the axis."""
     every = -(-len(trace) // most)
     places = range(len(trace) - 1, -1, -every)
     axis.set_xticks(list(places), labels=[f"{int(trace.seen[place]):,}" for place in places], fontsize=8)
@@ -109,7 +110,7 @@ def label_snapshots(axis: "Axes", trace: Trace, most: int = 8, name: bool = True
 
 
 def states_legend(figure: "Figure", codes: "set[int]") -> None:
-    """Beside a figure: the colours of these states."""
+    """Add a legend with the colours of these states below the figure."""
     from matplotlib.patches import Patch
 
     patches = [Patch(facecolor=colour, edgecolor="0.6", linewidth=0.5, label=label)

@@ -1,4 +1,4 @@
-"""A piece of HTML that notebooks show and files keep."""
+"""Html: a piece of HTML for notebooks and files."""
 
 from dataclasses import dataclass
 from html import escape
@@ -10,11 +10,11 @@ from hardkv.files import write_text
 
 @dataclass(frozen=True, repr=False)
 class Html:
-    """HTML that a notebook shows as a cell's last value.
+    """HTML that a notebook shows as the last value of a cell.
 
     Args:
-        body: what stands in a page's body; nothing in it is escaped any more.
-        title: of a page that `save` writes.
+        body: content of the page's body; it is not escaped again.
+        title: title of the page that `save` writes.
     """
 
     body: str
@@ -27,10 +27,10 @@ class Html:
         return f"Html({self.title!r}, {len(self.body):,} characters: show it in a notebook, or save(path) it)"
 
     def save(self, path: "str | PathLike[str]") -> Path:
-        """Write a page that stands alone; returns its path.
+        """Write a complete page and return its path.
 
         Raises:
-            OSError: it cannot be written, or something other than a file stands there.
+            OSError: the file cannot be written, or the path is something other than a file.
         """
         page = f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(self.title)}</title>\n'
         write_text(path, f"{page}<body>\n{self.body}\n</body>\n</html>\n")

@@ -1,4 +1,4 @@
-"""How many tokens each KV head keeps, as a heat map."""
+"""Draws how many tokens each KV head keeps, as a heat map."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -15,7 +15,7 @@ from hardkv.viz.figures import WIDTH, finish, number_size
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# A sequence's heat map in inches at most, the heads named on its axis at most, and how many may have numbers in it.
+# Largest height in inches of a sequence's heat map, most heads named on its axis, most heads with numbers.
 HIGHEST, MAX_TICKS, MAX_NUMBERED = 4.0, 16, 32
 
 
@@ -30,14 +30,14 @@ def plot_lengths(
         lengths: a cache, its `stats()`, the newest snapshot of a trace, or tokens `[layers, batch, kv_heads]`, a tensor
             or the nested lists of a JSON file.
         path: where to save the picture; the suffix chooses the format.
-        title: stands above it.
+        title: title above the picture.
 
     Returns:
-        The figure, closed: a notebook shows it once, as a cell's last value.
+        The figure, closed: a notebook shows it once, as the last value of a cell.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        ValueError: not three dimensions, or nothing in them.
+        ValueError: `lengths` has not three dimensions, or is empty.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
@@ -55,7 +55,7 @@ def plot_lengths(
         batch, 1, figsize=(WIDTH, 1.3 + batch * (0.4 + high)), squeeze=False, sharex=True, layout="constrained"
     )
     axes = grid[:, 0]
-    # From 0 on, so that equal colours mean equal counts in any two pictures with the same largest count.
+    # Colours begin at 0, so that two pictures with the same largest count have the same colours.
     largest = max(int(counts.max()), 1)
     size = number_size(layers, len(str(largest))) if heads <= MAX_NUMBERED else None
     for sequence, axis in enumerate(axes):

@@ -1,4 +1,4 @@
-"""How fast attention mass gathers in one head's best tokens, and where Top-p cuts, before and after calibration."""
+"""Draws the cumulative attention mass of one head's best tokens, and the cut of Top-p with and without calibration."""
 
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -26,28 +26,28 @@ def plot_mass(
     temperature: float | None = None,
     path: "str | PathLike[str] | None" = None,
 ) -> "Figure":
-    """Draw the cumulative mass of a head's best tokens by raw attention and by scores, and how many Top-p keeps.
+    """Draw the cumulative mass of a head's best tokens, by raw attention and by scores, and how many Top-p keeps.
 
-    Protected tokens (sinks and window) are kept anyway: the rest must reach p_c = (p - a) / (1 - a), where a is the
-    attention on the protected ones, as `TopP` has it. Each curve is of tokens in its own order. Tokens that the cache
-    has dropped are not in it; an event of `TopP` would decide by the same numbers now.
+    Protected tokens (sinks and window) are always kept, so the others must reach p_c = (p - a) / (1 - a), where a is
+    the attention on protected tokens, as in `TopP`. Each curve sorts the tokens in its own order. Tokens that the cache
+    has dropped are left out; an event of `TopP` now would use the same numbers.
 
     Args:
-        cache: with its scorer.
-        layer_idx: in the model.
-        head, sequence: which KV head, of which sequence.
-        p: of Top-p.
-        temperature: what calibrated scores are divided by; by default the cache's calibration, and without one the
-            temperature that fits these scores to this attention.
-        path: where to save the picture, by its suffix.
+        cache: the cache, which has been run; its scorer gives the scores.
+        layer_idx: index of the layer in the model.
+        head, sequence: indices of the KV head and of the sequence.
+        p: the mass that Top-p keeps.
+        temperature: the divisor of calibrated scores; by default that of the cache's calibration, or else the one that
+            fits these scores to this attention.
+        path: where to save the picture; the suffix chooses the format.
 
     Returns:
-        The figure, closed: a notebook shows it once, as a cell's last value.
+        The figure, closed: a notebook shows it once, as the last value of a cell.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        ValueError: a layer that is not compressed, or only protected tokens.
-        IndexError: no such head or sequence.
+        ValueError: the layer is not compressed, or the head holds only protected tokens.
+        IndexError: there is no such head or sequence.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
@@ -113,7 +113,7 @@ def plot_mass(
 
 
 def cut(mass: Tensor, target: float) -> int:
-    """How many of the best tokens reach a target: `mass [n]` is cumulative."""
+    """Return how many of the best tokens reach the target; `mass [n]` is cumulative."""
     if target <= 0:
         return 0
     return min(int((mass < target - 1e-12).sum()) + 1, mass.shape[0])
@@ -124,7 +124,7 @@ def _cumulative(mass: Tensor) -> Tensor:
 
 
 def _fitted(scores: Tensor, attention: Tensor, protected: Tensor, p: float) -> float:
-    """The temperature of one row: scores of its candidates, attention of all its tokens."""
+    """Fit the temperature of one row from the scores of its candidates and the attention of all its tokens."""
     z = torch.full_like(attention, -torch.inf)
     z[~protected] = scores
     fit = fit_temperatures(z[None, None], attention[None, None], p, mask=~protected[None, None], solver="bisect")

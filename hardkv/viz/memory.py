@@ -1,4 +1,4 @@
-"""Bytes held over time, against a dense cache."""
+"""Draws the bytes that caches hold over time, beside those of a dense cache."""
 
 from collections.abc import Mapping
 from os import PathLike
@@ -19,16 +19,16 @@ def plot_bytes(traces: "Trace | Mapping[str, Trace]", path: "str | PathLike[str]
     """Draw the bytes that caches held after every event, and what DynamicCache would hold for the same layers.
 
     Args:
-        traces: of `cache.record()`: one, or several by the name that the legend gives them, at most eight.
-        path: where to save the picture, by its suffix.
+        traces: one trace from `cache.record()`, or up to eight by their names in the legend.
+        path: where to save the picture; the suffix chooses the format.
 
     Returns:
-        The figure, closed: a notebook shows it once, as a cell's last value.
+        The figure, closed: a notebook shows it once, as the last value of a cell.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        TypeError: not traces.
-        ValueError: nothing recorded.
+        TypeError: `traces` are not traces.
+        ValueError: nothing was recorded, or there are more than eight.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
@@ -40,7 +40,7 @@ def plot_bytes(traces: "Trace | Mapping[str, Trace]", path: "str | PathLike[str]
     longest = max(named.values(), key=lambda trace: int(trace.dense_nbytes.max()))
     unit = _unit(int(longest.dense_nbytes.max()))
     figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
-    # a dense cache grows with every token: from nothing on, if only events were recorded
+    # a dense cache grows with every token, from 0 on, which is before the first snapshot
     seen, dense = (
         torch.cat([torch.zeros(1, device="cpu"), longest.seen]),
         torch.cat([torch.zeros(1, device="cpu"), longest.dense_nbytes / unit]),
@@ -48,7 +48,7 @@ def plot_bytes(traces: "Trace | Mapping[str, Trace]", path: "str | PathLike[str]
     axis.plot(seen.numpy(), dense.numpy(), color="0.45", linestyle="--", label="DynamicCache")
     for (name, trace), colour in zip(named.items(), COLOURS, strict=False):
         held = trace.nbytes / unit
-        # between two events nothing is allocated
+        # no bytes are allocated between two events
         axis.step(trace.seen.numpy(), held.numpy(), where="post", color=colour, marker=".", label=name)
         ratio = float(trace.nbytes[-1] / trace.dense_nbytes[-1])
         axis.annotate(
@@ -73,5 +73,5 @@ def plot_bytes(traces: "Trace | Mapping[str, Trace]", path: "str | PathLike[str]
 
 
 def _unit(nbytes: int) -> int:
-    """The largest power of 1024 that goes into it, of those with a name."""
+    """Return the largest power of 1024, of those with a name, up to `nbytes`."""
     return max(1024**power for power in range(5) if 1024**power <= max(nbytes, 1))

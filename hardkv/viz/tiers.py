@@ -1,4 +1,4 @@
-"""Which tier holds a token, over time: all positions of some heads, one token in all heads, and how many in all."""
+"""Draws over time which tier holds each position of a head, or one token in all heads, and the sizes of tiers."""
 
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
@@ -36,23 +36,23 @@ def plot_kept(
 ) -> "Figure":
     """Draw which positions heads of one layer hold after every event, in the colours of their tiers.
 
-    A panel a head: events from left to right, positions from bottom to top. Where a pixel stands for several positions
-    their colours mix. Pads, which are never held, look like tokens that were given back.
+    Each head has a panel: events from left to right, positions from bottom to top. A pixel of several positions mixes
+    their colours. Pads, which are never held, look like tokens that were given back.
 
     Args:
-        trace: from `cache.record()`; a cache shows only its present.
-        layer_idx: in the model.
-        heads: KV heads, all by default.
-        sequence: of the batch.
-        path: where to save the picture, by its suffix.
+        trace: from `cache.record()`; of a cache, only the present state is drawn.
+        layer_idx: index of the layer in the model.
+        heads: indices of KV heads, all by default.
+        sequence: index of the sequence in the batch.
+        path: where to save the picture; the suffix chooses the format.
 
     Returns:
-        The figure, closed: a notebook shows it once, as a cell's last value.
+        The figure, closed: a notebook shows it once, as the last value of a cell.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        TypeError, ValueError: nothing recorded, or a layer that is not compressed.
-        IndexError: no such head or sequence.
+        TypeError, ValueError: nothing was recorded, or the layer is not compressed.
+        IndexError: there is no such head or sequence.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
@@ -79,7 +79,7 @@ def plot_kept(
         label_snapshots(axis, trace, most=9 // columns + 1, name=False)
         axis.set_title(f"KV head {head}", fontsize=9)
     figure.supylabel("position of the token", fontsize=9)
-    for axis in grid.flat[len(heads) - columns : len(heads)]:  # the lowest of every column
+    for axis in grid.flat[len(heads) - columns : len(heads)]:  # the lowest panel of each column
         axis.tick_params(labelbottom=True)
         axis.set_xlabel("tokens seen", fontsize=9)
     figure.suptitle(f"Layer {layer_idx}: tokens held after every event and at the end", fontsize=10)
@@ -94,24 +94,24 @@ def plot_token(
     path: "str | PathLike[str] | None" = None,
     text: str = "",
 ) -> "Figure":
-    """Draw the life of one token: which tier of every head holds it, after every event.
+    """Draw the life of one token: which tier of each head holds it, after every event.
 
-    A row a KV head, all heads of a layer together, the first layer at the bottom.
+    Each KV head has a row. The heads of a layer are neighbours, and the first layer is at the bottom.
 
     Args:
-        trace: from `cache.record()`; a cache shows only its present.
-        position: column of the token, pads counted.
-        sequence: of the batch.
-        path: where to save the picture, by its suffix.
-        text: what the token says.
+        trace: from `cache.record()`; of a cache, only the present state is drawn.
+        position: column of the token in its sequence, pads counted.
+        sequence: index of the sequence in the batch.
+        path: where to save the picture; the suffix chooses the format.
+        text: the text of the token, for the title.
 
     Returns:
-        The figure, closed: a notebook shows it once, as a cell's last value.
+        The figure, closed: a notebook shows it once, as the last value of a cell.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        TypeError, ValueError: nothing recorded.
-        IndexError: no such position or sequence.
+        TypeError, ValueError: nothing was recorded.
+        IndexError: there is no such position or sequence.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
@@ -138,20 +138,20 @@ def plot_token(
 
 
 def plot_tiers(trace: "Trace | HardKVCache", sequence: int = 0, path: "str | PathLike[str] | None" = None) -> "Figure":
-    """Draw how many tokens a KV head holds in each tier after every event, the mean over all heads of all layers.
+    """Draw how many tokens each tier holds after every event, the mean per KV head over all layers.
 
     Args:
-        trace: from `cache.record()`; a cache shows only its present.
-        sequence: of the batch.
-        path: where to save the picture, by its suffix.
+        trace: from `cache.record()`; of a cache, only the present state is drawn.
+        sequence: index of the sequence in the batch.
+        path: where to save the picture; the suffix chooses the format.
 
     Returns:
-        The figure, closed: a notebook shows it once, as a cell's last value.
+        The figure, closed: a notebook shows it once, as the last value of a cell.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        TypeError, ValueError: nothing recorded.
-        IndexError: no such sequence.
+        TypeError, ValueError: nothing was recorded.
+        IndexError: there is no such sequence.
     """
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
@@ -165,7 +165,7 @@ def plot_tiers(trace: "Trace | HardKVCache", sequence: int = 0, path: "str | Pat
             axis.bar(range(len(trace)), mean.numpy(), 0.8, below.numpy(), color=colour, label=STATES[code][0])
         below += mean
     axis.plot(range(len(trace)), trace.seen.numpy(), color="0.5", linestyle="--", marker=".", label="tokens seen")
-    axis.set_ylim(0, 1.6 * float(below.max()))  # what was seen soon leaves the picture
+    axis.set_ylim(0, 1.6 * float(below.max()))  # the line of tokens seen soon leaves the picture
     label_snapshots(axis, trace, most=10)
     axis.set_ylabel("tokens a head, on average", fontsize=9)
     axis.set_title("Tokens held, by tier", fontsize=10)

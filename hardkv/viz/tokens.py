@@ -1,4 +1,4 @@
-"""A text whose tokens are shaded by how many heads still hold them."""
+"""Shows a text whose tokens are shaded by the share of heads that still read them."""
 
 from collections.abc import Sequence
 from html import escape
@@ -11,9 +11,9 @@ from hardkv.cache import HardKVCache, Trace
 from hardkv.viz.figures import trace_of
 from hardkv.viz.html import Html
 
-# From no head to all heads: one hue, so that only lightness matters.
+# Colours of a token that no head reads and of one that all heads read: one hue, so that only lightness differs.
 LIGHT, DARK = (255, 255, 255), (8, 69, 148)
-STEPS = 5  # shades that the legend shows
+STEPS = 5  # the legend shows this many shades beside white
 DROPPED_TEXT = "#a8a8a8"
 STYLE = (
     "background:#fff;color:#000;padding:8px;max-width:62em;line-height:1.55;"
@@ -28,24 +28,25 @@ def show_tokens(
     sequence: int = 0,
     snapshot: int = -1,
 ) -> Html:
-    """A text as HTML, each token shaded by the share of KV heads, of all compressed layers, that still read it.
+    """Return a text as HTML, each token shaded by the share of KV heads, in all compressed layers, that read it.
 
-    Tokens that no head reads are grey on white, tokens that the cache has not seen (the last one generated, for one)
-    are in brackets; pointing at a token tells its position and its heads. Text is escaped. Needs no extra.
+    Tokens that no head reads are grey on white. Tokens that the cache has not seen, such as the last one generated, are
+    in brackets. Pointing at a token shows its position and its number of heads. The text is escaped. This needs no
+    extra packages.
 
     Args:
-        source: a cache, or a trace of `cache.record()`.
-        tokens: of the sequence, pads included: strings, or ids `[columns]` with their `tokenizer`. What
-            `generate()` returned for the sequence does: `out[sequence]`.
-        sequence: of the batch.
-        snapshot: which of the trace, the newest by default.
+        source: a cache, or a trace from `cache.record()`.
+        tokens: the tokens of the sequence, pads included: strings, or ids `[columns]` with their `tokenizer`, such as
+            `out[sequence]` for what `generate()` returned.
+        sequence: index of the sequence in the batch.
+        snapshot: index of a snapshot of the trace, by default the newest.
 
     Returns:
-        `Html`: shown by notebooks, `save(path)` writes a page.
+        `Html`: notebooks show it, and `save(path)` writes a page.
 
     Raises:
-        TypeError, ValueError: nothing recorded, ids without a tokenizer, or fewer tokens than the cache has seen.
-        IndexError: no such sequence or snapshot.
+        TypeError, ValueError: nothing was recorded, ids have no tokenizer, or the cache has seen more tokens.
+        IndexError: there is no such sequence or snapshot.
     """
     trace = trace_of(source)
     texts = _texts(tokens, tokenizer)
@@ -73,7 +74,7 @@ def show_tokens(
 
 
 def _texts(tokens: Any, tokenizer: Any) -> list[str]:
-    """What every token says."""
+    """Return the text of each token."""
     ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
     if all(isinstance(token, str) for token in ids):
         return ids
@@ -85,7 +86,7 @@ def _texts(tokens: Any, tokenizer: Any) -> list[str]:
 
     texts = []
     for place, token in enumerate(ids):
-        # behind its neighbour: alone, a tokenizer of pieces loses the space before a word
+        # decoded after its neighbour: alone, a token may lose the space before a word
         before = decode(ids[max(place - 1, 0) : place]) if place else ""
         both = decode(ids[max(place - 1, 0) : place + 1])
         texts.append(both[len(before) :] if both.startswith(before) else decode([token]))
@@ -93,7 +94,7 @@ def _texts(tokens: Any, tokenizer: Any) -> list[str]:
 
 
 def _visible(text: str) -> str:
-    """Escaped, with a sign where a line ends."""
+    """Escape a text, and mark the ends of lines."""
     return escape(text).replace("\n", "&#8629;<br>")
 
 
@@ -103,7 +104,7 @@ def _span(place: int, text: str, count: int, total: int) -> str:
 
 
 def _shade(share: float) -> str:
-    """Background and a text colour that can be read on it."""
+    """Return the style of a background and a text colour that is readable on it."""
     red, green, blue = (round(light + (dark - light) * share) for light, dark in zip(LIGHT, DARK, strict=True))
     text = "#fff" if share > 0.55 else "#000"
     return f"background:rgb({red},{green},{blue});color:{text}"
