@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from eval.speed.checks import TOLERANCE, reference_kernels, relative_error
 from eval.speed.inputs import Setting, make_tiers
-from eval.speed.operations import TOLERANCE, reference_kernels, relative_error
 from eval.speed.timing import CudaTimer, describe
 from hardkv import HardKVConfig
 from hardkv.cache.layer import HardKVLayer

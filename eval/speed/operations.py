@@ -2,54 +2,21 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from eval.speed.checks import inexact, reference_kernels, relative_error, spot_rows
 from eval.speed.inputs import SEEN, Setting, Shape, make_tiers, slots
 from hardkv.cache.events.held import HeldTokens
 from hardkv.cache.storage.dense import DenseTier
-from hardkv.kernels import append, attention, compaction, layout, scoring, selection, similarity
+from hardkv.kernels import append, attention, compaction, scoring, selection, similarity
 from hardkv.kernels.attention import packages
 from hardkv.kernels.attention.varlen import varlen_attention
 from hardkv.kernels.rows import Rows
 from hardkv.kernels.similarity import REACH
-
-# Beyond this relative error an output counts as wrong; bfloat16 products err by a few thousandths.
-TOLERANCE = 1e-2
-
-
-@contextmanager
-def reference_kernels() -> Iterator[None]:
-    """hardkv's operations run their PyTorch references, as where there is no Triton."""
-    with ExitStack() as stack:
-        for module in (append, attention, compaction, layout, scoring, similarity):
-            stack.enter_context(patch.object(module, "kernels_for", lambda *args: "torch"))
-        yield
-
-
-def spot_rows(rows: Rows) -> list[tuple[int, slice]]:
-    """A few rows, with their tokens, that an output is checked in: the shortest, the longest, the first, the last."""
-    lengths, bounds = rows.lengths.tolist(), rows.cu_seqlens.tolist()
-    last = len(lengths) - 1
-    chosen = {lengths.index(min(lengths)), lengths.index(max(lengths)), 0, last}
-    return [(row, slice(bounds[row], bounds[row + 1])) for row in sorted(chosen)]
-
-
-def relative_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Norm of what was found minus what was expected, over the norm of what was expected, of all pairs together."""
-    off = sum(float((found.double() - expected.double()).square().sum()) for found, expected in pairs)
-    return math.sqrt(off / max(sum(float(expected.double().square().sum()) for _, expected in pairs), 1e-300))
-
-
-def inexact(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """0 where all that was found equals what was expected, else infinity."""
-    return 0.0 if all(torch.equal(found, expected) for found, expected in pairs) else math.inf
 
 
 class Operation(ABC):
