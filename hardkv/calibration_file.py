@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hardkv.cache.model import Traits
+from hardkv.calibration_summary import summarize
 from hardkv.files import replacing
 from hardkv.selectors.budgets import RiskCurves
 from hardkv.selectors.scorers.scorer import Scorer, scorer_to_dict
@@ -124,8 +125,6 @@ class Calibration:
         Args:
             budget: n of the `Risk(n)` whose counts at the calibrated length are shown.
         """
-        from hardkv.calibration_summary import summarize  # builds on this class
-
         return summarize(self, budget)
 
     def plot(self, path: "str | PathLike[str] | None" = None, budget: int = 512) -> "Figure":
@@ -138,7 +137,7 @@ class Calibration:
         Raises:
             MissingPackageError: matplotlib is not installed.
         """
-        from hardkv.viz import plot_calibration
+        from hardkv.viz.calibration import plot_calibration  # needs matplotlib
 
         return plot_calibration(self, path, budget)
 

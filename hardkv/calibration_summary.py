@@ -1,17 +1,34 @@
 """What a calibration found, as a table; and what its table and its picture both tell."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from hardkv.calibration_file import Calibration
-from hardkv.selectors.budgets import Risk
+from hardkv.selectors.budgets import Risk, RiskCurves
 
 NO_KEPT = "no counts of top-p in this calibration"
 NO_RISK = "no risk curves in this calibration: temperatures only"
 
 
-def summarize(calibration: Calibration, budget: int = 512) -> str:
+class Found(Protocol):
+    """What a `Calibration` holds; see there."""
+
+    temperatures: Tensor
+    residuals: Tensor
+    counts: Tensor | None
+    risk: Tensor | None
+    kept: Tensor | None
+    provenance: dict[str, Any]
+    path: Path | None
+
+    @property
+    def curves(self) -> RiskCurves:
+        """The risk curves."""
+        ...
+
+
+def summarize(calibration: Found, budget: int = 512) -> str:
     """The table of `Calibration.summary`: where it comes from, then one row a layer and one for all.
 
     Args:
@@ -51,17 +68,17 @@ def summarize(calibration: Calibration, budget: int = 512) -> str:
     return "\n".join([*lines, "", *("   ".join(row).rstrip() for row in zip(*blocks, strict=True)), "", *notes])
 
 
-def layers_of(calibration: Calibration) -> list[int]:
+def layers_of(calibration: Found) -> list[int]:
     """The model's indices of the calibrated layers; by default all there are."""
     return list(calibration.provenance.get("layers", range(calibration.temperatures.shape[0])))
 
 
-def length_of(calibration: Calibration) -> int:
+def length_of(calibration: Found) -> int:
     """Tokens of the longest text it was measured on."""
     return int(calibration.provenance.get("length", calibration.curves.length))
 
 
-def allocation_of(calibration: Calibration, budget: int) -> Tensor | None:
+def allocation_of(calibration: Found, budget: int) -> Tensor | None:
     """Counts `[L, H]` of `Risk(budget)` at the calibrated length, None without risk curves."""
     if calibration.risk is None or calibration.counts is None:
         return None
@@ -71,7 +88,7 @@ def allocation_of(calibration: Calibration, budget: int) -> Tensor | None:
     return Risk(budget).allocation(calibration.curves, length_of(calibration), protected)
 
 
-def _head(calibration: Calibration) -> list[tuple[str, str]]:
+def _head(calibration: Found) -> list[tuple[str, str]]:
     """Labels and texts of what the provenance knows."""
     known = calibration.provenance
     geometry = known.get("geometry", {})

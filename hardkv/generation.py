@@ -113,10 +113,11 @@ def graphed(
     synced_gpus = synced_gpus or _synced(model, given.get("synced_gpus"))
     _refuse(model, cache, generation_config, synced_gpus, given.get("assistant_model"))
     assert isinstance(cache, HardKVCache)
-    if cache.steps is None or not cache.steps.of(model, compile):
-        cache.steps = DecodeSteps(model, compile)
+    steps = cache.steps
+    if not isinstance(steps, DecodeSteps) or not steps.of(model, compile):
+        cache.steps = steps = DecodeSteps(model, compile)
     seen = cache.get_seq_length()
-    with cache.steps.prefilling(cache):
+    with steps.prefilling(cache):
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
     if cache.get_seq_length() == seen:  # attention notices, where it goes through transformers' functions
         refuse_dropped(type(model).__name__)
@@ -204,7 +205,7 @@ class _Loop:
     ) -> "GenerateDecoderOnlyOutput | Tensor":
         """Draw tokens and step until every sequence has ended."""
         steps = cache.steps
-        assert steps is not None
+        assert isinstance(steps, DecodeSteps)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         del outputs  # may hold logits of the whole prompt

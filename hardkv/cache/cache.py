@@ -15,15 +15,14 @@ from hardkv.cache.build import LayerFactory, build_layers, build_unknown_layer, 
 from hardkv.cache.contents import batch_size_of, tensors_of
 from hardkv.cache.handover import GivenCache
 from hardkv.cache.hybrid import HybridLayer
-from hardkv.cache.incoming import check_shape
+from hardkv.cache.incoming import check_rows, check_shape
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.model import Traits
 from hardkv.cache.recorder import Recorder
 from hardkv.cache.routing.handles import KVHandle, LogicalLen
 from hardkv.cache.routing.registry import install
 from hardkv.cache.schedule import EventSchedule, run_events
-from hardkv.cache.stats import Stats
-from hardkv.cache.steps import DecodeSteps
+from hardkv.cache.stats import Stats, Steps
 from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.cache.storage.offload import Offload
 from hardkv.cache.storage.tiers import TIERS
@@ -85,7 +84,7 @@ class HardKVCache(GivenCache):
         )
         self._offload = Offload() if offload else None
         self._schedule: EventSchedule | None = None
-        self.steps: DecodeSteps | None = None  # of hardkv.generation
+        self.steps: Steps | None = None  # of hardkv.generation
         self.warnings: list[str] = []
         self._recorder: Recorder | None = None
         model = config if isinstance(config, torch.nn.Module) else None
@@ -227,16 +226,7 @@ class HardKVCache(GivenCache):
 
     def _check_rows(self, indices: Tensor) -> None:
         self._check_whole()
-        batch = max((batch_size_of(layer) for layer in self.layers), default=0)
-        indices = torch.as_tensor(indices)
-        if not batch or not indices.numel():
-            return
-        if indices.dtype == torch.bool:
-            fits = indices.shape[0] == batch
-        else:
-            fits = indices.device.type != "cpu" or bool(((indices >= -batch) & (indices < batch)).all())
-        if not fits:
-            raise IndexError(f"indices {indices.tolist()} do not fit the {batch} sequences that this HardKVCache holds")
+        check_rows(indices, max((batch_size_of(layer) for layer in self.layers), default=0))
 
     def reset(self) -> None:
         """Forget every token; settings stay."""

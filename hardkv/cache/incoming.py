@@ -1,4 +1,4 @@
-"""New keys and values that a layer cannot take, and what to do about them."""
+"""Arguments that a cache cannot take, and what to do about them."""
 
 import torch
 from torch import Tensor
@@ -38,3 +38,16 @@ def what_else(held: tuple[int, ...], got: tuple[int, ...]) -> str:
         times = got[0] // held[0]
         advice += f". For beams, or several answers to each prompt, that go on: cache.batch_repeat_interleave({times})"
     return advice
+
+
+def check_rows(indices: Tensor, batch: int) -> None:
+    """Raise IndexError for indices, int64 or bool over the batch, of sequences that a batch does not have."""
+    indices = torch.as_tensor(indices)
+    if not batch or not indices.numel():
+        return
+    if indices.dtype == torch.bool:
+        fits = indices.shape[0] == batch
+    else:
+        fits = indices.device.type != "cpu" or bool(((indices >= -batch) & (indices < batch)).all())
+    if not fits:
+        raise IndexError(f"indices {indices.tolist()} do not fit the {batch} sequences that this HardKVCache holds")

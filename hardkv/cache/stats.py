@@ -2,18 +2,56 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from hardkv.cache.contents import batch_size_of
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.storage.hidden import UNREAD
 from hardkv.cache.storage.tiers import Tiers
+from hardkv.config import HardKVConfig
 from hardkv.kernels.attention import backend_for
 from hardkv.kernels.backends import kernels_for
 from hardkv.selectors.temperatures import MAX_TEMPERATURE, MIN_TEMPERATURE
 
-if TYPE_CHECKING:
-    from hardkv.cache.cache import HardKVCache
+
+class Steps(Protocol):
+    """What statistics need of the captured steps of `hardkv.graphed`."""
+
+    captures: int
+    replays: int
+
+    @property
+    def how(self) -> str:
+        """See `Stats.decode`."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held for the cache."""
+        ...
+
+
+class CountedCache(Protocol):
+    """What statistics need of a cache; see `HardKVCache`."""
+
+    settings: HardKVConfig
+    layers: list[Any]
+    warnings: list[str]
+    steps: Any  # Steps, or None
+
+    @property
+    def _compressed(self) -> list[HardKVLayer]: ...
+
+    def nbytes(self) -> int: ...
+
+    def host_nbytes(self) -> int: ...
+
+    def dense_nbytes(self) -> int: ...
+
+    def get_seq_length(self) -> int: ...
+
+    def lengths(self, tier: str | None = None) -> Tensor: ...
 
 
 def format_bytes(count: float) -> str:
@@ -80,7 +118,7 @@ class Stats:
     warnings: list[str]
 
     @classmethod
-    def of(cls, cache: "HardKVCache") -> "Stats":
+    def of(cls, cache: CountedCache) -> "Stats":
         """Those of a cache now."""
         settings, steps, compressed = cache.settings, cache.steps, cache._compressed
         held = [layer.tiers for layer in compressed if layer.tiers is not None]

@@ -1,11 +1,8 @@
 """A model's decode step over the pools of a cache, as a CUDA graph where there is CUDA."""
 
-import inspect
 import weakref
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +16,18 @@ from transformers.cache_utils import (
 
 from hardkv.cache import siblings
 from hardkv.cache.argument import NAMES, argument_of
+from hardkv.cache.cache import HardKVCache
+from hardkv.cache.compiled import compiled_forward
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.model import Traits
 from hardkv.cache.routing.handles import KVHandle, LatentHandle, UnmaskedLength
-from hardkv.cache.static import StaticDecoding, StaticTokens
-
-if TYPE_CHECKING:
-    from hardkv.cache.cache import HardKVCache
+from hardkv.cache.static import StaticDecoding
+from hardkv.cache.static_tokens import StaticTokens
 
 # Inputs of a step: those that change as we know, those that stay as they are, and those that the pools stand for.
 MOVING = ("input_ids", "position_ids")
 CONSTANT = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 REPLACED = (*NAMES, "attention_mask")
-# Batch sizes that a model may be compiled for.
-MAX_SHAPES = 64
 
 
 class UnknownLength(UnmaskedLength):
@@ -145,11 +140,11 @@ class DecodeSteps:
         assert self.decoding is not None
         return self.decoding
 
-    def prefilling(self, cache: "HardKVCache") -> AbstractContextManager[None]:
+    def prefilling(self, cache: HardKVCache) -> AbstractContextManager[None]:
         """Around a prefill: an empty cache that has pools fills them at once."""
         return nullcontext() if self.decoding is None or cache.get_seq_length() else self.decoding.placing()
 
-    def start(self, cache: "HardKVCache", inputs: dict[str, Any], length: int) -> None:
+    def start(self, cache: HardKVCache, inputs: dict[str, Any], length: int) -> None:
         """Get ready to step.
 
         Args:
@@ -244,7 +239,7 @@ class DecodeSteps:
         model, decoding = self._model(), self.running
         assert model is not None
         compiled = self.compiled and self._runs > 0  # the first run finds what the model asks the cache
-        forward = _compile(model) if compiled else model
+        forward = compiled_forward(model) if compiled else model
         length = 1 if compiled else UnknownLength(1)
         layers: list[Any] = [_seen_of(decoding, idx, length) for idx in range(Traits.of(model.config).num_layers)]
         before = [] if self._runs else _held_by_modules(model)
@@ -326,34 +321,3 @@ def _seen_of(decoding: StaticDecoding, idx: int, length: int) -> CacheLayerMixin
 def _held_by_modules(model: Any) -> list[Tensor]:
     """Tensors that modules hold as plain attributes."""
     return [value for each in model.modules() for value in vars(each).values() if isinstance(value, Tensor)]
-
-
-class _Compiled:
-    """A model's compiled forward, kept with it; copies and pickles of the model begin without."""
-
-    def __init__(self, model: Any):
-        options = {"pre_grad_custom_pass": siblings.JoinProducts()}
-        compiled = partial(torch.compile, model.forward, fullgraph=True, dynamic=False, options=options)
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            self.forward = compiled(recompile_limit=MAX_SHAPES)
-        else:
-            self.forward = _with_more_shapes(compiled())
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
-def _with_more_shapes(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What `recompile_limit` does, for a PyTorch whose `torch.compile` does not take it."""
-
-    def limited(**inputs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
-            return forward(**inputs)
-
-    return limited
-
-
-def _compile(model: Any) -> Callable[..., Any]:
-    if getattr(model, "_hardkv_compiled", None) is None:
-        model._hardkv_compiled = _Compiled(model)
-    return model._hardkv_compiled.forward

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hardkv.calibration_file import Calibration
-from hardkv.calibration_summary import NO_KEPT, NO_RISK, allocation_of, layers_of, length_of, scorer_name
+from hardkv.calibration_summary import NO_KEPT, NO_RISK, Found, allocation_of, layers_of, length_of, scorer_name
 from hardkv.extras import require
 from hardkv.viz.figures import WIDTH, finish, number_size
 
@@ -25,9 +24,7 @@ MAX_ANNOTATED_HEADS = 16
 NARROWEST = 1.25
 
 
-def plot_calibration(
-    calibration: Calibration, path: "str | PathLike[str] | None" = None, budget: int = 512
-) -> "Figure":
+def plot_calibration(calibration: Found, path: "str | PathLike[str] | None" = None, budget: int = 512) -> "Figure":
     """Draw temperatures, counts of top-p before and after calibration, risk curves, and the counts of `Risk(n)`.
 
     Args:
@@ -52,7 +49,7 @@ def plot_calibration(
 # ---------------------------------------------------------------------- panels
 
 
-def _draw(calibration: Calibration, budget: int) -> "Figure":
+def _draw(calibration: Found, budget: int) -> "Figure":
     """Draw the figure of `plot_calibration`."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm, Normalize
@@ -145,7 +142,7 @@ def _draw_kept(axis: "Axes", kept: Tensor) -> None:
     axis.legend(loc="upper left")
 
 
-def _draw_risk(axis: "Axes", calibration: Calibration, allocation: Tensor) -> None:
+def _draw_risk(axis: "Axes", calibration: Found, allocation: Tensor) -> None:
     """Draw one thin line per head, coloured by layer, and thick ones for the heads with the most and fewest tokens."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -191,7 +188,7 @@ def _say(axis: "Axes", text: str) -> None:
     axis.text(0.5, 0.5, text, ha="center", va="center", color="0.4", transform=axis.transAxes)
 
 
-def _title(calibration: Calibration) -> str:
+def _title(calibration: Found) -> str:
     known = calibration.provenance
     parts = [Path(known.get("name", "")).name]
     parts += [scorer_name(known["scorer"])] if "scorer" in known else []

@@ -8,8 +8,9 @@ import torch
 from hardkv.cache import HardKVCache, Trace
 from hardkv.cache.storage.tiers import TIERS
 from hardkv.extras import require
-from hardkv.viz.figures import STATES, TIER_COLOURS, trace_of
+from hardkv.viz.figures import STATES, TIER_COLOURS
 from hardkv.viz.html import Html
+from hardkv.viz.traces import trace_of
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

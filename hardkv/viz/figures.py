@@ -1,4 +1,4 @@
-"""Parts that the pictures share: data, colours, saving."""
+"""Parts that the pictures share: colours, sizes, saving."""
 
 from os import PathLike
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hardkv.cache import HardKVCache, Trace
 from hardkv.files import replacing
 
 if TYPE_CHECKING:
@@ -33,22 +32,6 @@ STATES = {  # the values of `Trace.tiers`, and 4 for tokens that are still to co
 ROW_POINTS, MIN_SIZE, MAX_SIZE = 395, 4.2, 7.0
 # An image with more rows than this, which are less than a pixel high, is made this many pixels wide.
 SHARP_ROWS, WIDE = 200, 600
-
-
-def trace_of(source: "Trace | HardKVCache", what: str = "source") -> Trace:
-    """Return a recorded trace as it is, or a trace of a cache's present state.
-
-    Raises:
-        TypeError: `source` is neither.
-        ValueError: it holds nothing.
-    """
-    if isinstance(source, HardKVCache):
-        source = Trace.of(source)
-    if not isinstance(source, Trace):
-        raise TypeError(f"{what}={type(source).__name__} must be a HardKVCache, or the Trace of cache.record()")
-    if not len(source):
-        raise ValueError(f"{what} is empty: run the model with this cache first, within cache.record() for a trace")
-    return source
 
 
 def finish(figure: "Figure", path: "str | PathLike[str] | None") -> "Figure":
@@ -98,15 +81,6 @@ def draw_states(axis: "Axes", states: torch.Tensor) -> None:
         interpolation="antialiased" if mixed else "nearest",
         interpolation_stage="rgba",
     )
-
-
-def label_snapshots(axis: "Axes", trace: Trace, most: int = 8, name: bool = True) -> None:
-    """Label the x axis, which has one cell per snapshot, with the number of columns seen, and name the axis."""
-    every = -(-len(trace) // most)
-    places = range(len(trace) - 1, -1, -every)
-    axis.set_xticks(list(places), labels=[f"{int(trace.seen[place]):,}" for place in places], fontsize=8)
-    if name:
-        axis.set_xlabel("tokens seen: after every event, and at the end", fontsize=9)
 
 
 def states_legend(figure: "Figure", codes: "set[int]") -> None:

@@ -9,7 +9,8 @@ import torch
 from hardkv.cache import Trace
 from hardkv.cache.stats import format_bytes
 from hardkv.extras import require
-from hardkv.viz.figures import COLOURS, WIDTH, finish, trace_of
+from hardkv.viz.figures import COLOURS, WIDTH, finish
+from hardkv.viz.traces import trace_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

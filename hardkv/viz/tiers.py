@@ -9,16 +9,8 @@ import torch
 
 from hardkv.cache import HardKVCache, Trace
 from hardkv.extras import require
-from hardkv.viz.figures import (
-    STATES,
-    TIER_COLOURS,
-    WIDTH,
-    draw_states,
-    finish,
-    label_snapshots,
-    states_legend,
-    trace_of,
-)
+from hardkv.viz.figures import STATES, TIER_COLOURS, WIDTH, draw_states, finish, states_legend
+from hardkv.viz.traces import label_snapshots, trace_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

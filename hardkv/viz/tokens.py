@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from hardkv.cache import HardKVCache, Trace
-from hardkv.viz.figures import trace_of
 from hardkv.viz.html import Html
+from hardkv.viz.traces import trace_of
 
 # Colours of a token that no head reads and of one that all heads read: one hue, so that only lightness differs.
 LIGHT, DARK = (255, 255, 255), (8, 69, 148)

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from hardkv import HardKVCache, calibrate, graphed
+from hardkv.cache.argument import CACHE
 from hardkv.kernels.rows import Rows
 from hardkv.kernels.scoring import window_attention
 from hardkv.kernels.similarity import mean_cosine
@@ -104,7 +105,7 @@ def test_events_and_attention_are_outside_it(static, settings, tiny_model, tiny_
         with around:
             out = model.generate(
                 **inputs,
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=14,
                 do_sample=False,
                 return_dict_in_generate=True,
@@ -185,7 +186,7 @@ def test_graphed(name, compile, tiny_model, tiny_prompts):
     options = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True)
     with half():
         for cache, how in zip(caches, ({}, {"custom_generate": graphed, "compile": compile}), strict=True):
-            results.append(model.generate(**inputs, past_key_values=cache, **options, **how))
+            results.append(model.generate(**inputs, **{CACHE: cache}, **options, **how))
     first, second = (torch.stack(result.logits)[:4] for result in results)  # before a rounding may pick another token
     torch.testing.assert_close(second, first, rtol=0, atol=TOLERANCE[torch.bfloat16])
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
@@ -215,14 +216,14 @@ def test_begun_inside_does_not_go_on_outside(tiny_model, tiny_prompts):
     model, inputs = tiny_model("llama"), tiny_prompts(1)
     cache = HardKVCache(config=model.config, **EVICT)
     with half():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     twin = copy.deepcopy(cache)
     with pytest.raises(ValueError, match=r"bfloat16.*gets.*float32.*begun under torch.autocast.*reset\(\)"):
-        model(torch.full((1, 1), 5), past_key_values=cache)
+        model(torch.full((1, 1), 5), **{CACHE: cache})
     assert cache.get_seq_length() == 13
     with half():  # and nothing was lost
         token = torch.full((1, 1), 5)
-        assert torch.equal(*(model(token, past_key_values=past).logits for past in (cache, twin)))
+        assert torch.equal(*(model(token, **{CACHE: past}).logits for past in (cache, twin)))
 
 
 def test_float64_is_spared(tiny_model, tiny_prompts, run_feed):
@@ -241,7 +242,7 @@ def test_gradients_of_the_first_forward(tiny_model, tiny_prompts):
     for past in (HardKVCache(config=model.config, **EVICT), DynamicCache(config=model.config)):
         model.zero_grad()
         with torch.enable_grad(), half():
-            model(**inputs, past_key_values=past, labels=inputs["input_ids"]).loss.backward()
+            model(**inputs, **{CACHE: past}, labels=inputs["input_ids"]).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
@@ -254,7 +255,7 @@ def test_accelerate_prepares_a_model(tiny_model, tiny_prompts):
     options = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
     pasts = HardKVCache(config=model.config, **HOLD_ALL), DynamicCache(config=model.config)
     first, second = (
-        torch.stack(prepared.generate(**tiny_prompts(3), past_key_values=past, **options).logits)[:4] for past in pasts
+        torch.stack(prepared.generate(**tiny_prompts(3), **{CACHE: past}, **options).logits)[:4] for past in pasts
     )
     torch.testing.assert_close(first, second, rtol=0, atol=TOLERANCE[torch.bfloat16])
 
@@ -307,11 +308,9 @@ def test_graphs_on_a_gpu(compile, tiny_model, tiny_prompts):
             inputs = {key: value.cuda() for key, value in tiny_prompts(3, seed=seed).items()}
             cache.reset()
             with around:
-                actual = model.generate(
-                    **inputs, past_key_values=cache, custom_generate=graphed, compile=compile, **options
-                )
+                actual = model.generate(**inputs, **{CACHE: cache}, custom_generate=graphed, compile=compile, **options)
                 twin = HardKVCache(config=model.config, **EVICT)
-                expected = model.generate(**inputs, past_key_values=twin, **options)
+                expected = model.generate(**inputs, **{CACHE: twin}, **options)
             trash = [torch.full((1 << 20,), torch.nan) for _ in range(8)]  # what the block has freed is written to
             del trash
             logits = (torch.stack(each.logits)[:4] for each in (actual, expected))

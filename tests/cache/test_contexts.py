@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hardkv import HardKVCache, calibrate, graphed
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV, Risk, RiskCurves, TopP, fit_temperatures
 from hardkv.selectors.budgets.curves import reach
 
@@ -70,7 +71,7 @@ FEW = [name for name in CONTEXTS if "default" in name or name in ("inference mod
 def run(model: Any, cache: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
     """Logits of generate()."""
     defaults = dict(max_new_tokens=14, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    return torch.stack(model.generate(**inputs, past_key_values=cache, **(defaults | options)).logits)
+    return torch.stack(model.generate(**inputs, **{CACHE: cache}, **(defaults | options)).logits)
 
 
 def told(cache: HardKVCache) -> str:

@@ -512,7 +512,7 @@ def test_values_that_do_not_fit_their_keys(wrong, filled, tiny_model, tiny_promp
     model = tiny_model("llama", "sdpa")
     cache = HardKVCache(config=model.config, **EVICT)
     if filled:
-        model(**tiny_prompts(3), past_key_values=cache)
+        model(**tiny_prompts(3), **{CACHE: cache})
     before, states = held(cache) if filled else cache.nbytes(), torch.randn(3, 2, 4, 8)
     with pytest.raises(ValueError, match=r"layer 0 gets keys \(3, 2, 4, 8\) in torch.float32 and values .* the same"):
         cache.update(states, wrong(states), 0)
@@ -550,7 +550,7 @@ def test_a_pinned_prompt_that_outgrows_the_budget_by_a_last_chunk_of_one_token(t
     model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
     cache = HardKVCache(config=model.config, pin_prompt=True, **(EVICT | {"budget": 16}))
     with pytest.raises(ValueError, match=r"pin_prompt=True: the prompt has 13 tokens"):
-        model.generate(**inputs, past_key_values=cache, prefill_chunk_size=6, max_new_tokens=2)
+        model.generate(**inputs, **{CACHE: cache}, prefill_chunk_size=6, max_new_tokens=2)
     assert cache.get_seq_length() == 12
 
 

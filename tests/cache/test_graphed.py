@@ -28,7 +28,7 @@ from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
 from hardkv.cache.routing.handles import KVHandle, UnroutedKVError
 from hardkv.cache.siblings import adjacent
-from hardkv.cache.static import StaticTokens
+from hardkv.cache.static_tokens import StaticTokens
 from hardkv.cache.storage.pool import GROWTH, Pool
 from hardkv.cache.windows import LAST
 from hardkv.generation import graphed
@@ -502,7 +502,7 @@ def test_lengths_that_a_model_computes_with(model, monkeypatch, positions_from):
 
 
 def test_static_attention_outside_of_a_step():
-    from hardkv.cache.static import static_attention
+    from hardkv.cache.static_tokens import static_attention
 
     tensors = [torch.zeros(1, 1, 1, 4)] * 3
     with pytest.raises(RuntimeError, match="step"):

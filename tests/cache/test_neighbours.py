@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
+from hardkv.cache.argument import CACHE
 from hardkv.cache.events import select as event
 from hardkv.cache.model import Traits
 from hardkv.selectors import SCORERS, AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
@@ -75,7 +76,7 @@ def run(model, settings: dict, ids: Tensor, mask: Tensor, chunks: list[int] | No
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, start : start + count]
         seen = {"attention_mask": mask[:, : start + count], "position_ids": positions}
         with torch.no_grad():
-            logits = model(ids[:, start : start + count], **seen, past_key_values=cache).logits
+            logits = model(ids[:, start : start + count], **seen, **{CACHE: cache}).logits
         start += count
         if start >= ids.shape[1]:
             tokens.append(logits[:, -1].argmax(-1))
@@ -153,7 +154,7 @@ def test_each_row_is_fitted_again_from_its_own_first_fit_on(refit, model):
     cache = HardKVCache(config=model.config, **SIZES | {"interval": 4} | settings)
     before, changed = None, [[], [], []]
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{CACHE: cache})
         for step in range(33):
             tiers = cache.layers[0].tiers
             if before is None or tiers.events > before[0]:
@@ -163,7 +164,7 @@ def test_each_row_is_fitted_again_from_its_own_first_fit_on(refit, model):
                         changed[row].append(tiers.events - 1)
                 before = tiers.events, now
             mask = F.pad(mask, (0, 1), value=1)
-            model(ids[:, step % COLUMNS, None].clamp_min(2), attention_mask=mask, past_key_values=cache)
+            model(ids[:, step % COLUMNS, None].clamp_min(2), attention_mask=mask, **{CACHE: cache})
     assert tiers.fitted == (1, 0, 0)
     assert changed == [list(range(1 + refit, 9, refit)), list(range(refit, 9, refit)), list(range(refit, 9, refit))]
 
@@ -179,14 +180,14 @@ def test_rows_go_on_with_their_own_fits(model):
             mask = F.pad(mask, (0, 1), value=1)
             new = torch.full((len(mask), 1), 5 + mask.shape[1])
             with torch.no_grad():
-                model(new, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache)
+                model(new, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, **{CACHE: cache})
         return mask
 
     for before in (0, 7):
         one, other = (HardKVCache(config=model.config, **settings) for _ in range(2))
         for cache in (one, other):
             with torch.no_grad():
-                model(ids, attention_mask=mask, past_key_values=cache)
+                model(ids, attention_mask=mask, **{CACHE: cache})
         picked = steps(one, mask, before)[rows]
         one.batch_select_indices(rows)
         steps(one, picked, 18 - before)

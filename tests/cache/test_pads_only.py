@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from hardkv import HardKVCache, graphed
+from hardkv.cache.argument import CACHE
 from hardkv.selectors import SCORERS, AdaKV, Adaptive, Observation, Pyramid, TopK, TopP, get_scorer
 
 SIZES = {"window": 4, "sinks": 2, "interval": 4}
@@ -66,7 +67,7 @@ def test_generate_by_chunks(scorer, tiny_model, tiny_prompts):
 
     def tokens(cache, **options):
         options |= {"prefill_chunk_size": 16, "max_new_tokens": 12, "do_sample": False}
-        return model.generate(**inputs, past_key_values=cache, **options)
+        return model.generate(**inputs, **{CACHE: cache}, **options)
 
     def ours(budget):
         return HardKVCache(config=model.config, scorer=scorer, budget=budget, **SIZES)

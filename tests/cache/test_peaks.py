@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hardkv import HardKVCache
+from hardkv.cache.argument import CACHE
 
 TOKENS = 1000
 MODELS = {
@@ -52,7 +53,7 @@ def test_peak_of_a_prompt(name, chunk, more, tmp_path):
     @torch.inference_mode()
     def run(cache):
         for part in ids.split(chunk, 1):
-            model(part, past_key_values=cache, logits_to_keep=1)
+            model(part, **{CACHE: cache}, logits_to_keep=1)
 
     run(DynamicCache(config=config))
     dense = peak_bytes(lambda: run(DynamicCache(config=config)), tmp_path / "trace.json")

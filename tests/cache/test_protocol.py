@@ -51,7 +51,7 @@ def test_it_is_initialized_when_dynamic_cache_is(kind):
     caches = [HardKVCache(config=model.config, **EVICT), DynamicCache(config=model.config)]
     assert [cache.is_initialized for cache in caches] == [False, False]
     for cache in caches:
-        model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[5, 6, 7]]), **{CACHE: cache})
     assert caches[0].is_initialized == caches[1].is_initialized
     caches[0].reset()
     assert not caches[0].is_initialized
@@ -63,11 +63,11 @@ def test_beams_go_on_from_a_cache_that_holds_each_sequence_as_often(name, tiny_m
     model, inputs = tiny_model(name, "sdpa"), tiny_prompts(2)
     caches = [HardKVCache(config=model.config, **HOLD_ALL), DynamicCache(config=model.config)]
     for cache in caches:
-        model(inputs["input_ids"][:, :9], attention_mask=inputs["attention_mask"][:, :9], past_key_values=cache)
+        model(inputs["input_ids"][:, :9], attention_mask=inputs["attention_mask"][:, :9], **{CACHE: cache})
     with pytest.raises(ValueError, match=r"cache\.batch_repeat_interleave\(3\)"):
         greedy(model, inputs, caches[0], num_beams=3)
     caches[0].reset()
-    model(inputs["input_ids"][:, :9], attention_mask=inputs["attention_mask"][:, :9], past_key_values=caches[0])
+    model(inputs["input_ids"][:, :9], attention_mask=inputs["attention_mask"][:, :9], **{CACHE: caches[0]})
     for cache in caches:
         cache.batch_repeat_interleave(3)
     ours, theirs = (greedy(model, inputs, cache, num_beams=3) for cache in caches)

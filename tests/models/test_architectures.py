@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from hardkv import HardKVCache
 from hardkv.cache import static
+from hardkv.cache.argument import CACHE
 from tests.models import compatibility
 from tests.models.probe import (
     NEW,
@@ -146,7 +147,7 @@ def test_the_probe_notices_a_cache_that_is_dropped_later(monkeypatch, model_type
             ids = args[0] if args else kwargs["input_ids"]
             positions = (kwargs["attention_mask"].cumsum(1) - 1).clamp(0)
             given = {"attention_mask": kwargs["attention_mask"][:, :-1], "position_ids": positions[:, :-1]}
-            self(ids[:, :-1], **given, past_key_values=hold[0])
+            self(ids[:, :-1], **given, **{CACHE: hold[0]})
             inputs[name] = hold[0]
         return inputs
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hardkv import HardKVCache, generate, graphed
+from hardkv.cache.argument import CACHE
 from tests.cache.replays import replaying
 from tests.models.compatibility import SWITCHING
 from tests.models.probe import EVICT, HOLD_ALL, Forced, assert_near
@@ -45,7 +46,7 @@ def run(model, tokens, prompt, cache, **arguments):
     """Logits `[NEW, 1, V]` of generate() with the given tokens."""
     out = model.generate(
         tokens[:, :prompt],
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=NEW,
         do_sample=False,
         return_dict_in_generate=True,
@@ -149,8 +150,8 @@ def test_graphed_evicts_after_the_switch_as_a_cache_that_got_the_text_at_once():
         pytest.skip("graphed is refused")
     cache, other = (HardKVCache(config=model.config, scorer="snapkv", **EVICT) for _ in range(2))
     logits = run(model, tokens, LIMIT - 5, cache, custom_generate=graphed)
-    steps = [model(tokens[:, : LIMIT + 1], past_key_values=other).logits[:, -1]]
-    steps += [model(tokens[:, [at]], past_key_values=other).logits[:, -1] for at in range(LIMIT + 1, LIMIT - 6 + NEW)]
+    steps = [model(tokens[:, : LIMIT + 1], **{CACHE: other}).logits[:, -1]]
+    steps += [model(tokens[:, [at]], **{CACHE: other}).logits[:, -1] for at in range(LIMIT + 1, LIMIT - 6 + NEW)]
     assert_near(logits[-len(steps) :], torch.stack(steps), "evicted after the switch")
     for layer in range(3):
         for kept, expected in zip(cache.kept(layer)[0], other.kept(layer)[0], strict=True):
@@ -161,12 +162,12 @@ def test_a_turn_that_gets_to_the_limit():
     """generate() feeds new tokens only: what the cache holds would be dropped with it."""
     model, tokens = switching_model("phi3"), random_ids(1, LIMIT + 4)
     cache = HardKVCache(config=model.config, **HOLD_ALL)
-    model(tokens[:, : LIMIT - 6], past_key_values=cache)
+    model(tokens[:, : LIMIT - 6], **{CACHE: cache})
     for how in ({}, {"custom_generate": graphed}):
         with pytest.raises(NotImplementedError, match=f"the {LIMIT - 6} tokens that this HardKVCache holds.*reset"):
-            model.generate(tokens, past_key_values=cache, max_new_tokens=3, do_sample=False, **how)
+            model.generate(tokens, **{CACHE: cache}, max_new_tokens=3, do_sample=False, **how)
     cache.reset()
-    assert model.generate(tokens, past_key_values=cache, max_new_tokens=3, do_sample=False).shape == (1, LIMIT + 7)
+    assert model.generate(tokens, **{CACHE: cache}, max_new_tokens=3, do_sample=False).shape == (1, LIMIT + 7)
 
 
 def test_embeddings_cannot_be_computed_again():
@@ -174,7 +175,7 @@ def test_embeddings_cannot_be_computed_again():
     cache = HardKVCache(config=model.config, **HOLD_ALL)
     embeds = model.get_input_embeddings()(random_ids(1, LIMIT - 2))
     with pytest.raises(NotImplementedError, match=f"the {LIMIT} tokens that this HardKVCache holds"):
-        generate(model, inputs_embeds=embeds, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        generate(model, inputs_embeds=embeds, **{CACHE: cache}, max_new_tokens=6, do_sample=False)
     assert cache.get_seq_length() == LIMIT
 
 
@@ -186,7 +187,7 @@ def test_a_padded_batch_gets_beyond_the_limit():
     tokens[0, :4], mask[0, :4] = 0, 0
     cache = HardKVCache(config=model.config, **HOLD_ALL)
     out = generate(
-        model, tokens[:, : LIMIT - 2], attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False
+        model, tokens[:, : LIMIT - 2], attention_mask=mask, **{CACHE: cache}, max_new_tokens=8, do_sample=False
     )
     last = torch.cat([mask, mask.new_ones(2, 7)], 1)
     expected = model(out[:, :-1], attention_mask=last, position_ids=(last.cumsum(1) - 1).clamp(0), use_cache=False)

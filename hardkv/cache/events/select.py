@@ -64,12 +64,7 @@ def select(inputs: Sequence[EventInputs]) -> Selection:
     if settings.calibration == "online":
         temperatures, fitted = _fit(inputs, z, observation)
     else:
-        temperatures = [
-            old
-            if old is not None or each.temperatures is None
-            else each.temperatures.to(z).repeat(len(each.tiers.tokens))
-            for each, old in zip(inputs, temperatures, strict=True)
-        ]
+        temperatures = [_given(each, z) for each in inputs]
     keep = _keep(inputs, z, observation, held, temperatures)
     return Selection.of(layers, held, keep, torch.isfinite(z).all(), settings.patience, temperatures, fitted)
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hardkv.kernels.gpu import cdiv, next_power_of_2
-from hardkv.kernels.scoring import Reduce
+from hardkv.kernels.scoring.reference import Reduce
 from hardkv.kernels.scoring.triton_tiles import (
     LOG2_E,
     causal,

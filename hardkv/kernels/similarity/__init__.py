@@ -5,12 +5,7 @@ from torch import Tensor
 from hardkv.kernels.autocast import suspended
 from hardkv.kernels.backends import current, kernels_for
 from hardkv.kernels.rows import Rows
-from hardkv.kernels.similarity.reference import mean_cosine_reference
-
-# How far from a row's end near-duplicates are looked for. Up to so many tokens nothing is left out, which covers what
-# budgets leave; of longer prompts nearly every key has a near-duplicate there (docs/methods.md), and the work grows
-# with the length, not with its square.
-REACH = 4096
+from hardkv.kernels.similarity.reference import REACH, mean_cosine_reference
 
 
 def mean_cosine(keys: Tensor, rows: Rows, *, threshold: float = 0.5, eps: float = 1e-8, reach: int = REACH) -> Tensor:

@@ -6,6 +6,10 @@ from torch import Tensor
 from hardkv.kernels.attention import accumulation_dtype
 from hardkv.kernels.rows import Rows
 
+# How far from a row's end near-duplicates are looked for. Up to so many tokens nothing is left out, which covers what
+# budgets leave; of longer prompts nearly every key has a near-duplicate there (docs/methods.md), and the work grows
+# with the length, not with its square.
+REACH = 4096
 # Cosines that one tile holds at a time, on a CPU (where they should stay in its cache) and elsewhere; fewer where
 # the keys themselves are few.
 CPU_COSINES, MAX_COSINES = 1 << 18, 1 << 24

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hardkv.kernels.gpu import cdiv, next_power_of_2
-from hardkv.kernels.similarity import REACH
+from hardkv.kernels.similarity.reference import REACH
 
 # One program adds up the unit vectors of a chunk: that many of the longest row, but not fewer tokens than the least.
 CHUNKS = 64

@@ -1,20 +1,35 @@
 """Water-filling: tokens go where the risk curves fall most. The result is exact and needs one sort."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hardkv.selectors.budgets.curves import RiskCurves, middles, reach
 
-if TYPE_CHECKING:
-    from hardkv.selectors.budgets.risk import Risk
-
-
 # `at_lengths` computes a layer's share of the total at lengths that are the first factor apart, and closer just above
 # n, where the share changes fastest. Between two such lengths the share is at most the second factor larger.
 ROOM_STEP, ROOM_SPARE = 1.02, 1.02
+
+
+class Spending(Protocol):
+    """What is spent: `Risk`, hashable."""
+
+    @property
+    def n(self) -> int:
+        """Mean tokens per head."""
+        ...
+
+    @property
+    def floor(self) -> int | float:
+        """The least per head: a count, or a share of `n`."""
+        ...
+
+    @property
+    def cap(self) -> int | None:
+        """The most per head."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class Plan:
     gains: Tensor  # float64 [S], as measured: for contexts up to `length`
     tail: Tensor  # float64 [S], for longer contexts, before the factor `reach`
     copies: "dict[torch.device, Plan]" = field(default_factory=dict, repr=False, compare=False)
-    rooms: "dict[tuple[Risk, int, int], Tensor]" = field(default_factory=dict, repr=False, compare=False)
+    rooms: "dict[tuple[Spending, int, int], Tensor]" = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, curves: RiskCurves, continued: tuple[Tensor, Tensor], layers: slice) -> "Plan":
@@ -60,7 +75,7 @@ class Plan:
     def tensors(self) -> list[Tensor]:
         return [self.start, self.stop, self.middle, self.gains, self.tail]
 
-    def totals(self, risk: "Risk", tokens: Tensor, protected: Tensor) -> Tensor:
+    def totals(self, risk: Spending, tokens: Tensor, protected: Tensor) -> Tensor:
         """Return counts per row, int64 `[B, rows]`, for sequences of `tokens [B]` with `protected [B]` per row."""
         n, floor, cap = risk.n, risk.floor, risk.cap
         if isinstance(floor, float):
@@ -70,7 +85,7 @@ class Plan:
         high = tokens if cap is None else tokens.minimum(protected.clamp_min(cap))
         return self.counts(n * self.rows, tokens, low, high)
 
-    def at_lengths(self, risk: "Risk", length: int, protected: int) -> Tensor:
+    def at_lengths(self, risk: Spending, length: int, protected: int) -> Tensor:
         """Return `totals` at lengths up to `length`, `[lengths, rows]`; stored, as every layer asks for the same."""
         asked = risk, length, protected
         found = self.rooms.get(asked)
