@@ -28,7 +28,7 @@ from eval.budgets_plan import SCORERS, SECTIONS, Entry, Source, plan
 from eval.machine import one_line
 from eval.teacher_forced import Result, teacher_forced
 from hardkv import Calibration, HardKVCache, calibrate
-from hardkv.calibration import default_texts
+from hardkv.calibration.calibrate import default_texts
 from hardkv.files import file_to_write, write_text
 from hardkv.loading import DEFAULT_MODEL, load
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP

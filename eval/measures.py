@@ -1,4 +1,4 @@
-"""Other measures of what eviction costs, to be compared with `hardkv.survey.squared_attention`.
+"""Other measures of what eviction costs, to be compared with `hardkv.calibration.survey.squared_attention`.
 
 Each is a function of a `Step`, as `hardkv.calibrate(measure=...)` takes it, and returns the loss between two counts,
 float64 `[R, K - 1]`. They need a Llama-like model: `model.model.layers[i].self_attn.o_proj`. One sequence at a time.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardkv.survey import Step
+from hardkv.calibration.survey import Step
 
 Measure = Callable[[Step], Tensor]
 

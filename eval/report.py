@@ -13,7 +13,7 @@ from eval.markdown import table
 from eval.methods import METHODS, Configuration
 from eval.store import Store
 from eval.summary import summarise
-from hardkv.cache.stats import format_bytes
+from hardkv.cache.record.stats import format_bytes
 from hardkv.extras import require
 from hardkv.files import write_text
 from hardkv.viz.figures import MARKERS, save_figure

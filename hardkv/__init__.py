@@ -6,11 +6,11 @@ compute exactly what they did before.
 
 from hardkv.cache import HardKVCache, Stats, Trace, UnroutedKVError
 from hardkv.cache.routing.registry import install
-from hardkv.calibration import calibrate
-from hardkv.calibration_file import Calibration
+from hardkv.calibration.calibrate import calibrate
+from hardkv.calibration.file import Calibration
 from hardkv.config import HardKVConfig
-from hardkv.generation import generate, graphed
-from hardkv.planning import MemoryPlan, max_batch_size, plan
+from hardkv.decoding.generate import generate, graphed
+from hardkv.decoding.plan import MemoryPlan, max_batch_size, plan
 
 __version__ = "0.1.0"
 __all__ = [

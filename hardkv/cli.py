@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hardkv.calibration import calibrate
+from hardkv.calibration.calibrate import calibrate
 from hardkv.config import HardKVConfig
 from hardkv.extras import InputError, MissingPackageError, require
 from hardkv.files import file_to_write

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from hardkv.calibration_file import Calibration
+from hardkv.calibration.file import Calibration
 from hardkv.kernels.attention import check_backend
 from hardkv.selectors.budgets import Adaptive, Budget, Risk, TopK, budget_to_dict, get_budget
 from hardkv.selectors.checks import check_count
@@ -32,7 +32,7 @@ class HardKVConfig:
         pin_prompt: keep the whole prompt of `generate()`, in chunks or not. In a loop of your own, the prompt is every
             token before the first forward of a single token; so give its last chunk two tokens or more.
         calibration: None; a `hardkv.Calibration` or the path of a saved one; "auto", with `HardKVCache(config=model)`:
-            calibrate once for the model's weights and the scorer, and keep the file (`hardkv.calibration_auto.auto`);
+            calibrate once for the model's weights and the scorer, and keep the file (`hardkv.calibration.auto.auto`);
             or "online": Logits Calibration, one temperature per KV head, fitted at each sequence's first event with
             tokens that are not protected (`hardkv.selectors.fit_temperatures`); until then the temperatures are 1.
         refit: with "online", number of events after which a sequence's temperatures are fitted again; 0: never.

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.model import Traits
-from hardkv.calibration_file import describe_scorer
+from hardkv.calibration.file import describe_scorer
 from hardkv.selectors import (
     BUDGETS,
     RKV,

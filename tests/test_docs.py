@@ -221,7 +221,7 @@ def test_everything_public_has_a_docstring_that_names_its_parameters(module):
     "name",
     [
         "hardkv.config",
-        "hardkv.planning",
+        "hardkv.decoding.plan",
         "hardkv.selectors.temperatures",
         "hardkv.selectors.observation",
         "hardkv.selectors.scorers.scorer",

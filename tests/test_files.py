@@ -15,7 +15,7 @@ import torch
 
 import hardkv.files
 from hardkv import Calibration
-from hardkv.cache.trace import Trace
+from hardkv.cache.record.trace import Trace
 from hardkv.files import check_writable, replacing, write_text
 from hardkv.viz.figures import save_figure
 from hardkv.viz.html import Html

@@ -1,8 +1,8 @@
 """The cache itself: storage, events, and the way into transformers."""
 
 from hardkv.cache.cache import HardKVCache
+from hardkv.cache.record.stats import Stats
+from hardkv.cache.record.trace import Trace
 from hardkv.cache.routing.handles import UnroutedKVError
-from hardkv.cache.stats import Stats
-from hardkv.cache.trace import Trace
 
 __all__ = ["HardKVCache", "Stats", "Trace", "UnroutedKVError"]

@@ -15,7 +15,7 @@ from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.model import Traits
 from hardkv.cache.storage.offload import Offload
-from hardkv.calibration_file import Calibration
+from hardkv.calibration.file import Calibration
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
 
@@ -58,7 +58,7 @@ def build_layers(
     cross = traits.cross_attention_layers
     full = [idx for idx, layer in enumerate(layers) if type(layer) in FULL and idx not in cross]
     if settings.calibration == "auto":
-        from hardkv.calibration_auto import auto  # builds on this file
+        from hardkv.calibration.auto import auto  # builds on this file
 
         settings.calibration = auto(model, settings, warn)
     elif isinstance(settings.calibration, Calibration) and (

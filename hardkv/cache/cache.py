@@ -12,22 +12,22 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from hardkv.cache.build import LayerFactory, build_layers, build_unknown_layer, check_unknown, make_layer
-from hardkv.cache.contents import batch_size_of, tensors_of
 from hardkv.cache.handover import GivenCache
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.incoming import check_rows, check_shape
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.model import Traits
-from hardkv.cache.recorder import Recorder
+from hardkv.cache.record.contents import batch_size_of, tensors_of
+from hardkv.cache.record.recorder import Recorder
+from hardkv.cache.record.stats import Stats, Steps
+from hardkv.cache.record.trace import Trace
 from hardkv.cache.routing.handles import KVHandle, LogicalLen
 from hardkv.cache.routing.registry import install
 from hardkv.cache.schedule import EventSchedule, run_events
-from hardkv.cache.stats import Stats, Steps
 from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.cache.storage.offload import Offload
 from hardkv.cache.storage.tiers import TIERS
-from hardkv.cache.trace import Trace
-from hardkv.calibration_file import Calibration
+from hardkv.calibration.file import Calibration
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
 from hardkv.selectors.observation import Observation
@@ -84,7 +84,7 @@ class HardKVCache(GivenCache):
         )
         self._offload = Offload() if offload else None
         self._schedule: EventSchedule | None = None
-        self.steps: Steps | None = None  # of hardkv.generation
+        self.steps: Steps | None = None  # of hardkv.decoding.generate
         self.warnings: list[str] = []
         self._recorder: Recorder | None = None
         model = config if isinstance(config, torch.nn.Module) else None

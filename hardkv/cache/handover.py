@@ -14,9 +14,9 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.utils import GenerationMixin
 
 from hardkv.cache.argument import CACHE
+from hardkv.cache.integrity import WholeCache
 from hardkv.cache.model import Traits
-from hardkv.cache.under_way import WAITING, innermost, wrap_method
-from hardkv.cache.whole import WholeCache
+from hardkv.cache.routing.under_way import WAITING, innermost, wrap_method
 
 
 class GivenCache(WholeCache):

@@ -12,14 +12,14 @@ from hardkv.cache.layer_events import LayerEvents
 from hardkv.cache.protocol import LayerProtocol
 from hardkv.cache.routing.handles import KVHandle, LatentHandle, UnroutedKVError
 from hardkv.cache.routing.tokens import NewTokens
+from hardkv.cache.routing.under_way import prefilling
 from hardkv.cache.schedule import EventSchedule, run_events
-from hardkv.cache.shards import local_heads
 from hardkv.cache.storage.dense import DenseTier
 from hardkv.cache.storage.hidden import Past, noted, seen_through
 from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.cache.storage.queries import QueryRing
 from hardkv.cache.storage.tiers import Tiers
-from hardkv.cache.under_way import prefilling
+from hardkv.cache.tensor_parallel import local_heads
 from hardkv.kernels.attention import attend_tiers
 from hardkv.kernels.autocast import active
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hardkv.cache import HardKVCache
-from hardkv.cache.stats import format_bytes
+from hardkv.cache.record.stats import format_bytes
 from hardkv.config import HardKVConfig
 from hardkv.demo.shared import (
     Clock,

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from hardkv.cache import HardKVCache
 from hardkv.cache.model import Traits
-from hardkv.cache.stats import format_bytes
+from hardkv.cache.record.stats import format_bytes
 from hardkv.config import HardKVConfig
 from hardkv.demo.shared import (
     Clock,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hardkv.calibration_summary import NO_KEPT, NO_RISK, Found, allocation_of, layers_of, length_of, scorer_name
+from hardkv.calibration.summary import NO_KEPT, NO_RISK, Found, allocation_of, layers_of, length_of, scorer_name
 from hardkv.extras import require
 from hardkv.viz.figures import WIDTH, finish, number_size
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hardkv.cache import Trace
-from hardkv.cache.stats import format_bytes
+from hardkv.cache.record.stats import format_bytes
 from hardkv.extras import require
 from hardkv.viz.figures import COLOURS, WIDTH, finish
 from hardkv.viz.traces import trace_of

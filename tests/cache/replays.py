@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hardkv.cache import static_tokens
-from hardkv.cache.steps import DecodeSteps
+from hardkv.decoding import fixed_tokens as static_tokens
+from hardkv.decoding.step import DecodeSteps
 
 # Operators that tell the host what a tensor holds: a capture fails at them.
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}

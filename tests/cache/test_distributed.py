@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from hardkv import HardKVCache, calibrate, graphed
 from hardkv.cache.argument import CACHE
-from hardkv.cache.shards import local_heads
+from hardkv.cache.tensor_parallel import local_heads
 from hardkv.selectors import AdaKV, Pyramid, Risk, TopK, TopP
 from tests.cache.conftest import make_model, make_prompts
 from tests.cache.test_modes import greedy

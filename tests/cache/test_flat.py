@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from hardkv import HardKVCache
 from hardkv.cache.argument import CACHE
-from hardkv.generation import graphed
+from hardkv.decoding.generate import graphed
 from tests.cache.conftest import make_model, make_prompts
 from tests.models.tiny import tiny_model
 

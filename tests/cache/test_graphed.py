@@ -22,16 +22,16 @@ from transformers import (
 
 import hardkv
 import hardkv.cache.layer as layer_module
-import hardkv.generation as module
+import hardkv.decoding.generate as module
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
 from hardkv.cache.routing.handles import KVHandle, UnroutedKVError
-from hardkv.cache.siblings import adjacent
-from hardkv.cache.static_tokens import StaticTokens
 from hardkv.cache.storage.pool import GROWTH, Pool
-from hardkv.cache.windows import LAST
-from hardkv.generation import graphed
+from hardkv.decoding.fixed_tokens import StaticTokens
+from hardkv.decoding.generate import graphed
+from hardkv.decoding.joined_linears import adjacent
+from hardkv.decoding.sliding import LAST
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
 from tests.cache.conftest import generate_logits, make_model, make_prompts
 
@@ -502,7 +502,7 @@ def test_lengths_that_a_model_computes_with(model, monkeypatch, positions_from):
 
 
 def test_static_attention_outside_of_a_step():
-    from hardkv.cache.static_tokens import static_attention
+    from hardkv.decoding.fixed_tokens import static_attention
 
     tensors = [torch.zeros(1, 1, 1, 4)] * 3
     with pytest.raises(RuntimeError, match="step"):

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import CacheLayerMixin
 
-import hardkv.generation as module
+import hardkv.decoding.generate as module
 from hardkv import HardKVCache
 from hardkv.cache.argument import CACHE
 from hardkv.cache.layer import HardKVLayer
-from hardkv.cache.windows import StaticWindow
-from hardkv.generation import graphed
+from hardkv.decoding.generate import graphed
+from hardkv.decoding.sliding import StaticWindow
 from tests.cache.conftest import generate_logits, make_prompts
 from tests.cache.replays import replaying
 from tests.cache.test_graphed import EVICT, ON_GPU, EndAt, Interrupt

@@ -12,7 +12,7 @@ from transformers.generation.utils import GenerationMixin
 from hardkv import HardKVCache, graphed
 from hardkv.cache.argument import CACHE
 from hardkv.cache.routing.registry import install
-from hardkv.cache.under_way import WAITING, innermost, prefilling
+from hardkv.cache.routing.under_way import WAITING, innermost, prefilling
 from tests.models.tiny import tiny_model as any_tiny_model
 
 EVICT = {"budget": 12, "window": 4, "sinks": 1, "interval": 3}

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, Stats
 from hardkv.cache.argument import CACHE
-from hardkv.cache.stats import format_bytes
+from hardkv.cache.record.stats import format_bytes
 from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.selectors import RKV, AdaKV, SnapKV
 

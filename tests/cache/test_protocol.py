@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache
 
 from hardkv import HardKVCache, calibrate
 from hardkv.cache.argument import CACHE
-from hardkv.cache.steps import StepLayer
+from hardkv.decoding.step import StepLayer
 from tests.cache.test_modes import EVICT, HOLD_ALL, greedy, held, step
 from tests.models.tiny import tiny_model as make_model
 

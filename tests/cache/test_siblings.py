@@ -7,7 +7,7 @@ import torch
 import torch._inductor.config
 from torch import nn
 
-from hardkv.cache import siblings
+from hardkv.decoding import joined_linears
 
 
 class Attention(nn.Module):
@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
 
 def run(model, x):
-    with siblings.watch(model), torch.no_grad():
+    with joined_linears.watch(model), torch.no_grad():
         return model(x)
 
 
@@ -31,7 +31,9 @@ def joined(model, *names):
     """Whether the weights, and biases, of layers lie in one piece in the order of their calls."""
     modules = [model.get_submodule(name) for name in names]
     biases = [module.bias for module in modules if module.bias is not None]
-    return siblings.adjacent([module.weight for module in modules]) and (not biases or siblings.adjacent(biases))
+    return joined_linears.adjacent([module.weight for module in modules]) and (
+        not biases or joined_linears.adjacent(biases)
+    )
 
 
 def products(model, x):
@@ -39,7 +41,7 @@ def products(model, x):
     found = []
 
     def backend(module, inputs):
-        siblings.JoinProducts()(module.graph)
+        joined_linears.JoinProducts()(module.graph)
         module.graph.lint()
         module.recompile()
         found.append(len(module.graph.find_nodes(op="call_function", target=nn.functional.linear)))
@@ -56,7 +58,7 @@ def test_products_that_are_autotuned_stay_apart(option):
     """Inductor times them on copies of single parameters, which end where the next parameter begins."""
     model, x = Attention(), torch.randn(3, 1, 8)
     expected = run(model, x)
-    assert siblings.join(model)
+    assert joined_linears.join(model)
     with torch._inductor.config.patch({option: True}), pytest.warns(UserWarning, match="autotunes"):
         found, out = products(model, x)
     assert found == [4]
@@ -72,7 +74,7 @@ def test_one_product(bias):
     before = {name: parameter.detach().clone() for name, parameter in held.items()}
     expected = run(model, x)
     assert products(model, x)[0] == [4]  # apart in memory, apart in the graph
-    assert siblings.join(model)
+    assert joined_linears.join(model)
     assert joined(model, "v", "q", "k")
     found, out = products(model, x)
     assert found == [2]
@@ -81,19 +83,19 @@ def test_one_product(bias):
     assert all(after[name] is held[name] and torch.equal(after[name], before[name]) for name in held)
     storages = {parameter.untyped_storage()._cdata: parameter.untyped_storage().nbytes() for parameter in held.values()}
     assert sum(storages.values()) == sum(parameter.nbytes for parameter in held.values())
-    assert not siblings.join(model)  # nothing is moved twice
+    assert not joined_linears.join(model)  # nothing is moved twice
 
 
 def test_join_again_after_a_move():
     model, x = Attention(), torch.randn(2, 1, 8)
     run(model, x)
-    siblings.join(model)
+    joined_linears.join(model)
     model.double().float()
     assert not joined(model, "v", "q", "k")
-    assert siblings.join(model)
+    assert joined_linears.join(model)
     assert joined(model, "v", "q", "k")
     twin = copy.deepcopy(model)  # whose parameters lie apart again
-    assert siblings.join(twin)
+    assert joined_linears.join(twin)
     assert joined(twin, "v", "q", "k")
     assert joined(model, "v", "q", "k")
 
@@ -103,13 +105,13 @@ def test_what_changed_since():
     model, x = Attention(), torch.randn(2, 1, 8)
     run(model, x)
     model.k.double()
-    assert not siblings.join(model)
+    assert not joined_linears.join(model)
     assert model.q.weight.dtype == torch.float32
     model.k.float()
-    siblings.join(model)
+    joined_linears.join(model)
     other = torch.randn(9, 8)
     model.k.weight.data = other[5:]
-    assert siblings.join(model)
+    assert joined_linears.join(model)
     assert joined(model, "v", "q", "k")
     assert torch.equal(model.k.weight, other[5:])
 
@@ -118,7 +120,7 @@ def test_gradients_still_flow():
     model, x = Attention(), torch.randn(2, 1, 8)
     run(model, x)
     with torch.inference_mode():
-        siblings.join(model)
+        joined_linears.join(model)
     model(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -163,7 +165,7 @@ class Scaled(nn.Linear):
 def test_left_apart(make):
     model, x = make(), torch.randn(2, 1, 8)
     expected = run(model, x)
-    assert not siblings.join(model)
+    assert not joined_linears.join(model)
     torch.testing.assert_close(products(model, x)[1], expected)
 
 
@@ -181,9 +183,9 @@ def test_shared_by_two_groups():
 
     model, x = Shared(), torch.randn(2, 1, 8)
     expected = run(model, x)
-    assert siblings.join(model)
+    assert joined_linears.join(model)
     assert joined(model, "a", "b")
-    assert not siblings.join(model)
+    assert not joined_linears.join(model)
     found, out = products(model, x)
     assert found == [3]
     torch.testing.assert_close(out, expected)

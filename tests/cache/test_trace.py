@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from hardkv import HardKVCache, Trace
 from hardkv.cache.argument import CACHE
-from hardkv.generation import graphed
+from hardkv.decoding.generate import graphed
 from hardkv.selectors import Adaptive
 from tests.cache.conftest import feed, generate_logits, make_model, make_prompts
 

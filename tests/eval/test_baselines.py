@@ -7,7 +7,7 @@ from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed, importance
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
-from hardkv.calibration_file import describe_scorer
+from hardkv.calibration.file import describe_scorer
 from hardkv.selectors import Observation, Risk, RiskCurves
 from hardkv.selectors.ranking import Ranking
 from tests.cache import conftest as tiny

@@ -22,7 +22,7 @@ from eval.teacher_forced import teacher_forced
 from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
-from hardkv.calibration_file import describe_scorer
+from hardkv.calibration.file import describe_scorer
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP, get_scorer
 from tests.cache import conftest as tiny
 

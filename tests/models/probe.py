@@ -19,9 +19,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hardkv import HardKVCache, graphed
 from hardkv.cache.argument import CACHE
-from hardkv.cache.contents import tensors_of
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.record.contents import tensors_of
 from hardkv.cache.routing.handles import KVHandle
 from tests.cache.replays import replaying
 from tests.models.tiny import PAD, random_ids, tiny_model

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from hardkv import HardKVCache
-from hardkv.cache import static
 from hardkv.cache.argument import CACHE
+from hardkv.decoding import fixed as static
 from tests.models import compatibility
 from tests.models.probe import (
     NEW,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
-from hardkv.calibration_file import describe_scorer
+from hardkv.calibration.file import describe_scorer
 from hardkv.selectors import Observation, Pyramid, Risk, RiskCurves, TopK, get_budget, get_scorer
 from hardkv.selectors.budgets import budget_to_dict
 from hardkv.selectors.ranking import Ranking

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hardkv import HardKVCache, Trace
-from hardkv.cache.snapshot import HeldByLayer, Positions, Snapshot
+from hardkv.cache.record.snapshot import HeldByLayer, Positions, Snapshot
 from hardkv.cache.storage.tiers import TIERS
 from hardkv.extras import MissingPackageError
 from hardkv.viz import plot_kept, plot_tiers, plot_token

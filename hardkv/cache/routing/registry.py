@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from hardkv.cache import handover, under_way
+from hardkv.cache import handover
+from hardkv.cache.routing import under_way
 from hardkv.cache.routing.call import AttentionCall
 from hardkv.cache.routing.handles import KVHandle, LogicalLen, UnmaskedLength, UnroutedKVError
 from hardkv.cache.routing.masks import HardKVMask, check_width

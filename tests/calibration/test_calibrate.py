@@ -17,14 +17,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import hardkv.calibration
-import hardkv.survey
+import hardkv.calibration.calibrate
+import hardkv.calibration.survey
 from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
-from hardkv.calibration_file import describe_scorer
+from hardkv.calibration.file import describe_scorer
+from hardkv.calibration.survey import restack, squared_attention
 from hardkv.selectors import Adaptive, Risk, TopP, fit_temperatures, get_scorer
-from hardkv.survey import restack, squared_attention
 from tests.cache import conftest as tiny
 
 SIZES = {"window": 8, "sinks": 2, "interval": 16}
@@ -361,7 +361,7 @@ class TestMeasurement:
             samples.append(scores.shape[1])
             return fit_temperatures(scores, *args, **kwargs)
 
-        monkeypatch.setattr(hardkv.survey, "fit_temperatures", fit)
+        monkeypatch.setattr(hardkv.calibration.survey, "fit_temperatures", fit)
         calibrate(tiny.make_model("llama"), make_texts(16 * events), **SIZES, **QUIET)
         assert 8 <= max(samples) <= 16
 
@@ -755,6 +755,8 @@ class TestTexts:
 
     def test_the_default_texts(self, monkeypatch):
         model, texts = tiny.make_model("llama"), make_texts(96, 80)
-        monkeypatch.setattr(hardkv.calibration, "default_texts", lambda: {"a": as_text(texts[0]), "b": "w3 " * 50})
+        monkeypatch.setattr(
+            hardkv.calibration.calibrate, "default_texts", lambda: {"a": as_text(texts[0]), "b": "w3 " * 50}
+        )
         found = calibrate(model, tokenizer=make_tokenizer(), **SIZES, **QUIET)
         assert found.provenance["tokens"] == 96 + 48

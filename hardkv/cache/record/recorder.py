@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardkv.cache.snapshot import HeldByLayer, HoldingLayer, Snapshot
+from hardkv.cache.record.snapshot import HeldByLayer, HoldingLayer, Snapshot
+from hardkv.cache.record.trace import RecordedCache, Trace, used_layers
 from hardkv.cache.storage.tiers import sequences_of
-from hardkv.cache.trace import RecordedCache, Trace, used_layers
 
 
 class Recorder:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hardkv.cache.model import Traits
-from hardkv.calibration import calibrate, load_tokenizer
-from hardkv.calibration_file import FORMAT, Calibration, describe_scorer
+from hardkv.calibration.calibrate import calibrate, load_tokenizer
+from hardkv.calibration.file import FORMAT, Calibration, describe_scorer
+from hardkv.calibration.fingerprint import fingerprint
 from hardkv.config import HardKVConfig
-from hardkv.fingerprint import fingerprint
 from hardkv.selectors.scorers.scorer import get_scorer
 
 # Calibrations that could not be written to a file, by the file's name.
@@ -38,9 +38,10 @@ def cache_folder() -> Path:
 def auto(model: Any, settings: HardKVConfig, warn: Callable[[str], Any] = warnings.warn) -> Calibration:
     """The calibration of a model for these settings: from the user's cache folder, or made now and kept there.
 
-    A file belongs to weights, adapters included, under any name of the model (`hardkv.fingerprint`), and to a scorer
-    with its window, sinks and interval. It holds the result of the default texts. Delete it to calibrate again. A file
-    that cannot be read is replaced. If no file can be written, this process keeps the calibration in memory.
+    A file belongs to weights, adapters included, under any name of the model (`hardkv.calibration.fingerprint`), and to
+    a scorer with its window, sinks and interval. It holds the result of the default texts. Delete it to calibrate
+    again. A file that cannot be read is replaced. If no file can be written, this process keeps the calibration in
+    memory.
 
     Args:
         model: the transformers model, loaded. settings: scorer, window, sinks and interval. warn: is told what is

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardkv.cache.snapshot import HeldByLayer, HoldingLayer, Positions, Snapshot
+from hardkv.cache.record.snapshot import HeldByLayer, HoldingLayer, Positions, Snapshot
 from hardkv.cache.storage.tiers import TIERS
 from hardkv.config import HardKVConfig
 from hardkv.files import replacing

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from hardkv.fingerprint import STRIDE, TENSORS, VALUES, _sample, fingerprint
+from hardkv.calibration.fingerprint import STRIDE, TENSORS, VALUES, _sample, fingerprint
 from tests.cache import conftest as tiny
 
 MODELS = ["llama", "gemma3", "gpt2"]
@@ -131,7 +131,7 @@ def test_tied_weights_count_once():
 def test_many_weights_are_not_all_read(monkeypatch):
     module = Holder(*torch.arange(3.0 * TENSORS).view(-1, 1))
     read = []
-    monkeypatch.setattr("hardkv.fingerprint._sample", lambda *args: read.append(1) or _sample(*args))
+    monkeypatch.setattr("hardkv.calibration.fingerprint._sample", lambda *args: read.append(1) or _sample(*args))
     assert fingerprint(module) != fingerprint(Holder(*torch.arange(3.0 * TENSORS).view(-1, 1) + 1))
     assert len(read) <= 2 * TENSORS
 

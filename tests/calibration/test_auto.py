@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.test_calibrate import QUIET, SIZES, as_text, make_texts, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-import hardkv.calibration
-import hardkv.calibration_auto
+import hardkv.calibration.auto
+import hardkv.calibration.calibrate
 from hardkv import Calibration, HardKVCache, calibrate
-from hardkv.fingerprint import fingerprint
+from hardkv.calibration.fingerprint import fingerprint
 from hardkv.selectors import Adaptive, Risk
 from tests.cache import conftest as tiny
-from tests.test_calibrate import QUIET, SIZES, as_text, make_texts, make_tokenizer
 
 ARGUMENTS = {"budget": 20, "calibration": "auto", **SIZES}
 
@@ -26,9 +26,9 @@ def checkpoint(tmp_path, monkeypatch):
     tiny.make_model("llama").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     monkeypatch.setenv("HARDKV_CACHE", str(store))
-    monkeypatch.setattr(hardkv.calibration_auto, "_unsaved", {})
+    monkeypatch.setattr(hardkv.calibration.auto, "_unsaved", {})
     texts = {str(i): as_text(ids) for i, ids in enumerate(make_texts(64, 80))}
-    monkeypatch.setattr(hardkv.calibration, "default_texts", lambda: texts)
+    monkeypatch.setattr(hardkv.calibration.calibrate, "default_texts", lambda: texts)
 
     @dataclass
     class Checkpoint:
@@ -49,7 +49,7 @@ def checkpoint(tmp_path, monkeypatch):
         found.calls += 1
         return calibrate(*args, **kwargs)
 
-    monkeypatch.setattr(hardkv.calibration_auto, "calibrate", counted)
+    monkeypatch.setattr(hardkv.calibration.auto, "calibrate", counted)
     return found
 
 
@@ -306,7 +306,7 @@ def test_another_process_at_the_same_time(checkpoint, monkeypatch):
             results[0] = used(model)
         return calibrate(*args, **kwargs)
 
-    monkeypatch.setattr(hardkv.calibration_auto, "calibrate", slow)
+    monkeypatch.setattr(hardkv.calibration.auto, "calibrate", slow)
     ours = used(model)
     assert ours.path == results[0].path
     assert checkpoint.files == [ours.path]

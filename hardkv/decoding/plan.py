@@ -10,7 +10,7 @@ from hardkv.cache.cache import HardKVCache
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.model import Traits
-from hardkv.cache.stats import format_bytes
+from hardkv.cache.record.stats import format_bytes
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
 from hardkv.selectors.checks import check_count

@@ -14,15 +14,15 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from hardkv.cache import siblings
 from hardkv.cache.argument import NAMES, argument_of
 from hardkv.cache.cache import HardKVCache
-from hardkv.cache.compiled import compiled_forward
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.model import Traits
 from hardkv.cache.routing.handles import KVHandle, LatentHandle, UnmaskedLength
-from hardkv.cache.static import StaticDecoding
-from hardkv.cache.static_tokens import StaticTokens
+from hardkv.decoding import joined_linears
+from hardkv.decoding.compiled import compiled_forward
+from hardkv.decoding.fixed import StaticDecoding
+from hardkv.decoding.fixed_tokens import StaticTokens
 
 # Inputs of a step: those that change as we know, those that stay as they are, and those that the pools stand for.
 MOVING = ("input_ids", "position_ids")
@@ -179,7 +179,7 @@ class DecodeSteps:
     def _settle_weights(self, model: Any) -> None:
         """Take note of where the weights lie, those that the compiled forward reads as one next to each other."""
         if self.compiled:
-            siblings.join(model)
+            joined_linears.join(model)
         self._weights = tuple(parameter.data_ptr() for parameter in model.parameters())
 
     def _take(self, inputs: dict[str, Any]) -> None:
@@ -243,7 +243,7 @@ class DecodeSteps:
         length = 1 if compiled else UnknownLength(1)
         layers: list[Any] = [_seen_of(decoding, idx, length) for idx in range(Traits.of(model.config).num_layers)]
         before = [] if self._runs else _held_by_modules(model)
-        watching = siblings.watch(model) if self.compiled and not self._runs else nullcontext()
+        watching = joined_linears.watch(model) if self.compiled and not self._runs else nullcontext()
         with decoding.step(), watching:
             try:
                 out = forward(**self._inputs, **{self._argument: Cache(layers=layers)}, return_dict=True)

@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 
 from hardkv.cache.argument import argument_of
 from hardkv.cache.model import Traits
-from hardkv.calibration_file import Calibration, describe_scorer
+from hardkv.calibration.file import Calibration, describe_scorer
+from hardkv.calibration.fingerprint import fingerprint
+from hardkv.calibration.survey import Record, Step, SurveyCache, curve_edges, squared_attention
 from hardkv.config import HardKVConfig
-from hardkv.fingerprint import fingerprint
 from hardkv.selectors.checks import check_count, check_fraction, check_name
 from hardkv.selectors.scorers.scorer import Scorer, get_scorer
 from hardkv.selectors.temperatures import SOLVERS
-from hardkv.survey import Record, Step, SurveyCache, curve_edges, squared_attention
 
 __all__ = ["Calibration", "calibrate", "default_texts"]
 

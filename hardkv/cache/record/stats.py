@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hardkv.cache.contents import batch_size_of
 from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.record.contents import batch_size_of
 from hardkv.cache.storage.hidden import UNREAD
 from hardkv.cache.storage.tiers import Tiers
 from hardkv.config import HardKVConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hardkv.cache import siblings
+from hardkv.decoding import joined_linears
 
 # Batch sizes that a model may be compiled for.
 MAX_SHAPES = 64
@@ -17,7 +17,7 @@ class _Compiled:
     """A model's compiled forward, kept with it; copies and pickles of the model begin without."""
 
     def __init__(self, model: Any):
-        options = {"pre_grad_custom_pass": siblings.JoinProducts()}
+        options = {"pre_grad_custom_pass": joined_linears.JoinProducts()}
         compiled = partial(torch.compile, model.forward, fullgraph=True, dynamic=False, options=options)
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             self.forward = compiled(recompile_limit=MAX_SHAPES)

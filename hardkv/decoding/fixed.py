@@ -15,9 +15,9 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionC
 
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.schedule import run_events
-from hardkv.cache.static_tokens import current
 from hardkv.cache.storage.pool import Pool
-from hardkv.cache.windows import LAST, StaticWindow
+from hardkv.decoding.fixed_tokens import current
+from hardkv.decoding.sliding import LAST, StaticWindow
 from hardkv.kernels.append import append_step
 from hardkv.kernels.autocast import suspended
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hardkv.cache.model import Traits
-from hardkv.calibration_summary import summarize
+from hardkv.calibration.summary import summarize
 from hardkv.files import replacing
 from hardkv.selectors.budgets import RiskCurves
 from hardkv.selectors.scorers.scorer import Scorer, scorer_to_dict

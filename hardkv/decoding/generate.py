@@ -2,7 +2,7 @@
 
 A decode step of transformers costs the host tens of milliseconds, far more than the bytes it moves take. Between two
 events nothing that a step reads changes its place, so the step is captured once and replayed
-(`hardkv.cache.steps`); the next token is drawn on the device, and the host reads one flag a step, one step late.
+(`hardkv.decoding.step`); the next token is drawn on the device, and the host reads one flag a step, one step late.
 """
 
 from collections import deque
@@ -20,13 +20,13 @@ from hardkv.cache.argument import CACHE, take
 from hardkv.cache.cache import HardKVCache
 from hardkv.cache.handover import refuse_dropped
 from hardkv.cache.hybrid import HybridLayer
+from hardkv.cache.integrity import HALF_DONE
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.model import Traits
-from hardkv.cache.static import linear_of, states_of
-from hardkv.cache.steps import DecodeSteps
+from hardkv.cache.routing.under_way import innermost
 from hardkv.cache.storage.offload import ToHost
-from hardkv.cache.under_way import innermost
-from hardkv.cache.whole import HALF_DONE
+from hardkv.decoding.fixed import linear_of, states_of
+from hardkv.decoding.step import DecodeSteps
 from hardkv.kernels.attention import backend_for
 
 # Layers of a cache that can be stepped; those that hold nothing are unknown to transformers 5.17.

@@ -1,0 +1,1 @@
+"""What a cache held: statistics of now, and a trace over time."""
