@@ -69,8 +69,8 @@ class EventSchedule:
 
     def decoded(self, layer: EventLayer) -> None:
         """A layer has attended."""
-        if layer is self.layers[-1]:
-            run_events([each for each in self.layers if each.ready])
+        if layer is self.layers[-1] and (ready := [each for each in self.layers if each.ready]):
+            run_events(ready)
 
     def finish(self) -> None:
         """Finish what is under way.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hardkv.decoding import fixed_tokens as static_tokens
+from hardkv.decoding import fixed_tokens
 from hardkv.decoding.step import DecodeSteps
 
 # Operators that tell the host what a tensor holds: a capture fails at them.
@@ -68,6 +68,6 @@ def replaying() -> Iterator[list[Recording]]:
         return logits
 
     # what torch.compile sees as one operator reads the host's numbers
-    seen_through = patch.object(static_tokens, "static_attention", static_tokens.static_attention._init_fn)
+    seen_through = patch.object(fixed_tokens, "static_attention", fixed_tokens.static_attention._init_fn)
     with seen_through, patch.object(DecodeSteps, "_run", run):
         yield replays

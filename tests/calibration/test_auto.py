@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_calibrate import QUIET, SIZES, as_text, make_texts, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hardkv.calibration.auto
@@ -15,6 +14,7 @@ from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.calibration.fingerprint import fingerprint
 from hardkv.selectors import Adaptive, Risk
 from tests.cache import conftest as tiny
+from tests.calibration.test_calibrate import QUIET, SIZES, as_text, make_texts, make_tokenizer
 
 ARGUMENTS = {"budget": 20, "calibration": "auto", **SIZES}
 

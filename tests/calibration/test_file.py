@@ -135,7 +135,7 @@ def test_provenance_that_is_no_json_is_refused(tmp_path):
 @pytest.mark.parametrize("scorer", ["attention", "snapkv", "rkv"])
 def test_files_of_earlier_versions_are_read(scorer):
     """They hold a hash of the config, and nothing of the weights."""
-    folder = Path(__file__).parents[1] / "eval" / "reasoner" / "model"
+    folder = Path(__file__).parents[2] / "eval" / "reasoner" / "model"
     calibration = Calibration.load(folder / f"calibration-{scorer}.safetensors")
     assert ("config_hash" in calibration.provenance, "weights" in calibration.provenance) == (True, False)
     config = AutoConfig.from_pretrained(folder)

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from hardkv import HardKVCache
 from hardkv.cache.argument import CACHE
-from hardkv.decoding import fixed as static
+from hardkv.decoding import fixed
 from tests.models import compatibility
 from tests.models.probe import (
     NEW,
@@ -118,12 +118,12 @@ def test_the_probe_notices_wrong_attention(monkeypatch):
 
 def test_the_probe_notices_wrong_static_steps(monkeypatch):
     """A step whose queries are never observed keeps other tokens at the next event."""
-    append_step = static.append_step
+    append_step = fixed.append_step
 
     def forgets(*args):
         append_step(*args[:6], torch.zeros_like(args[6]), *args[7:])
 
-    monkeypatch.setattr(static, "append_step", forgets)
+    monkeypatch.setattr(fixed, "append_step", forgets)
     with pytest.raises(Defect, match="graphed"):
         probe_graphed(tiny_model("llama"))
 
