@@ -21,7 +21,7 @@ class HardKVConfig:
 
     Args:
         scorer: name ("rkv", "attention", "snapkv", or one you registered) or an object with `score(observation)`. "rkv"
-            is for long reasoning; its events take longest, as they compare each token with up to 4,096 others.
+            is for long reasoning; its events take longest, as they compare each token with up to 1,536 others.
         budget: int n, the mean tokens kept per KV head, or a budget object from `hardkv.selectors`. An integer means
             TopK(n) without a calibration, Risk(n) with risk curves, and Adaptive(n) with temperatures only.
         window: number of newest tokens, which are always kept; their queries score the others.

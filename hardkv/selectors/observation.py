@@ -32,7 +32,7 @@ class Observation:
         scale: the factor by which attention multiplies q . k.
         window: how many of the newest tokens of a row are its window.
         softcap: the softcap of the model's attention; None without one.
-        seen: int64 `[B]`, tokens of each sequence so far, evicted ones included; None: the length of its longest row.
+        tokens: int64 `[B]`, tokens of each sequence so far, evicted ones included; None: the length of its longest row.
         longest: the length of the longest row, or an upper bound, if the host knows it; None: read from the device.
         window_mask: bool `[N]`, True at the newest `window` tokens of every row. None: computed here.
     """
@@ -48,7 +48,7 @@ class Observation:
     scale: float
     window: int
     softcap: float | None = None
-    seen: Tensor | None = None
+    tokens: Tensor | None = None
     longest: int | None = None
     window_mask: Tensor = None  # type: ignore[assignment]
 
@@ -91,8 +91,8 @@ class Observation:
 
     @cached_property
     def context(self) -> Tensor:
-        """Tokens of each sequence so far, int64 `[B]`: `seen`, or the length of its longest row."""
-        return self.lengths.view(self.batch_size, -1).amax(1) if self.seen is None else self.seen
+        """Tokens of each sequence so far, int64 `[B]`: `tokens`, or the length of its longest row."""
+        return self.lengths.view(self.batch_size, -1).amax(1) if self.tokens is None else self.tokens
 
     @property
     def max_length(self) -> int:
@@ -140,7 +140,7 @@ class Observation:
                 longest=rows.longest,
                 queries=self.queries[sequences],
                 query_valid=self.query_valid[sequences],
-                seen=None if self.seen is None else self.seen[sequences],
+                tokens=None if self.tokens is None else self.tokens[sequences],
                 protected=self.protected[tokens],
                 window_mask=self.window_mask[tokens],
             )
@@ -241,7 +241,7 @@ class Observation:
             queries=queries,
             query_positions=torch.arange(columns - num_queries, columns, device=keys.device),
             query_valid=query_valid,
-            seen=mask.any(1).sum(1),
+            tokens=mask.any(1).sum(1),
             protected=protected[present],
             scale=head_dim**-0.5 if scale is None else scale,
             window=window,

@@ -178,8 +178,8 @@ def lay_out(order):
 
 
 def assign():
-    keep, recent = torch.zeros(2, N, dtype=torch.bool)
-    layout.assign(keep, recent, torch.zeros(N, dtype=torch.uint8), Rows(cu_seqlens(), N, 300), patience=2)
+    keep, stays = torch.zeros(2, N, dtype=torch.bool)
+    layout.assign(keep, stays, torch.zeros(N, dtype=torch.uint8), Rows(cu_seqlens(), N, 300), patience=2)
 
 
 def pool(pooling):

@@ -661,7 +661,7 @@ class TestOnObservations:
         observation, z = held(0, exists, 0.5, heads=2, window=1, sinks=1)
         budget = layer_budgets(Risk(10, floor=0), curve)[0]
         assert (budget.counts(Ranking.of(z, observation)) + 2).tolist() == [18, 2]
-        grown = replace(observation, seen=torch.tensor([12]))
+        grown = replace(observation, tokens=torch.tensor([12]))
         assert (budget.counts(Ranking.of(z, grown)) + 2).tolist() == [12, 8]
 
 

@@ -167,7 +167,7 @@ def _observe(inputs: Sequence[EventInputs], held: HeldTokens) -> Observation:
         queries=queries,
         query_positions=torch.arange(seen - count, seen, device=queries.device),
         query_valid=valid,
-        seen=layers[0].tokens if len(layers) == 1 else torch.cat([tiers.tokens for tiers in layers]),
+        tokens=layers[0].tokens if len(layers) == 1 else torch.cat([tiers.tokens for tiers in layers]),
         protected=held.protected,
         window_mask=held.window_mask,
         scale=first.scale,

@@ -47,12 +47,12 @@ def layout(
 
 
 def assign(
-    keep: Tensor, recent: Tensor, misses: Tensor, rows: Rows, patience: int
+    keep: Tensor, stays: Tensor, misses: Tensor, rows: Rows, patience: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which tier every token goes to.
 
     Args:
-        keep: bool `[N]`, selected tokens. recent: bool `[N]`, of these the ones that stay in the dense tier.
+        keep: bool `[N]`, selected tokens. stays: bool `[N]`, of these the ones that stay in the dense tier.
         misses: uint8 `[N]`, events in a row that did not select the token before this one.
         rows: of the tokens. patience: misses that a token survives, at most 254.
 
@@ -64,5 +64,5 @@ def assign(
         from hardkv.kernels.layout import triton as kernel
 
         with current(keep):
-            return kernel.assign(keep, recent, misses, rows, patience)
-    return assign_reference(keep, recent, misses, rows, patience)
+            return kernel.assign(keep, stays, misses, rows, patience)
+    return assign_reference(keep, stays, misses, rows, patience)

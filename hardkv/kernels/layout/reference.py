@@ -32,17 +32,17 @@ def layout_reference(
         position = torch.where(is_dense, position, positions[place])
         missed = torch.where(is_dense, missed, misses[place])
     address = torch.where(is_dense, offset + row * capacity + held, place)
-    recent = slot >= (fill - window).clamp_min(0)[sequence]
-    newest = token >= rows.lengths[row] - window
-    protected = newest | (token < sinks) | (position < pinned)
-    return position, missed, address, recent, newest, protected
+    stays = slot >= (fill - window).clamp_min(0)[sequence]
+    window_mask = token >= rows.lengths[row] - window
+    protected = window_mask | (token < sinks) | (position < pinned)
+    return position, missed, address, stays, window_mask, protected
 
 
 def assign_reference(
-    keep: Tensor, recent: Tensor, misses: Tensor, rows: Rows, patience: int
+    keep: Tensor, stays: Tensor, misses: Tensor, rows: Rows, patience: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The PyTorch reference of `assign`."""
     counted = torch.where(keep, 0, misses + 1).to(torch.uint8)
-    condensed, sparse = keep & ~recent, ~keep & (counted <= patience)
+    condensed, sparse = keep & ~stays, ~keep & (counted <= patience)
     lengths = [count_per_row(chosen, rows.cu_seqlens).to(torch.int32) for chosen in (condensed, sparse)]
     return counted, condensed, sparse, torch.stack(lengths)

@@ -16,8 +16,8 @@ def _layout_kernel(
     positions_out,
     misses_out,
     address_out,
-    recent_out,
-    newest_out,
+    stays_out,
+    window_mask_out,
     protected_out,
     cu_ptr,
     older_ptr,
@@ -60,16 +60,16 @@ def _layout_kernel(
     )
     misses = tl.load(misses_ptr + place, mask=is_old, other=0)
     address = tl.where(is_old, place, offset + row.to(tl.int64) * capacity + slot)
-    recent = slot >= tl.maximum(fill - window, 0)
-    newest = token >= length - window
-    protected = newest | (token < sinks) | (position < pinned)
+    stays = slot >= tl.maximum(fill - window, 0)
+    window_mask = token >= length - window
+    protected = window_mask | (token < sinks) | (position < pinned)
 
     at = begin.to(tl.int64) + token
     tl.store(positions_out + at, position, mask=live)
     tl.store(misses_out + at, misses, mask=live)
     tl.store(address_out + at, address, mask=live)
-    tl.store(recent_out + at, recent.to(tl.int8), mask=live)
-    tl.store(newest_out + at, newest.to(tl.int8), mask=live)
+    tl.store(stays_out + at, stays.to(tl.int8), mask=live)
+    tl.store(window_mask_out + at, window_mask.to(tl.int8), mask=live)
     tl.store(protected_out + at, protected.to(tl.int8), mask=live)
 
 
@@ -127,7 +127,7 @@ def _assign_kernel(
     condensed_count,
     sparse_count,
     keep_ptr,
-    recent_ptr,
+    stays_ptr,
     misses_ptr,
     cu_ptr,
     patience,
@@ -143,9 +143,9 @@ def _assign_kernel(
     live = token < length
     at = begin.to(tl.int64) + token
     keep = tl.load(keep_ptr + at, mask=live, other=0) != 0
-    recent = tl.load(recent_ptr + at, mask=live, other=0) != 0
+    stays = tl.load(stays_ptr + at, mask=live, other=0) != 0
     misses = tl.where(keep, 0, tl.load(misses_ptr + at, mask=live, other=0).to(tl.int32) + 1)
-    condensed = live & keep & (recent == 0)
+    condensed = live & keep & (stays == 0)
     sparse = live & (keep == 0) & (misses <= patience)
     tl.store(misses_out + at, misses.to(tl.uint8), mask=live)
     tl.store(condensed_out + at, condensed.to(tl.int8), mask=live)
@@ -155,7 +155,7 @@ def _assign_kernel(
 
 
 def assign(
-    keep: Tensor, recent: Tensor, misses: Tensor, rows: Rows, patience: int
+    keep: Tensor, stays: Tensor, misses: Tensor, rows: Rows, patience: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `hardkv.kernels.layout.assign`."""
     count = rows.cu_seqlens.shape[0] - 1
@@ -170,7 +170,7 @@ def assign(
             lengths[0],
             lengths[1],
             keep.view(torch.int8),
-            recent.view(torch.int8),
+            stays.view(torch.int8),
             misses,
             rows.cu_seqlens,
             patience,

@@ -6,15 +6,16 @@ from torch import Tensor
 from hardkv.kernels.attention import accumulation_dtype
 from hardkv.kernels.rows import Rows
 
-# How far from a row's end near-duplicates are looked for. Up to so many tokens nothing is left out, which covers what
-# budgets leave; of longer prompts nearly every key has a near-duplicate there (docs/methods.md), and the work grows
-# with the length, not with its square.
-REACH = 4096
+# How far from a row's end near-duplicates are looked for. Rows of up to so many tokens are compared completely, such as
+# those of the default budget at an event. Of longer ones an unlimited search keeps the same tokens (eval.reach,
+# docs/methods.md); the work grows with the length, not with its square.
+REACH = 1536
 # Cosines that one tile holds at a time, on a CPU (where they should stay in its cache) and elsewhere; fewer where
 # the keys themselves are few.
-CPU_COSINES, MAX_COSINES = 1 << 18, 1 << 24
-# Newest tokens that a long row is compared with at first; as its tokens find their last match, those left see more.
-BLOCK = 64
+CPU_COSINES, MAX_COSINES = 1 << 19, 1 << 24
+# Newest tokens that a long row is compared with at first, as most tokens find their last match there; those left are
+# compared with so many at a time.
+BLOCK, WIDE = 64, 512
 
 
 def mean_cosine_reference(keys: Tensor, rows: Rows, threshold: float, eps: float, reach: int) -> Tensor:
@@ -45,24 +46,21 @@ def _spare(column: Tensor, unit: Tensor, lengths: Tensor, threshold: float, reac
     """
     count, width, dim = unit.shape
     near = min(reach, width)
-    block = near if count > 1 else min(near, BLOCK)
-    tile = width if count > 1 else max(1, cosines // block)
     end = lengths[:, None] - 1
     back = end - torch.arange(near, device=unit.device)  # [r, near], newest first; negative before a row's start
     recent = unit.gather(1, back.clamp_min(0)[..., None].expand(-1, -1, dim))
     place = torch.arange(near, dtype=torch.int32, device=unit.device)
-    slots = torch.arange(width, device=unit.device).expand(count, -1)
-    for first in range(0, width, tile):
-        slot, own = slots[:, first : first + tile], unit[:, first : first + tile]  # tokens without a match so far
-        begin = 0
-        while begin < near and slot.numel():
-            # of several rows all at once; of a single one the more, the fewer tokens are left
-            size = min(max(block, cosines // slot.numel()), near - begin)
+    left = torch.arange(width, device=unit.device)  # tokens without a match so far, of a single row
+    begin, block = 0, near if count > 1 else BLOCK
+    while begin < near and left.numel():
+        size = min(max(block, cosines // left.numel()), near - begin)  # the more, the fewer tokens are left
+        rest = []
+        for slot in left.split(width if count > 1 else max(1, cosines // size)):
+            own = unit if slot.numel() == width else unit[:, slot]
             cosine = torch.bmm(own, recent[:, begin : begin + size].mT)  # [r, t, size]
-            if width - begin - size < first + tile and first < width - begin:  # tokens meet themselves
-                itself = end - slot - begin  # [r, t]
-                elsewhere, at = (itself < 0) | (itself >= size), itself.clamp(0, size - 1)[..., None]
-                cosine.scatter_(2, at, cosine.gather(2, at).masked_fill(~elsewhere[..., None], -torch.inf))
+            itself = end - slot - begin  # [r, t], where a token meets itself
+            elsewhere, at = (itself < 0) | (itself >= size), itself.clamp(0, size - 1)[..., None]
+            cosine.scatter_(2, at, cosine.gather(2, at).masked_fill(~elsewhere[..., None], -torch.inf))
             found = cosine.amax(-1) > threshold  # [r, t]
             matched = cosine[found]  # [m, size]
             newest = torch.where(matched > threshold, place[:size], size).amin(-1).long()
@@ -70,7 +68,5 @@ def _spare(column: Tensor, unit: Tensor, lengths: Tensor, threshold: float, reac
             last = back[row, begin + newest]
             spared = matched.gather(1, newest[:, None])[:, 0].masked_fill(last < 0, 0.0)
             column.index_put_((row, last.clamp_min(0)), -spared, accumulate=True)
-            begin += size
-            if begin < near:  # of a single row
-                left = (~found[0]).nonzero()[:, 0]
-                slot, own = slot[:, left], own[:, left]
+            rest.append(slot[~found[0]])
+        left, begin, block = torch.cat(rest), begin + size, WIDE

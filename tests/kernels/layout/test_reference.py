@@ -79,7 +79,7 @@ def assert_assigns(function, data, device="cpu"):
         for row, n in enumerate(counts)
         for _ in range(n)
     ]
-    tokens = [(row, keep, keep and recent, misses) for row, keep, recent, misses in tokens]
+    tokens = [(row, keep, keep and stays, misses) for row, keep, stays, misses in tokens]
 
     def column(at, dtype):
         return torch.tensor([token[at] for token in tokens], dtype=dtype, device=device)
@@ -90,7 +90,7 @@ def assert_assigns(function, data, device="cpu"):
     )
     expected = [0 if keep else misses + 1 for _, keep, _, misses in tokens]
     assert misses.tolist() == expected
-    assert condensed.tolist() == [keep and not recent for _, keep, recent, _ in tokens]
+    assert condensed.tolist() == [keep and not stays for _, keep, stays, _ in tokens]
     assert sparse.tolist() == [not token[1] and n <= patience for token, n in zip(tokens, expected, strict=True)]
     for chosen, found in zip((condensed, sparse), lengths.tolist(), strict=True):
         assert found == [

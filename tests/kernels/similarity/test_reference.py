@@ -66,6 +66,7 @@ def tiles(cosines, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "CPU_COSINES", cosines)
         patch.setattr(reference, "BLOCK", block)
+        patch.setattr(reference, "WIDE", 2 * block)
         yield
 
 
@@ -96,8 +97,8 @@ def test_what_is_out_of_reach_is_not_spared():
 
 
 def test_the_default_reach_covers_what_budgets_leave():
-    """Exact up to 4,096 tokens a row."""
-    assert REACH == 4096
+    """Exact up to 1,536 tokens per row: the default budget, an interval and some."""
+    assert REACH == 1536
 
 
 def test_hundreds_of_tokens_to_nine_digits():
