@@ -81,14 +81,14 @@ def scorers() -> str:
         "RKV": (
             "pooled attention minus redundancy among the keys",
             arxiv("2505.24133"),
-            "long reasoning: the default; its selections take longer",
+            "long reasoning: the default; its events take longer",
         ),
     }
     rows = []
     for (name, (what, paper, when)), group in zip(about.items(), (SHORT, SNAPKV, RKV), strict=True):
         losses = [study.excess(group, budget, 256) for budget in ("TopK", "Risk")]
         rows.append([f"`{name}`", what, paper, *(f"{loss.mean():.3f}" for loss in losses if loss is not None), when])
-    return markdown(["scorer", "ranks a token by", "paper", "loss, `TopK`", "loss, `Risk`", "when"], rows)
+    return markdown(["scorer", "ranks tokens by", "paper", "loss, `TopK`", "loss, `Risk`", "when"], rows)
 
 
 def methods() -> str:
@@ -97,7 +97,7 @@ def methods() -> str:
     found = {(row["method"], row["budget"]): row["accuracy"]["mean"] for row in read(NEEDLE)["configurations"]}
     about = {
         "Risk(n)": (
-            "the same number at every selection, by measured risk curves: least loss of the whole model; n on average",
+            "the same number at every event, by measured risk curves: least loss of the whole model; n on average",
             "ours",
             "a calibration",
             "whenever you can calibrate",
@@ -157,7 +157,7 @@ def needle() -> str:
 
 
 def steps() -> str:
-    """Time of a decode step at 2,048 tokens a head, and what a long context leaves room for."""
+    """Time of a decode step at 2,048 tokens per head, and what a long context leaves room for."""
     long = {
         generate_report.NAMES[r["method"]]: f"{r['batch']} sequences, {r['tokens_per_s']:,.0f} tokens/s"
         for r in decode_records(generate_report.MODEL, generate_report.LONG)
@@ -167,7 +167,7 @@ def steps() -> str:
     rows = [[name, *cells, long.get(name, "")] for name, cells in times.items()]
     gpu = read("generate")["machine"]["gpu"].removeprefix("NVIDIA ")
     shape = SHAPES[generate_report.MODEL]
-    held = "HardKVCache and kvpress keep 2,048 tokens a head, selections included"
+    held = "HardKVCache and kvpress keep 2,048 tokens per head, events included"
     about = f"On one {gpu}: {shape}'s shape, random weights, bfloat16; {held}."
     columns = [f"2,048 tokens, batch {batch}" for batch in batches]
     return f"{about}\n\n" + markdown(["", *columns, f"{generate_report.LONG:,} tokens, as many as fit"], rows)
@@ -303,13 +303,13 @@ def results() -> str:
     for n in ("128", "256"):
         by_method = {row["method"]: row for row in needles if row["method"] == "full" or row["budget"] == n}
         accuracy = [f"{100 * by_method[name]['accuracy']['mean']:.0f} %" for name in ("full", "topk", "risk")]
-        rows.append([f"needles found in 1,024 tokens, {n} kept a head", *accuracy])
+        rows.append([f"needles found in 1,024 tokens, {n} kept per head", *accuracy])
     study = Study(read("budgets")["records"])
     for group, n in ((SHORT, 256), (LONG, 512)):
         even, risk = study.excess(group, "TopK", n), study.excess(group, "Risk", n)
         assert even is not None
         assert risk is not None
-        what = f"loss above dense, {n:,} of {group[2]:,} tokens kept, nats a token"
+        what = f"loss above dense, {n:,} of {group[2]:,} tokens kept, nats per token"
         rows.append([what, "0", f"{even.mean():.3f}", f"{risk.mean():.3f}"])
     accuracy_table = markdown(["SmolLM2-135M", "dense", "even split", "hardkv, calibrated"], rows)
     return f"{accuracy_table}\n{steps()}"
