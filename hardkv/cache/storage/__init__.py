@@ -1,1 +1,1 @@
-"""What a layer stores: tiers of tokens, the ring of queries, room at fixed addresses, tiers on the host."""
+"""What a layer stores: tiers of tokens, a ring of queries, pools at fixed addresses, and tiers in host memory."""

@@ -1,4 +1,4 @@
-"""The dense tier: the window and what came since the last event, which grows at every step."""
+"""The dense tier: the window and the tokens since the last event. It grows at every step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ from hardkv.kernels.append import append
 
 @dataclass(frozen=True)
 class DenseTier:
-    """The window and what came since the last event, `[B, H, capacity, D]`, appended to in place.
+    """Store the window and the tokens since the last event, `[B, H, capacity, D]`, appended to in place.
 
-    Every sequence has its own fill; slots behind it hold nothing. All heads of a sequence hold the same tokens here.
-    Appending writes behind the fill and returns a tier with a larger one, so the old tier stays as it was.
+    Every sequence has its own fill; slots from the fill on hold nothing. All heads of a sequence hold the same tokens.
+    Appending writes at the fill and returns a tier with a larger fill, so the old tier keeps its content.
     """
 
     keys: Tensor  # [B, H, C, D]
@@ -23,16 +23,19 @@ class DenseTier:
     positions: Tensor  # int32 [B, C]
     fill: Tensor  # int64 [B]
     bound: int  # the host's upper bound on fill
-    even: bool = True  # whether every sequence's fill is the bound, as far as the host knows
-    total: int | None = None  # tokens of all sequences, where they are not even and the host knows
+    even: bool = True  # whether every sequence's fill equals the bound, as far as the host knows
+    total: int | None = None  # tokens of all sequences together, if they are not even and the host knows it
 
     @classmethod
     def allocate(
         cls, keys: Tensor, values: Tensor, capacity: int, fill: Tensor | None = None, bound: int = 0
     ) -> "DenseTier":
-        """A tier shaped after `keys [B, H, _, D]` and `values [B, H, _, Dv]`: empty, or yet to be written to."""
+        """Return an empty tier shaped after `keys [B, H, _, D]` and `values [B, H, _, Dv]`.
+
+        The memory is not initialised. A caller that passes `fill` and `bound` must write those tokens.
+        """
         batch, num_kv_heads = keys.shape[:2]
-        # Buffers that later calls write into must not be inference tensors, even if made in inference mode.
+        # Later calls write into these buffers, so they must not be inference tensors, even if made in inference mode.
         with torch.inference_mode(False):
             return cls(
                 torch.empty(batch, num_kv_heads, capacity, keys.shape[-1], dtype=keys.dtype, device=keys.device),
@@ -44,7 +47,7 @@ class DenseTier:
 
     @classmethod
     def view(cls, keys: Tensor, values: Tensor) -> "DenseTier":
-        """A full tier over a model's own tensors, uncopied: columns 0, 1, ..., no padding."""
+        """Return a full tier over a model's own tensors, without a copy: columns 0, 1, ..., no padding."""
         batch, _, length, _ = keys.shape
         positions = torch.arange(length, dtype=torch.int32, device=keys.device).expand(batch, -1)
         return cls(keys, values, positions, torch.full((batch,), length, device=keys.device), length)
@@ -55,13 +58,14 @@ class DenseTier:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, with what they are views of."""
+        """Bytes of the keys and values, including all memory that they are views of."""
         return storage_nbytes([self.keys, self.values])
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None, start: int) -> "DenseTier":
-        """Hold also the valid tokens of `keys [B, H, q, D]`, `values [B, H, q, Dv]`, columns `start, start + 1, ...`.
+        """Return a tier that also holds the valid tokens of `keys [B, H, q, D]` and `values [B, H, q, Dv]`.
 
-        The buffers are shared with this tier unless its capacity does not suffice.
+        Their columns are `start, start + 1, ...`. The new tier shares this tier's buffers unless their capacity is too
+        small.
         """
         q_len = keys.shape[2]
         tier = self if self.bound + q_len <= self.capacity else self.grown(self.bound + q_len)
@@ -69,11 +73,11 @@ class DenseTier:
         return replace(tier, fill=fill, bound=tier.bound + q_len, even=tier.even and valid is None, total=None)
 
     def counted(self, fill: Sequence[int]) -> "DenseTier":
-        """The same tier with its fill known to the host."""
+        """Return the same tier with its fill known to the host."""
         return replace(self, even=all(each == self.bound for each in fill), total=sum(fill))
 
     def grown(self, capacity: int) -> "DenseTier":
-        """A copy with room for `capacity` tokens."""
+        """Return a copy with room for `capacity` tokens."""
         tier = DenseTier.allocate(self.keys, self.values, capacity)
         tier.keys[:, :, : self.bound] = self.keys[:, :, : self.bound]
         tier.values[:, :, : self.bound] = self.values[:, :, : self.bound]
@@ -81,13 +85,16 @@ class DenseTier:
         return replace(tier, fill=self.fill, bound=self.bound, even=self.even)
 
     def cropped(self, length: int) -> "DenseTier":
-        """This tier without the tokens of column `length` and later."""
+        """Return this tier without the tokens of column `length` and later."""
         fill = (self.held() & (self.positions < length)).sum(1)
         least, most = torch.stack([fill.min(), fill.max()]).tolist()
         return replace(self, fill=fill, bound=most, even=least == most)
 
     def newest(self, count: int, capacity: int, least: int) -> "DenseTier":
-        """A new tier with the newest `count` tokens of every sequence, which has `least` at least, at its front."""
+        """Return a new tier with the newest `count` tokens of every sequence at its front.
+
+        Every sequence holds at least `least` tokens.
+        """
         fill, bound = self.fill.clamp_max(count), min(self.bound, count)
         tier = DenseTier.allocate(self.keys, self.values, capacity, fill, bound)
         if self.even:
@@ -96,7 +103,7 @@ class DenseTier:
             tier.positions[:, :bound] = self.positions[:, self.bound - bound : self.bound]
             return tier
         slot = (self.fill - fill)[:, None] + torch.arange(bound, device=fill.device)
-        slot = slot.clamp_max(max(self.capacity - 1, 0))  # behind the fill of a short sequence: never counts
+        slot = slot.clamp_max(max(self.capacity - 1, 0))  # beyond the fill of a short sequence: never counts
         sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
         tier.keys[:, :, :bound] = self.keys[sequence, :, slot].transpose(1, 2)
         tier.values[:, :, :bound] = self.values[sequence, :, slot].transpose(1, 2)
@@ -104,11 +111,11 @@ class DenseTier:
         return replace(tier, even=least >= bound)
 
     def held(self) -> Tensor:
-        """Which slots hold a token, bool `[B, C]`."""
+        """Return which slots hold a token, bool `[B, C]`."""
         return torch.arange(self.capacity, device=self.fill.device) < self.fill[:, None]
 
     def without(self, gone: Tensor) -> "DenseTier":
-        """A new tier without the marked slots, bool `[B, C]`; the host waits for the fill."""
+        """Return a new tier without the marked slots, bool `[B, C]`. The host waits for the fill."""
         stays = self.held() & ~gone
         fill = stays.sum(1)
         least, most = torch.stack([fill.min(), fill.max()]).tolist()
@@ -121,10 +128,10 @@ class DenseTier:
         return replace(tier, even=least == most)
 
     def select_sequences(self, indices: Tensor) -> "DenseTier":
-        """A tier of the given batch rows, in that order."""
+        """Return a tier of the given batch rows, in that order."""
         rows = replace(self, keys=self.keys[indices], values=self.values[indices], positions=self.positions[indices])
         return replace(rows, fill=self.fill[indices]).grown(self.capacity)
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes."""
+        """Return all tensors held, for counting bytes."""
         return [self.keys, self.values, self.positions, self.fill]

@@ -1,4 +1,4 @@
-"""Columns that a mask hides although their tokens were stored: nobody will read them, so they go from every tier."""
+"""Drop stored tokens whose columns a later mask hides: nobody reads them again, so they leave every tier."""
 
 from dataclasses import dataclass, replace
 
@@ -21,23 +21,25 @@ UNREAD = (
 
 @dataclass(frozen=True)
 class Past:
-    """What the mask of new tokens says of the columns before them; rows without a new token may say nothing."""
+    """What the mask of new tokens says about the columns before them. Rows without a new token may say nothing."""
 
-    some: Tensor  # bool [B, columns], whether a new token sees the column; False where a row says nothing
-    every: Tensor  # bool [B, columns], whether every new token does; True there
-    told: Tensor | None = None  # bool [B], rows that say something; None: all
+    some: Tensor  # bool [B, columns], whether any new token sees the column; False if the row says nothing
+    every: Tensor  # bool [B, columns], whether every new token sees the column; True if the row says nothing
+    told: Tensor | None = None  # bool [B], rows that say something; None means all
 
     def applied(self, tiers: Tiers, ring: QueryRing, noting: bool) -> tuple[Tiers, QueryRing]:
-        """Tiers and queries without what is hidden, as if it had been padding; those given stay as they are.
+        """Return tiers and queries without the hidden columns, as if these had been padding.
 
-        The host waits for the device once, and more only where something is dropped.
+        The given tiers and queries do not change. The host waits for the device once, and again only if it drops
+        tokens.
 
         Args:
             tiers, ring: of one layer. noting: whether the layer keeps `Tiers.shown`.
 
         Raises:
-            NotImplementedError: new tokens of a row differ in what they see of the past, or see what is not held:
-                padding, what an earlier mask hid, or a step of one token had another mask before.
+            NotImplementedError: the new tokens of a row do not all see the same past tokens; or they see a column that
+                holds no token (padding, or hidden by an earlier mask); or the mask of an earlier step of one token hid
+                or showed past columns.
         """
         hidden = ~self.every
         nothing = hidden.new_zeros(())
@@ -75,20 +77,23 @@ class Past:
 
 
 def seen_through(tiers: Tiers, mask: Tensor) -> Tiers:
-    """After a step of one token with `mask`, bool `[B, seen]`: what it changed is noted without the host."""
+    """Return the tiers after a step of one token with `mask`, bool `[B, seen]`.
+
+    They note which sequences' masks changed; the host does not wait.
+    """
     past, known = mask[:, :-1], tiers.shown
     width = 0 if known is None else known.shape[1]
     changed = None if known is None else (past[:, :width] != known).any(1)
-    if width < past.shape[1]:  # columns that nobody has hidden so far
+    if width < past.shape[1]:  # columns that no mask has hidden so far
         hides = ~past[:, width:].all(1)
         changed = hides if changed is None else changed | hides
     if tiers.hidden is not None:
         changed = tiers.hidden if changed is None else changed | tiers.hidden
-    return replace(tiers, hidden=changed, shown=mask.clone())  # who passed the mask may change it in place
+    return replace(tiers, hidden=changed, shown=mask.clone())  # a copy: the caller may change the mask in place
 
 
 def noted(tiers: Tiers, valid: Tensor | None) -> Tiers:
-    """After new columns of which `valid`, bool `[B, q]`, hold tokens, all when None."""
+    """Return tiers that note new columns. `valid`, bool `[B, q]`, says which of them hold tokens; None means all."""
     if valid is None:
         return tiers
     batch, before = valid.shape[0], tiers.seen - valid.shape[1]
@@ -98,18 +103,18 @@ def noted(tiers: Tiers, valid: Tensor | None) -> Tiers:
 
 
 def _of_ragged(tier: RaggedTier, columns: Tensor) -> Tensor:
-    """`columns [B, seen]` at every token, bool `[N]`."""
+    """Return the entry of `columns [B, seen]` for every token, bool `[N]`."""
     heads = (tier.cu_seqlens.shape[0] - 1) // columns.shape[0]
     return columns[tier.rows.ids // heads, tier.positions.long()]
 
 
 def _of_dense(tier: DenseTier, columns: Tensor) -> Tensor:
-    """`columns [B, seen]` at every slot that holds a token, bool `[B, C]`."""
+    """Return the entry of `columns [B, seen]` for every slot that holds a token, bool `[B, C]`."""
     held = tier.held()
     return columns.gather(1, tier.positions.long().masked_fill(~held, 0)) & held
 
 
 def _holds(tiers: Tiers, columns: Tensor) -> Tensor:
-    """Whether a token of the marked columns, bool `[B, seen]`, is held, bool scalar."""
+    """Return whether any tier holds a token of the marked columns, bool `[B, seen]`; a bool scalar."""
     ragged = [_of_ragged(tier, columns).any() for tier in (tiers.condensed, tiers.sparse)]
     return torch.stack([*ragged, _of_dense(tiers.dense, columns).any()]).any()

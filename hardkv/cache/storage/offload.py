@@ -1,9 +1,9 @@
-"""Keeping the ragged tiers in host memory while they do not attend.
+"""Keep the ragged tiers in host memory while their layer does not attend.
 
-Keys and values of the condensed and the sparse tier live on the host between forwards; positions, miss counters and the
-dense tier stay on the device. As these tiers change only at events, a host copy is made once an event: leaving the
-device again before the next one is forgetting what arrived. Copies and loaded caches are in pageable memory until their
-next event, from which a transfer blocks.
+The keys and values of the condensed and sparse tiers live on the host between forwards; positions, miss counters and
+the dense tier stay on the device. These tiers change only at events, so the host copy is made once per event. When
+unchanged tiers leave the device again, the device copy is dropped and nothing is transferred. Copied and loaded caches
+are in pageable memory until their next event; until then a transfer blocks.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from hardkv.cache.storage.tiers import Tiers
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """The tensor in host memory; pinned if it comes from a CUDA device, whose current stream may still be copying."""
+    """Return the tensor in host memory. For a CUDA tensor: pinned, and the current stream may still be copying."""
     if tensor.device.type == "cuda":
         home = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         return home.copy_(tensor, non_blocking=True)
@@ -25,12 +25,12 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the current stream may still be copying."""
+    """Return the tensor on a device; the current stream may still be copying."""
     return tensor.to(device, non_blocking=True)
 
 
 class ToHost:
-    """A tensor on its way to the host, which goes on with other work until it waits for it."""
+    """Copy a tensor to the host, while the host does other work until it waits for the copy."""
 
     def __init__(self, tensor: Tensor):
         on_cuda = tensor.device.type == "cuda"
@@ -38,7 +38,7 @@ class ToHost:
         self._copied = torch.cuda.current_stream(tensor.device).record_event() if on_cuda else None
 
     def wait(self) -> Tensor:
-        """The tensor in host memory; what was launched after it need not have run."""
+        """Wait for the copy and return it. Work launched after the copy need not have run."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._home
@@ -46,7 +46,7 @@ class ToHost:
 
 @dataclass(frozen=True)
 class Arrival:
-    """Ragged tiers on the device, and the ones at home that they are copies of."""
+    """Ragged tiers on the device, and the tiers in host memory that they are copies of."""
 
     home: tuple[RaggedTier, RaggedTier]
     here: tuple[RaggedTier, RaggedTier]
@@ -54,10 +54,10 @@ class Arrival:
 
 
 class Offload:
-    """Moves the tiers of a cache's layers; one for all layers. Copies and pickles of it start with nothing under way.
+    """Move the tiers of a cache's layers between host and device. One object serves all layers.
 
-    `fetch` starts a copy beside the computation, `arrive` waits for it, `leave` ends the stay. On devices other than
-    CUDA ones a copy is done when its function returns.
+    `fetch` starts a copy beside the computation, `arrive` waits for it, `leave` drops it again. On devices other than
+    CUDA a copy is complete when its function returns. A copied or unpickled Offload has no transfers in progress.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Offload:
         return Offload, ()
 
     def fetch(self, layer_idx: int, tiers: Tiers, device: torch.device) -> None:
-        """Start bringing a layer's tiers to its device, unless they are on the way."""
+        """Start to copy a layer's tiers to the device, unless that copy has already started."""
         if self._arrival(layer_idx, tiers) is not None:
             return
         home = (tiers.condensed, tiers.sparse)
@@ -78,14 +78,14 @@ class Offload:
         stream = self._streams.get(device)
         if stream is None:
             stream = self._streams[device] = torch.cuda.Stream(device)
-        # Memory that earlier layers' tiers have left is taken again, so what was launched with them must have run.
+        # The copies may reuse memory that earlier layers' tiers freed, so work that read those tiers must finish first.
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             here = _moved(home, device)
         self._arrivals[layer_idx] = Arrival(home, here, stream.record_event())
 
     def arrive(self, layer_idx: int, tiers: Tiers, device: torch.device) -> Tiers:
-        """The layer's tiers, all on the device."""
+        """Return the layer's tiers, all on the device."""
         self.fetch(layer_idx, tiers, device)
         arrival = self._arrivals[layer_idx]
         if arrival.copied is not None:
@@ -94,17 +94,17 @@ class Offload:
         return replace(tiers, condensed=condensed, sparse=sparse)
 
     def leave(self, layer_idx: int, tiers: Tiers) -> Tiers:
-        """The layer's tiers with the ragged ones at home; copied only if they changed since they arrived."""
+        """Return the layer's tiers with the ragged ones in host memory. Copy only what changed since it arrived."""
         arrival = self._arrivals.pop(layer_idx, None)
         condensed, sparse = (_left(tier, arrival) for tier in (tiers.condensed, tiers.sparse))
         return replace(tiers, condensed=condensed, sparse=sparse)
 
     def forget(self) -> None:
-        """Give up what is on the way."""
+        """Drop all fetched tiers."""
         self._arrivals.clear()
 
     def _arrival(self, layer_idx: int, tiers: Tiers) -> Arrival | None:
-        """What was fetched for a layer, unless its tiers at home are others by now."""
+        """Return what was fetched for a layer, or None if its tiers in host memory have been replaced since."""
         arrival = self._arrivals.get(layer_idx)
         if arrival is not None and arrival.home[0] is tiers.condensed and arrival.home[1] is tiers.sparse:
             return arrival

@@ -1,4 +1,4 @@
-"""Room for a layer's tokens at addresses that stay, for CUDA graphs."""
+"""Room for a layer's tokens at fixed addresses, for CUDA graphs."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,16 +13,16 @@ from hardkv.cache.storage.tiers import Tiers
 from hardkv.kernels.compaction import compact
 from hardkv.kernels.rows import Rows
 
-# A pool whose budget has no fixed total gets this much more room than it needs, whenever it runs out.
+# When a pool runs out of room, it grows to this many times what it needs.
 GROWTH = 1.25
 
 
 class Pool:
-    """Room at fixed addresses for one layer's condensed and dense tier and its query ring.
+    """Room at fixed addresses for one layer's condensed tier, dense tier and query ring.
 
     Args:
-        tiers, ring: their shapes, dtypes and device are taken.
-        room: tokens of the condensed tier. dense_room: tokens of the dense tier, a head and sequence.
+        tiers, ring: give the shapes, dtypes and device.
+        room: tokens of the condensed tier, of all rows together. dense_room: tokens of the dense tier per row.
     """
 
     def __init__(self, tiers: Tiers, ring: QueryRing, room: int, dense_room: int):
@@ -46,7 +46,7 @@ class Pool:
         return self.tokens.keys.shape[0]
 
     def fits(self, tiers: Tiers) -> bool:
-        """Whether these are of the pool's shapes; the condensed tier's length apart."""
+        """Return whether the tiers match the pool's shapes. The length of the condensed tier does not matter."""
         mine, dense = self.dense, tiers.dense
         return (
             mine.keys.shape[:2] == dense.keys.shape[:2]
@@ -58,9 +58,10 @@ class Pool:
         )
 
     def hold(self, tiers: Tiers) -> Tiers:
-        """The same tiers at the pool's addresses, which move when the condensed tier outgrows its room.
+        """Return the same tiers, copied to the pool's addresses.
 
-        Tiers of other shapes stay as they are.
+        The pool moves to new addresses if the condensed tier outgrows its room. Tiers of other shapes are returned
+        unchanged.
         """
         if not self.fits(tiers):
             return tiers
@@ -85,12 +86,14 @@ class Pool:
     def compact(
         self, tiers: Tiers, address: Tensor, index: Tensor, positions: Tensor, misses: Tensor, longest: int, window: int
     ) -> tuple[RaggedTier, DenseTier] | None:
-        """The condensed and dense tier after an event that leaves every row as long as it was, in place; else None.
+        """Make the tiers after an event in place and return them; return None if that is not possible.
+
+        It is possible if all rows have one length and the event does not change it.
 
         Args:
-            tiers: in this pool, without a sparse tier after the event.
-            address: int64 `[N]`, of all tokens. index: int64 `[n]`, which of them the condensed tier takes.
-            positions: int32 `[N]`. misses: uint8 `[N]`. longest: the longest new row.
+            tiers: in this pool; the event leaves no sparse tier.
+            address: int64 `[N]`, of all tokens. index: int64 `[n]`, the tokens that go to the condensed tier.
+            positions: int32 `[N]`. misses: uint8 `[N]`. longest: length of the longest new row.
             window: tokens that stay in the dense tier.
         """
         condensed, dense = tiers.condensed, tiers.dense
@@ -103,7 +106,7 @@ class Pool:
             and condensed.keys.data_ptr() == self.tokens.keys[: rows.total].data_ptr()
             and dense.keys.data_ptr() == self.dense.keys.data_ptr()
             and dense.even
-            and dense.bound >= 2 * kept  # what stays does not lie where it goes
+            and dense.bound >= 2 * kept  # source and target of the window do not overlap
         ):
             return None
         held = self.tokens.map(lambda buffer: buffer[: rows.total])
@@ -116,7 +119,7 @@ class Pool:
         return self._condensed(held, rows.longest, kept), replace(self.dense, bound=kept)
 
     def _condensed(self, held: Columns, longest: int, bound: int) -> RaggedTier:
-        """The tier of what lies in `held`, in rows as `cu_seqlens` has them; the schedules of earlier ones cut anew."""
+        """Return a tier over the tokens in `held`, with the rows of `cu_seqlens`; rebuild existing schedules for it."""
         rows = Rows(self.cu_seqlens, held.keys.shape[0], longest, self.schedules, self.room)
         if self.schedules:
             from hardkv.kernels.attention.triton_schedule import recut_schedules
@@ -125,14 +128,14 @@ class Pool:
         return RaggedTier(held, rows)
 
     def hold_ring(self, ring: QueryRing) -> QueryRing:
-        """The same queries at the pool's addresses."""
+        """Return the same queries, copied to the pool's addresses."""
         _move(ring.buffer, self.ring.buffer)
         _move(ring.valid, self.ring.valid)
         self.ring.first, self.ring.valid_from = ring.first, ring.valid_from
         return self.ring
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes."""
+        """Return all tensors held, for counting bytes."""
         schedules = [tensor for schedule in self.schedules.values() for tensor in schedule.tensors()]
         return [*self.tokens, self.cu_seqlens, *self.dense.tensors(), self.ring.buffer, self.ring.valid, *schedules]
 

@@ -1,4 +1,4 @@
-"""The ragged tiers, condensed and sparse: rows of tokens of any lengths, which change only at events."""
+"""The ragged tiers, condensed and sparse: rows of tokens of different lengths. They change only at events."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hardkv.kernels.rows import Rows, count_per_row, cumulative, padded_index
 
 
 class Columns(NamedTuple):
-    """What is stored of N tokens; storage and compaction move all of it alike."""
+    """Everything stored per token, for N tokens. Storage and compaction move all columns alike."""
 
     keys: Tensor  # [N, D]
     values: Tensor  # [N, Dv]
@@ -19,24 +19,24 @@ class Columns(NamedTuple):
     misses: Tensor  # uint8 [N], consecutive events that did not select the token
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Columns":
-        """The same columns after `function`."""
+        """Return the columns with `function` applied to each."""
         return Columns(*map(function, self))
 
     def map_states(self, function: Callable[[Tensor], Tensor]) -> "Columns":
-        """The same columns with `function` applied to keys and values, which are nearly all of the bytes."""
+        """Return the columns with `function` applied to keys and values only; these are nearly all of the bytes."""
         return self._replace(keys=function(self.keys), values=function(self.values))
 
 
 @dataclass(frozen=True)
 class RaggedTier:
-    """R rows of tokens, flat: a row is contiguous and ascends in position. Never written after it is made."""
+    """R rows of tokens in flat tensors. A row is contiguous and ascends in position. A tier never changes."""
 
     columns: Columns
     rows: Rows
 
     @classmethod
     def empty(cls, rows: int, keys: Tensor, values: Tensor) -> "RaggedTier":
-        """No tokens, with the head dims, dtype and device of `keys [..., D]` and `values [..., Dv]`."""
+        """Return a tier without tokens, with the head dims, dtype and device of `keys [..., D]`, `values [..., Dv]`."""
         columns = Columns(
             keys.new_empty(0, keys.shape[-1]),
             values.new_empty(0, values.shape[-1]),
@@ -76,7 +76,7 @@ class RaggedTier:
         return self.cu_seqlens.diff()
 
     def select_rows(self, rows: Tensor) -> "RaggedTier":
-        """A tier of the given rows (int64), in that order; a row may come several times or never."""
+        """Return a tier of the given rows (int64), in that order. A row may appear several times or never."""
         lengths = self.lengths[rows].long()
         width = int(lengths.max()) if rows.numel() else 0
         index, valid = padded_index(self.cu_seqlens[:-1][rows], lengths, width)
@@ -84,7 +84,7 @@ class RaggedTier:
         return RaggedTier(self._take(token), Rows(cumulative(lengths), token.shape[0], width))
 
     def without(self, gone: Tensor) -> "RaggedTier":
-        """A tier without the marked tokens, bool `[N]`; the host waits for their number."""
+        """Return a tier without the marked tokens, bool `[N]`. The host waits for their number."""
         token = (~gone).nonzero()[:, 0]
         if token.shape[0] == self.rows.total:
             return self
@@ -95,5 +95,5 @@ class RaggedTier:
         return self.columns.map(lambda column: column[token])
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes; schedules once they have been made."""
+        """Return all tensors held, for counting bytes, including schedules that have been built."""
         return [*self.columns, *self.rows.tensors()]

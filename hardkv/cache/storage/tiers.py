@@ -8,59 +8,59 @@ from torch import Tensor
 from hardkv.cache.storage.dense import DenseTier
 from hardkv.cache.storage.ragged import RaggedTier
 
-# What holds a token; attention reads the first and the last.
+# The places that hold tokens. Attention reads "condensed" and "dense".
 TIERS = ("condensed", "sparse", "dense")
 
 
 def sequences_of(indices: Tensor, device: torch.device) -> Tensor:
-    """Which sequences of a batch, int64, that `indices` name: int, or bool over the batch."""
+    """Return the sequences of a batch that `indices` selects, int64. `indices` holds ints, or bools over the batch."""
     indices = torch.as_tensor(indices, device=device)
     return indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices.long()
 
 
 def rows_of(sequences: Tensor, heads: int) -> Tensor:
-    """The rows b * H + h of all heads of the given sequences, int64 `[sequences * H]`, in their order."""
+    """Return the rows b * H + h of all heads of the given sequences, int64 `[sequences * H]`, in their order."""
     return (sequences[:, None] * heads + torch.arange(heads, device=sequences.device)).flatten()
 
 
 @dataclass(frozen=True)
 class Tiers:
-    """Everything a layer stores, as one immutable value: a step or an event that fails leaves the old one whole."""
+    """Everything a layer stores, as one immutable value: if a step or an event fails, the old value is intact."""
 
     condensed: RaggedTier
     sparse: RaggedTier
     dense: DenseTier
-    tokens: Tensor  # int64 [B], tokens of each sequence so far: evicted ones counted, pads not
-    seen: int = 0  # logical length: columns stored, pads and evicted tokens counted
+    tokens: Tensor  # int64 [B], tokens of each sequence so far; evicted ones count, pads do not
+    seen: int = 0  # logical length: columns stored; pads and evicted tokens count
     compressed_at: int | None = None  # logical length at the last event
     events: int = 0
-    temperatures: Tensor | None = None  # [R], that events divide scores by; 1 where none is fitted yet
-    # of each sequence, the event that first fitted its temperatures online; None: none did. Empty: of none
+    temperatures: Tensor | None = None  # [R], events divide scores by them; 1 for rows without a fit yet
+    # per sequence, the event that first fitted its temperatures online, or None; empty if no sequence was fitted
     fitted: tuple[int | None, ...] = ()
-    # bool [B, columns], which of the first columns hold tokens or did, as masks told; later ones all do. Of one layer
+    # bool [B, columns] of one layer: which of the first columns hold or held tokens, by the masks; later columns all do
     shown: Tensor | None = None
-    hidden: Tensor | None = None  # bool [B], where a step's mask since the last event said otherwise; None: nowhere
+    hidden: Tensor | None = None  # bool [B], sequences whose step mask changed since the last event; None: no sequence
 
     @classmethod
     def of(cls, dense: DenseTier, seen: int) -> "Tiers":
-        """Only a dense tier."""
+        """Return tiers with only a dense tier."""
         rows = dense.keys.shape[0] * dense.keys.shape[1]
         empty = RaggedTier.empty(rows, dense.keys, dense.values)
         return cls(empty, empty, dense, dense.fill, seen)
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> "Tiers":
-        """Hold also the next columns; see `DenseTier.append`."""
+        """Return tiers that also hold the next columns; see `DenseTier.append`."""
         dense = self.dense.append(keys, values, valid, self.seen)
         tokens = self.tokens + (keys.shape[2] if valid is None else dense.fill - self.dense.fill)
         return replace(self, dense=dense, tokens=tokens, seen=self.seen + keys.shape[2])
 
     def advanced(self, count: int) -> "Tiers":
-        """After `count` columns that somebody else wrote to the dense tier, a token of every sequence each."""
+        """Return the tiers after other code wrote `count` columns to the dense tier, each with a token per sequence."""
         dense = replace(self.dense, bound=self.dense.bound + count)
         return replace(self, dense=dense, tokens=self.tokens + count, seen=self.seen + count)
 
     def cropped(self, length: int) -> "Tiers":
-        """Without column `length` and later, which must all be in the dense tier."""
+        """Return the tiers without column `length` and later. These columns must all be in the dense tier."""
         dense = self.dense.cropped(length)
         tokens = self.tokens + (dense.fill - self.dense.fill)
         shown = None if self.shown is None else self.shown[:, :length].clone()
@@ -74,7 +74,7 @@ class Tiers:
 
     @property
     def sources(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of all tiers, in the order of addresses."""
+        """Keys and values of all tiers, in the order that addresses count them."""
         return [(tier.keys, tier.values) for tier in (self.condensed, self.sparse, self.dense)]
 
     def after_event(
@@ -85,7 +85,7 @@ class Tiers:
         temperatures: Tensor | None,
         fitted: tuple[int | None, ...],
     ) -> "Tiers":
-        """What an event leaves that selected with these temperatures; see the fields."""
+        """Return the tiers after an event that used these temperatures; see the fields."""
         return Tiers(
             condensed,
             sparse,
@@ -100,10 +100,10 @@ class Tiers:
         )
 
     def select_sequences(self, indices: Tensor) -> "Tiers":
-        """The tiers of the given batch rows, in that order."""
+        """Return the tiers of the given batch rows, in that order."""
         _, num_kv_heads = self.shape
         rows, fitted = rows_of(indices, num_kv_heads), self.fitted
-        if len(set(fitted)) > 1:  # or the host need not know which
+        if len(set(fitted)) > 1:  # otherwise the host need not read the indices
             fitted = tuple(fitted[index] for index in indices.tolist())
         else:
             fitted = fitted[:1] * indices.shape[0]
@@ -125,14 +125,17 @@ class Tiers:
         return self.dense.keys.shape[0], self.dense.keys.shape[1]
 
     def kept(self) -> list[list[Tensor]]:
-        """Positions attention reads, ascending, `[batch][kv_head]` int64 tensors."""
+        """Return the positions that attention reads, ascending, as `[batch][kv_head]` int64 tensors."""
         batch, num_kv_heads = self.shape
         rows = self.condensed.positions.long().split(self.condensed.lengths.tolist())
         newest = [self.dense.positions[b, :fill].long() for b, fill in enumerate(self.dense.fill.tolist())]
         return [[torch.cat([rows[b * num_kv_heads + h], newest[b]]) for h in range(num_kv_heads)] for b in range(batch)]
 
     def lengths(self, tier: str | None = None) -> Tensor:
-        """Tokens per row, int64 `[B, H]`: what attention reads, or those of "condensed", "sparse" or "dense"."""
+        """Return the tokens per row, int64 `[B, H]`: all that attention reads, or one tier's if `tier` names one.
+
+        `tier` is "condensed", "sparse" or "dense".
+        """
         dense = self.dense.fill[:, None].expand(self.shape)
         if tier == "dense":
             return dense.clone()
@@ -140,6 +143,6 @@ class Tiers:
         return ragged + dense if tier is None else ragged
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes."""
+        """Return all tensors held, for counting bytes."""
         optional = [each for each in (self.temperatures, self.shown, self.hidden) if each is not None]
         return [*self.condensed.tensors(), *self.sparse.tensors(), *self.dense.tensors(), self.tokens, *optional]
