@@ -1,1 +1,1 @@
-"""Selection events: which tokens stay, and the tiers that hold them. Functions of tensors: no model, no cache."""
+"""Selection events choose the tokens that stay and build the new tiers. They use tensors only: no model, no cache."""

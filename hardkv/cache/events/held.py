@@ -1,4 +1,4 @@
-"""The tokens that some layers hold, in one row order: what an event looks at."""
+"""The table of held tokens that an event works on: the tokens of some layers, in one row order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from hardkv.kernels.rows import Rows, cumulative
 
 @dataclass(frozen=True)
 class HeldTokens:
-    """The held tokens of L layers of one shape: row (l * B + b) * H + h, in each by position."""
+    """The held tokens of L layers of one shape. Rows are (l * B + b) * H + h; a row is sorted by position."""
 
     positions: Tensor  # int32 [N]
     misses: Tensor  # uint8 [N]
-    address: Tensor  # int64 [N], over the condensed, sparse and dense slots of the token's layer
-    stays: Tensor  # bool [N], the newest tokens of the dense tier, which stay there
+    address: Tensor  # int64 [N], index over the condensed, sparse and dense slots of the token's layer
+    stays: Tensor  # bool [N], the newest tokens of the dense tier; they stay there
     window_mask: Tensor  # bool [N], the row's newest `window` tokens
-    protected: Tensor  # bool [N], tokens kept whatever their score
+    protected: Tensor  # bool [N], tokens that are kept whatever their score
     rows: Rows
-    layers: list[Rows]  # of each layer
+    layers: list[Rows]  # rows of each layer
 
     @classmethod
     def of(cls, layers: Sequence[Tiers], window: int, sinks: int, pinned: int) -> "HeldTokens":
-        """Lay out the layers' tokens; see `lay_out`."""
+        """Build the table for the given layers; see `lay_out`."""
         found = [lay_out(tiers, window, sinks, pinned) for tiers in layers]
         tokens, rows = [tokens for tokens, _ in found], [rows for _, rows in found]
         columns = tokens[0] if len(layers) == 1 else [torch.cat(parts) for parts in zip(*tokens, strict=True)]
@@ -42,7 +42,7 @@ class HeldTokens:
         return [rows.total for rows in self.layers]
 
     def gather(self, layers: Sequence[Tiers], kind: int) -> Tensor:
-        """Keys (0) or values (1) of all tokens, `[N, D]`."""
+        """Return keys (kind 0) or values (kind 1) of all tokens, `[N, D]`."""
         sources = [[source[kind] for source in tiers.sources] for tiers in layers]
         out = sources[0][0].new_empty(self.rows.total, sources[0][0].shape[-1])
         for source, address, place in zip(
@@ -53,7 +53,7 @@ class HeldTokens:
 
 
 def concatenated(rows: Sequence[Rows]) -> Rows:
-    """Rows one behind the other."""
+    """Join the rows of several tables, one after the other."""
     first, *others = rows
     bounds, total = [first.cu_seqlens], first.total
     for part in others:
@@ -67,14 +67,14 @@ def lay_out(tiers: Tiers, window: int, sinks: int, pinned: int) -> tuple[tuple[T
 
     Args:
         tiers: of the layer.
-        window, sinks: newest and first tokens of a row that are protected. pinned: so are columns below it.
+        window, sinks: how many newest and first tokens per row are protected. pinned: columns below it are too.
 
     Returns:
-        What `kernels.layout.layout` tells of every token, and the rows.
+        What `kernels.layout.layout` returns for every token, and the rows.
     """
     dense, device = tiers.dense, tiers.dense.fill.device
     _, num_kv_heads = tiers.shape
-    # what is ragged comes first in every row, as all of it is older than the dense tier
+    # ragged tokens come first in every row, because all of them are older than the dense tier
     ragged = [tier for tier in (tiers.condensed, tiers.sparse) if tier.rows.total] or [tiers.condensed]
     positions, misses, older, order = ragged[0].positions, ragged[0].misses, ragged[0].cu_seqlens, None
     if len(ragged) == 2:
@@ -102,6 +102,6 @@ def lay_out(tiers: Tiers, window: int, sinks: int, pinned: int) -> tuple[tuple[T
 
 @lru_cache(maxsize=16)
 def _numbers(count: int, device: torch.device) -> Tensor:
-    """0, 1, ..., int32, made once for a number of rows and a device."""
+    """Return 0, 1, ..., int32. The tensor is cached by count and device."""
     with torch.inference_mode(False):
         return torch.arange(count, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""What a selection event of one layer takes: what it must know, the tiers and the queries."""
+"""The inputs of a selection event of one layer."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +14,17 @@ from hardkv.selectors.budgets import Budget
 
 @dataclass(frozen=True)
 class EventInputs:
-    """What an event of one layer takes; it only reads them, but for a `pool`.
+    """The inputs of an event of one layer. The event only reads them, except for `pool`.
 
     Args:
-        settings: scorer, window, sinks, interval, patience. budget: this layer's.
-        tiers, ring: what the layer holds, and the queries that score it.
-        pinned: columns of the prompt that are kept whatever their score, 0 for none.
+        settings: scorer, window, sinks, interval, patience. budget: the layer's.
+        tiers, ring: the tokens that the layer holds, and the queries that score them.
+        pinned: columns of the prompt that are kept whatever their score; 0 for none.
         scale, softcap: of the layer's attention.
-        temperatures: `[H]`, of this layer's heads, calibrated before; None without.
-        latent: width of the latents where the keys are latents and rotated keys, joined, and the values the latents.
-        pool: where the new tiers shall lie; None: in new memory.
+        temperatures: `[H]`, per head of this layer, from a calibration; None without one.
+        latent: width of the latents, if the layer stores latents: then a key is a latent joined with a rotated key, and
+            a value is the latent. None for other layers.
+        pool: where to put the new tiers; None: in new memory.
     """
 
     settings: HardKVConfig
@@ -39,7 +40,7 @@ class EventInputs:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What layers must have in common to be scored together."""
+        """What must be equal in layers for them to be scored together."""
         tiers, ring = self.tiers, self.ring
         keys, values = tiers.dense.keys, tiers.dense.values
         shape = *keys.shape[:2], keys.shape[-1], values.shape[-1], ring.buffer.shape[1]
@@ -51,7 +52,7 @@ class EventInputs:
 
     @property
     def due(self) -> list[bool]:
-        """Of every sequence, whether its temperatures are fitted now if it has candidates; each counts for itself."""
+        """Per sequence, whether its temperatures are fitted at this event, provided that it has candidates."""
         refit, tiers = self.settings.refit, self.tiers
         batch = tiers.shape[0]
         if self.settings.calibration != "online":

@@ -1,4 +1,4 @@
-"""Events of several layers at once: the host waits for a device once, and where it can while there is work for it."""
+"""Run the events of several layers together, so that the host waits only once per device."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,10 +15,10 @@ from hardkv.kernels.autocast import suspended
 
 
 class Events:
-    """An event of each of some layers: what stays is decided on the device, and `finish` makes the new tiers.
+    """The events of some layers. The constructor selects tokens on the device; `finish` builds the new tiers.
 
     Args:
-        inputs: of each layer. The old tiers live on as long as somebody else holds them, or until `finish`.
+        inputs: one per layer. Old tiers stay alive until `finish`, or for as long as other code holds them.
     """
 
     def __init__(self, inputs: Sequence[EventInputs]):
@@ -36,17 +36,17 @@ class Events:
         ]
 
     def finish(self, wanted: Callable[[int], bool] = lambda layer: True) -> Iterator[tuple[int, Tiers]]:
-        """Wait for the sizes of what stays, and make the new tiers, one layer after the other.
+        """Wait for the sizes of the new tiers and build them, layer by layer.
 
         Args:
-            wanted: whether the new tiers of a layer, by its place in the inputs, are still wanted.
+            wanted: tells whether a layer, by its index in the inputs, still needs its new tiers.
 
         Yields:
-            The layer's place, and its tiers; install them before the next ones are made, so that the old ones go.
+            The layer's index and its tiers. Install them before asking for the next, so that the old ones are freed.
 
         Raises:
-            ValueError: a scorer did not keep to its contract; nothing has changed then.
-            NotImplementedError: see `_check`; nothing has changed then.
+            ValueError: a scorer returned scores that are not finite. Nothing has changed then.
+            NotImplementedError: see `_check`. Nothing has changed then.
         """
         for selected, on_the_way in self._selected:
             read = [Sizes(*each) for each in on_the_way.wait().tolist()]
@@ -61,11 +61,11 @@ class Events:
 
 
 def _check(inputs: EventInputs | None, sizes: Sizes) -> None:
-    """Raise for what the device noticed.
+    """Raise the errors that the device found.
 
     Raises:
-        ValueError: scores that are not finite.
-        NotImplementedError: steps of one token whose masks said of past columns what no mask had said before.
+        ValueError: scores are not finite.
+        NotImplementedError: a step of one token had a mask that hid or showed past columns as no mask had before.
     """
     assert inputs is not None
     if sizes.hidden:
@@ -78,7 +78,7 @@ def _check(inputs: EventInputs | None, sizes: Sizes) -> None:
 
 
 def with_fills(inputs: Sequence[EventInputs]) -> list[EventInputs]:
-    """The inputs with the fill of every dense tier known where padding hid it; the host waits once per device."""
+    """Return the inputs with all dense fills known to the host, also with padding. The host waits once per device."""
     counted = list(inputs)
     unknown: dict[torch.device, list[int]] = {}
     for i, each in enumerate(inputs):

@@ -1,8 +1,8 @@
-"""A selection event: score every held token, apply the budget, decide what stays. Nothing is changed.
+"""A selection event: score every held token, apply the budget, choose the tokens that stay. It changes nothing.
 
-All of it runs on the device; the host then reads the sizes of the new tiers for as many layers at once as have an event
-(`events.run`). Layers that are alike go through it together, as further sequences of a batch: what an event costs is
-launching kernels, unless the batch is large.
+Everything runs on the device; afterwards the host reads the sizes of the new tiers, for all layers of an event at once
+(`events.run`). Layers that are alike are processed together, as more sequences of a batch, because kernel launches are
+most of an event's cost unless the batch is large.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +21,13 @@ from hardkv.kernels.rows import count_per_row, padded_index
 from hardkv.selectors.observation import Observation
 from hardkv.selectors.temperatures import fit_temperatures
 
-# Keys that layers in one event may copy for scoring: these bytes, or this share of the keys of all layers.
+# Layers scored together may copy at most these bytes of keys, or this share of all layers' keys if that is more.
 TOGETHER_BYTES = 64 << 20
 TOGETHER_SHARE = 1 / 6
 
 
 def groups(inputs: Sequence[EventInputs]) -> Iterator[list[int]]:
-    """Which layers, by index, go through `select` together: neighbours that are alike, within the bounds on memory."""
+    """Yield lists of layer indices for one `select` call: neighbours that are alike and within the memory bound."""
     sizes = [each.tiers.key_bytes for each in inputs]
     most = max(TOGETHER_BYTES, sum(sizes) * TOGETHER_SHARE)
     group: list[int] = []
@@ -45,17 +45,18 @@ def groups(inputs: Sequence[EventInputs]) -> Iterator[list[int]]:
 
 
 def select(inputs: Sequence[EventInputs]) -> Selection:
-    """What stays in layers that are alike (`groups`); the host waits for the device only where temperatures are fitted.
+    """Choose the tokens that stay in layers that are alike (see `groups`).
 
-    With calibration "online" that is while a sequence has had no candidates yet, and when it is fitted again.
+    The host waits for the device only if temperatures are fitted: with calibration "online", until every sequence has
+    been fitted once, and at each refit.
 
     Raises:
-        ValueError: the scorer returned something else than a score per token.
+        ValueError: the scorer did not return one score per token.
     """
     settings, scorer, layers = inputs[0].settings, inputs[0].settings.scorer, [each.tiers for each in inputs]
     held = HeldTokens.of(layers, settings.window, settings.sinks, inputs[0].pinned)
     temperatures, fitted = [each.temperatures for each in layers], [each.fitted for each in layers]
-    if not held.rows.total:  # a chunk of pads only: there is nothing to score, nor to fit
+    if not held.rows.total:  # the chunk held only pads: there is nothing to score or fit
         keep, sound = held.stays, torch.ones((), dtype=torch.bool, device=held.stays.device)
         return Selection.of(layers, held, keep, sound, settings.patience, temperatures, fitted)
     observation = _observe(inputs, held)
@@ -70,13 +71,13 @@ def select(inputs: Sequence[EventInputs]) -> Selection:
 
 
 def observe(inputs: EventInputs) -> Observation:
-    """What an event of one layer shows its scorer."""
+    """Return the observation that an event of one layer passes to its scorer."""
     settings = inputs.settings
     return _observe([inputs], HeldTokens.of([inputs.tiers], settings.window, settings.sinks, inputs.pinned))
 
 
 def _given(inputs: EventInputs, z: Tensor) -> Tensor | None:
-    """The temperatures of one layer's rows, `[R]`, calibrated before; None without."""
+    """Return the temperatures of one layer's rows, `[R]`: the current ones, else the calibrated ones, else None."""
     if inputs.tiers.temperatures is not None or inputs.temperatures is None:
         return inputs.tiers.temperatures
     return inputs.temperatures.to(z).repeat(inputs.tiers.shape[0])
@@ -89,7 +90,7 @@ def _keep(
     held: HeldTokens,
     temperatures: Sequence[Tensor | None],
 ) -> Tensor:
-    """The kept set, bool `[N]`: by one budget where all layers' can be one."""
+    """Return the kept set, bool `[N]`. One budget selects for all layers if their budgets can be joined."""
     if len(inputs) == 1:
         return inputs[0].budget.select(z, observation, temperatures[0])
     budget = inputs[0].budget.joint([each.budget for each in inputs])
@@ -106,15 +107,15 @@ def _keep(
 def _fit(
     inputs: Sequence[EventInputs], z: Tensor, observation: Observation
 ) -> tuple[list[Tensor | None], list[tuple[int | None, ...]]]:
-    """Temperatures of every layer, and `Tiers.fitted`.
+    """Return the temperatures of every layer, and `Tiers.fitted` of every layer.
 
-    Of the sequences that are due and have candidates, whatever others have: those at which this event's scores spread
-    like its attention.
+    A sequence is fitted if it is due and has candidates, independently of the others. Fitted temperatures make the
+    scores of this event spread like its attention.
     """
     settings, heads, layers = inputs[0].settings, observation.num_kv_heads, [each.tiers for each in inputs]
     due = [sequence for each in inputs for sequence in each.due]
     known, fitted = [tiers.temperatures for tiers in layers], [tiers.fitted for tiers in layers]
-    if not any(due) or observation.max_length <= settings.window + settings.sinks:  # all is protected
+    if not any(due) or observation.max_length <= settings.window + settings.sinks:  # all tokens are protected
         return known, fitted
     candidates = count_per_row(~observation.protected, observation.cu_seqlens).view(-1, heads).any(1).tolist()
     chosen = [i for i, each in enumerate(due) if each and candidates[i]]
@@ -143,7 +144,7 @@ def _fit(
         for i, first in enumerate(tiers.fitted or (None,) * batch)
     ]
     parts = temperatures.chunk(len(layers))
-    # copies: no layer's keep the others' alive
+    # copies, so that no layer keeps the memory of the others alive
     return [part.clone() for part in parts], [
         tuple(times[layer * batch : (layer + 1) * batch]) for layer in range(len(layers))
     ]
@@ -177,7 +178,7 @@ def _observe(inputs: Sequence[EventInputs], held: HeldTokens) -> Observation:
 
 
 def _check_shape(z: Any, observation: Observation, scorer: Any) -> None:
-    """Raise ValueError unless a scorer returned one number per token."""
+    """Raise ValueError unless the scorer returned one floating-point number per token."""
     tokens = observation.keys.shape[0]
     if not isinstance(z, Tensor) or z.shape != (tokens,) or not z.is_floating_point():
         got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__

@@ -1,4 +1,4 @@
-"""What an event decides: which tokens stay in which tier, and the tiers that hold them."""
+"""The result of an event: which tokens stay in which tier, and the new tiers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from hardkv.kernels.rows import Rows
 
 
 class Sizes(NamedTuple):
-    """What the host reads of one layer's selection before it makes the new tiers."""
+    """What the host reads about one layer's selection before it builds the new tiers."""
 
     condensed: int  # tokens
     longest_condensed: int  # longest row
@@ -25,21 +25,21 @@ class Sizes(NamedTuple):
     longest_sparse: int
     least_fill: int  # of the dense tier
     sound: int  # whether the selection can be trusted
-    hidden: int  # sequences that had past tokens hidden by a step's mask; see `storage.hidden`
+    hidden: int  # sequences of which a step's mask hid past tokens; see `storage.hidden`
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What an event of L layers decided, all on the device: the sizes of the new tiers are read later, all at once."""
+    """The selection of an event of L layers, all on the device. The host reads the sizes of the new tiers later."""
 
     positions: Tensor  # int32 [N]
-    misses: Tensor  # uint8 [N], counted on
+    misses: Tensor  # uint8 [N], updated by this event
     address: Tensor  # int64 [N]
-    chosen: tuple[Tensor, Tensor]  # bool [N] each: selected tokens outside the window; deselected ones on probation
+    chosen: tuple[Tensor, Tensor]  # bool [N] each: selected tokens outside the window; tokens for the sparse tier
     cu_seqlens: Tensor  # int32 [2, L, R + 1], of both ragged tiers of every layer
-    temperatures: Sequence[Tensor | None]  # [R] of each layer, what the event selected with, to be kept
-    fitted: Sequence[tuple[int | None, ...]]  # of each layer, see `Tiers`
-    sizes: Tensor  # int64 [L, 7], `Sizes` of every layer
+    temperatures: Sequence[Tensor | None]  # [R] per layer, used by this event and kept for later ones
+    fitted: Sequence[tuple[int | None, ...]]  # per layer, see `Tiers`
+    sizes: Tensor  # int64 [L, 7], `Sizes` per layer
 
     @classmethod
     def of(
@@ -55,9 +55,9 @@ class Selection:
         """Sort the tokens into tiers.
 
         Args:
-            keep: bool `[N]`, the selected tokens; those that stay in the dense tier must be among them.
+            keep: bool `[N]`, the selected tokens, including all that stay in the dense tier.
             sound: bool scalar, whether the selection can be trusted.
-            patience: misses a token survives in the sparse tier.
+            patience: misses after which a token still stays in the sparse tier.
         """
         misses, condensed, sparse, lengths = assign(keep, held.stays, held.misses, held.rows, patience)
         lengths = lengths.view(2, len(layers), -1)
@@ -71,7 +71,7 @@ class Selection:
         return cls(held.positions, misses, held.address, chosen, cu_seqlens, temperatures, fitted, sizes)
 
     def index(self, sizes: Sequence[Sizes]) -> list[tuple[Tensor, Tensor]]:
-        """Of every layer, which tokens its new condensed and sparse tiers take; `sizes` were read on the host."""
+        """Return, per layer, the tokens that its new condensed and sparse tiers take. `sizes` are the host's copies."""
         totals = [[size.condensed for size in sizes], [size.sparse for size in sizes]]
         both = [
             torch.nonzero_static(mask, size=sum(each))[:, 0].split(each)
@@ -80,10 +80,12 @@ class Selection:
         return list(zip(*both, strict=True))
 
     def tiers(self, layer: int, inputs: EventInputs, index: tuple[Tensor, Tensor], sizes: Sizes) -> Tiers:
-        """The new tiers of one of the layers: exactly sized, or in its pool, whose old ones are lost if this fails.
+        """Return the new tiers of one layer, exactly sized or in its pool.
+
+        If this fails with a pool, the old tiers are lost.
 
         Args:
-            layer: its place among the layers. inputs: of its event. index: from `index`. sizes: of this layer.
+            layer: index among the layers. inputs: of its event. index: from `index`. sizes: of this layer.
         """
         old, settings, pool = inputs.tiers, inputs.settings, inputs.pool
         fits = self.temperatures[layer], self.fitted[layer]
@@ -96,7 +98,7 @@ class Selection:
         condensed, sparse = (
             RaggedTier(
                 Columns(*gather_tiers(old.sources, self.address, index[kind], self.positions, self.misses)),
-                # a copy: nothing that stays keeps the other layers' alive
+                # a copy, so that no layer keeps the memory of the others alive
                 Rows(self.cu_seqlens[kind, layer].clone(), total, longest),
             )
             for kind, total, longest in (
