@@ -1,1 +1,1 @@
-"""The way into transformers: registries, masks, and what travels in place of keys and values."""
+"""The connection to transformers: registries, masks, and the handles that stand for keys and values."""

@@ -1,4 +1,4 @@
-"""One call of a registered attention function, with keys of a HardKVCache."""
+"""One call of a registered attention function with keys of a HardKVCache."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class AttentionCall(NamedTuple):
-    """What a model passed to an attention function; keys know what to do with it.
+    """The arguments that a model passed to an attention function.
 
     Args:
-        name: under which the function is registered; "eager" for a model's own. function: itself.
+        name: the name that the function is registered under; "eager" for a model's own. function: the function.
         module: the attention module. query: `[B, Hq, q, D]`. key, value: handles.
         mask, args, kwargs: as the model passed them.
     """
@@ -28,14 +28,14 @@ class AttentionCall(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """What attention multiplies q . k by."""
+        """The factor that attention multiplies q . k by."""
         scale = self.kwargs.get("scaling")
         return self.query.shape[-1] ** -0.5 if scale is None else float(scale)
 
     @property
     def softcap(self) -> float | None:
-        """Of the logits; None without one."""
-        # sdpa has no softcap: transformers ignores it there (or refuses, before we are asked)
+        """The softcap of the logits; None without one."""
+        # sdpa has no softcap: transformers ignores it there, or refuses before this call
         return None if self.name == "sdpa" else self.kwargs.get("softcap")
 
     @property

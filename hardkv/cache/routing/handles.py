@@ -1,6 +1,6 @@
-"""What travels in place of keys, values and masks: objects that only hardkv's attention can read.
+"""Objects that replace keys, values and masks. Only hardkv's attention can read them.
 
-Anything else that touches them gets an `UnroutedKVError` rather than wrong attention.
+Any other code that uses them gets an `UnroutedKVError` instead of wrong attention.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from hardkv.cache.routing.call import AttentionCall
 
 
 class UnroutedKVError(RuntimeError):
-    """Keys, values or mask of a HardKVCache reached code that does not know them."""
+    """Keys, values or the mask of a HardKVCache reached code that does not know them."""
 
 
 def unrouted(what: str, name: str) -> NoReturn:
@@ -34,7 +34,7 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
 
 
 class Opaque:
-    """Refuses to be computed with: attributes, indexing, operators and torch functions raise UnroutedKVError."""
+    """Refuse any computation: attributes, indexing, operators and torch functions raise UnroutedKVError."""
 
     what: str
 
@@ -60,7 +60,7 @@ for _operator in (
 
 
 class HeldStates(Opaque):
-    """What a HardKV layer shows as its keys or values to who looks at the layer itself: shape, dtype and device."""
+    """The `keys` or `values` that a HardKV layer shows to other code: only shape, dtype and device."""
 
     what = "keys or values"
 
@@ -87,25 +87,25 @@ class HeldStates(Opaque):
 
 
 class NewKV(Protocol):
-    """New keys and values that a handle stands for."""
+    """The new keys and values that a handle stands for."""
 
     latent: bool
     given: tuple[Tensor, Tensor]
 
     @property
     def stop(self) -> int:
-        """How many columns handles show."""
+        """Columns that the handle shows."""
         ...
 
     def attend(self, call: AttentionCall) -> tuple[Any, Any]:
-        """Attention over them and all earlier tokens."""
+        """Attend over these and all earlier tokens."""
         ...
 
 
 class KVHandle(HeldStates):
-    """What `update()` returns in place of keys or values: shape, dtype and device, and no data.
+    """What `update()` returns in place of keys or values: shape, dtype and device, but no data.
 
-    A plain object rather than a Tensor subclass, which torch.compile cannot trace through here.
+    It is a plain object, because torch.compile cannot trace a Tensor subclass through here.
     """
 
     requires_grad = False
@@ -118,7 +118,7 @@ class KVHandle(HeldStates):
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    # Moving devices (accelerate's hooks) and laying out memory do not change what the handle stands for.
+    # A handle has no data, so moving it to a device (accelerate's hooks) or changing its memory layout does nothing.
     def to(self, *args: Any, **kwargs: Any) -> "KVHandle":
         return self
 
@@ -127,7 +127,7 @@ class KVHandle(HeldStates):
 
 
 class LatentHandle(KVHandle):
-    """Of a latent that the model expands to keys and values before attention: a linear map may be put on it."""
+    """The handle of a latent that the model expands to keys and values before attention. It accepts one linear map."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -141,10 +141,10 @@ class LatentHandle(KVHandle):
 
 
 class ExpandedHandle(KVHandle):
-    """A latent after the model's `expand_kv`, which may lay the heads out but not compute any further.
+    """The handle of a latent after the model's `expand_kv`. The model may rearrange the heads but not compute further.
 
     Args:
-        latent: what was expanded. weight: by what linear map, `[out, C]`; None: only repeated.
+        latent: the handle that was expanded. weight: of the linear map, `[out, C]`; None: only repeated.
     """
 
     def __init__(self, latent: KVHandle, weight: Tensor | None = None):
@@ -165,11 +165,11 @@ class ExpandedHandle(KVHandle):
 
 
 class UnmaskedLength(int):
-    """A length of columns for which attention reads no mask."""
+    """A number of columns for which attention reads no mask."""
 
 
 class LogicalLen(int):
-    """A key length that belongs to a HardKV layer; travels from `get_mask_sizes` to the mask function."""
+    """The key length of a HardKV layer. It travels from `get_mask_sizes` to the mask function."""
 
     layer_idx: int
 

@@ -1,7 +1,7 @@
-"""Multi-head latent attention (DeepSeek's MLA): one latent a token, expanded to every head's key and value.
+"""Multi-head latent attention (DeepSeek's MLA): one latent per token, expanded to the keys and values of all heads.
 
-The cache holds the latents, one ragged row for all heads. `module.expand_kv` is linear, so instead of expanding what is
-held at every step, as transformers does, queries are taken into the space of the latents and results out of it.
+The cache holds the latents, in one ragged row for all heads. transformers expands all held latents at every step. Since
+`module.expand_kv` is linear, hardkv instead maps the queries into the latent space and the results back out of it.
 """
 
 from dataclasses import dataclass
@@ -12,30 +12,30 @@ from torch import Tensor
 
 from hardkv.cache.routing.handles import ExpandedHandle, KVHandle, UnroutedKVError
 
-# What the layout's check lets pass, relative to the largest number: rounding in half precision, and nothing else.
+# Largest error that `expand` accepts, relative to the largest number: enough for rounding in half precision.
 ROUNDING = 0.05
 
 
 @dataclass(frozen=True)
 class Latent:
-    """The linear maps between the heads of one layer and its latents, of width C; views of the model's own weight.
+    """The linear maps from latents of width C to the keys and values of one layer's heads; views of the model's weight.
 
-    A head's key is what the map makes of the latent, and behind it the rotated key, of width P, that all heads share.
+    The key of a head is the mapped latent followed by the rotated key of width P, which all heads share.
     """
 
-    expand_kv: Any  # the model's own
+    expand_kv: Any  # the model's own function
     keys: Tensor  # [Hq, D - P, C]
     values: Tensor  # [Hq, Dv, C]
 
     @classmethod
     def of(cls, module: Any, key: KVHandle, query: Tensor) -> "Latent | None":
-        """What connects the model's heads with what the cache holds; None for layers that hold keys and values.
+        """Return the maps between the model's heads and the latents held; None for layers that hold keys and values.
 
         Args:
-            key: what the model attends to. query: `[B, Hq, q, D]`.
+            key: the handle that the model attends to. query: `[B, Hq, q, D]`.
 
         Raises:
-            UnroutedKVError: the keys were projected after they came from the cache, in a way of the model's own.
+            UnroutedKVError: the model changed the keys after the cache in a way that hardkv does not know.
         """
         if not isinstance(key, ExpandedHandle):
             if key.new.latent:
@@ -54,13 +54,13 @@ class Latent:
         return cls(module.expand_kv, weight[:, :plain], weight[:, plain:])
 
     def expand(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys `[B, Hq, q, D]` and values `[B, Hq, q, Dv]` of latents and rotated keys, as the model itself makes them.
+        """Return keys `[B, Hq, q, D]` and values `[B, Hq, q, Dv]`, made by the model from latents and rotated keys.
 
         Raises:
-            UnroutedKVError: that is not what these maps make of them.
+            UnroutedKVError: the model's result differs from the result of these maps.
         """
         keys, values = self.expand_kv(*given)
-        latent, rotated = (states[:, :, -1:].detach().to(self.keys.dtype) for states in given)  # one token tells
+        latent, rotated = (states[:, :, -1:].detach().to(self.keys.dtype) for states in given)  # check one token
         ours = latent @ self.keys.mT, rotated.expand(-1, keys.shape[1], -1, -1), latent @ self.values.mT
         theirs, expected = torch.cat([keys[:, :, -1:], values[:, :, -1:]], -1).detach(), torch.cat(ours, -1)
         if theirs.shape != expected.shape or (theirs - expected).abs().max() > ROUNDING * theirs.abs().max():
@@ -71,10 +71,10 @@ class Latent:
         return keys, values
 
     def absorb(self, query: Tensor) -> Tensor:
-        """Queries `[B, Hq, q, D]` as `[B, Hq, q, C + P]`, whose products with latents are those with expanded keys."""
+        """Map queries `[B, Hq, q, D]` to `[B, Hq, q, C + P]`: same products with latents as with the expanded keys."""
         plain = self.keys.shape[1]
         return torch.cat([query[..., :plain] @ self.keys, query[..., plain:]], -1)
 
     def emit(self, out: Tensor) -> Tensor:
-        """Attention over latents, `[B, Hq, q, C]`, as attention over values, `[B, Hq, q, Dv]`."""
+        """Map attention over latents, `[B, Hq, q, C]`, to attention over values, `[B, Hq, q, Dv]`."""
         return out @ self.values.mT

@@ -1,4 +1,4 @@
-"""Attention masks: what hardkv puts in their place, and what it reads from any that a model passes."""
+"""Attention masks: the object that hardkv returns in their place, and functions that read any mask of a model."""
 
 import functools
 from collections.abc import Callable
@@ -12,36 +12,36 @@ from hardkv.cache.storage.hidden import Past
 
 
 class NewColumns(Protocol):
-    """The columns of one `update()`: from `start` to `stop`, of `batch` sequences."""
+    """The columns of one `update()`, from `start` to `stop`, for `batch` sequences."""
 
     start: int
 
     @property
     def stop(self) -> int:
-        """The column after the last."""
+        """The column after the last one."""
         ...
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """Number of sequences."""
         ...
 
 
 class HardKVMask(Opaque):
-    """What a wrapped mask function returns for a HardKV layer: the 2D padding, and the original mask if asked for."""
+    """What a wrapped mask function returns for a HardKV layer: the 2D padding, and the original mask on request."""
 
     what = "attention mask"
 
     def __init__(self, padding: Tensor | None, layer_idx: int, build: Callable[[], Any]):
         self.padding = padding  # bool [B, columns] or None
-        self.layer_idx = layer_idx  # of the layer that was asked for the length
+        self.layer_idx = layer_idx  # the layer whose length the mask function got
         self._build = build
 
     def for_plain(self, module: torch.nn.Module) -> Any:
-        """The original mask, for a layer of the same model that is not ours.
+        """Return the original mask, for a layer of the same model that hardkv does not handle.
 
         Raises:
-            NotImplementedError: it is ours, and comes with keys of no cache.
+            NotImplementedError: the layer is a HardKV layer, but its keys come from no cache.
         """
         if getattr(module, "layer_idx", None) == self.layer_idx:
             raise NotImplementedError(
@@ -54,12 +54,12 @@ class HardKVMask(Opaque):
 
     @functools.cached_property
     def original(self) -> Any:
-        """What the wrapped function would have returned."""
+        """The mask that the wrapped function would have returned."""
         return self._build()
 
     @functools.cached_property
     def hides_nothing(self) -> bool:
-        """Whether every column holds a token; the host waits for the device once, whoever asks."""
+        """Whether every column holds a token. The host waits for the device once, at the first call."""
         return self.padding is None or bool(self.padding.all())
 
     def to(self, *args: Any, **kwargs: Any) -> "HardKVMask":
@@ -77,7 +77,7 @@ class HardKVMask(Opaque):
 
 
 def padding_of(mask: Any, batch: int, new: NewColumns) -> Tensor | None:
-    """Which columns hold tokens, bool `[B, columns]`, from any mask a model may pass; None when all do."""
+    """Return which columns hold tokens, bool `[B, columns]`, from any mask of a model; None if all do."""
     if mask is None:
         return None
     if isinstance(mask, HardKVMask):
@@ -95,9 +95,9 @@ def padding_of(mask: Any, batch: int, new: NewColumns) -> Tensor | None:
 
 
 def _seen_by_last(allowed: Tensor, new: NewColumns) -> Tensor:
-    """The columns that the last token of every sequence sees, bool `[B or 1, columns]`: all that exist.
+    """Return the columns that the last token of every sequence sees, bool `[B or 1, columns]`: all that hold tokens.
 
-    Queries of padding may see anything or nothing. A sequence without a token among the new ones has none.
+    Queries of padding may see anything, so they are not used. A sequence without a new token gets no columns.
     """
     check_width(allowed[0, 0], new.stop)
     allowed = allowed.any(1)  # [B or 1, q, columns]
@@ -116,10 +116,10 @@ def check_width(padding: Tensor, columns: int) -> None:
 
 
 def _as_bool(mask: Tensor) -> Tensor:
-    """An additive or boolean mask as a boolean one.
+    """Return an additive or boolean mask as a boolean one.
 
     Raises:
-        NotImplementedError: it adds anything else to what it allows, such as a position bias.
+        NotImplementedError: the mask adds something else to allowed logits, such as a position bias.
     """
     if mask.dtype == torch.bool:
         return mask
@@ -132,15 +132,19 @@ def _as_bool(mask: Tensor) -> Tensor:
 
 
 def mask_of_new(mask: Any, padding: Tensor | None, new: NewColumns) -> tuple[Tensor | None, Past | None]:
-    """What a later call's mask says of its own tokens, bool `[B or 1, q, q]`, None if plainly causal, and of the past.
+    """Return what a later call's mask says about the new tokens and about the past.
+
+    Returns:
+        The mask among the new tokens, bool `[B or 1, q, q]`, None if plainly causal; and the past, None if it says
+        nothing.
 
     Raises:
         NotImplementedError: the mask differs between heads.
     """
-    given = None if padding is None else padding[:, : new.start]  # what a mask of two dimensions says of the past
+    given = None if padding is None else padding[:, : new.start]  # a 2D mask says this about the past
     if isinstance(mask, HardKVMask):
         if new.stop - new.start == 1:
-            return None, None  # one token that sees what exists
+            return None, None  # one token that sees all that exists
         mask = mask.original
     elif isinstance(mask, Tensor) and mask.dim() == 4:
         given = None
@@ -157,7 +161,7 @@ def mask_of_new(mask: Any, padding: Tensor | None, new: NewColumns) -> tuple[Ten
         raise NotImplementedError("HardKVCache does not support attention masks that differ between heads")
     allowed = allowed[:, 0]  # [B or 1, q, columns]
     among_new, before = allowed[..., new.start :], allowed[..., : new.start]
-    real = among_new.diagonal(dim1=1, dim2=2)[..., None]  # what padded queries see nobody reads
+    real = among_new.diagonal(dim1=1, dim2=2)[..., None]  # nobody reads the results of padded queries
     every = (before | ~real).all(1).expand(new.batch, -1)
     if given is None:
         return among_new, Past((before & real).any(1).expand_as(every), every, real[..., 0].any(1))

@@ -1,11 +1,11 @@
-"""Everything that touches transformers' attention and mask registries.
+"""All code that touches transformers' attention and mask registries.
 
-A model hands new keys and values to `Cache.update`, then calls the attention function its config names with the
-query. Our `update` returns a handle in the keys' place; every registered attention function is wrapped, once and in
-place, to look for that handle, and is exactly itself when there is none. Eager attention has no entry in the registry:
-a model brings its own as the default when it asks for its function, and gets it wrapped. Models and configs stay as
-they are. Mask functions never see the cache, so the length that `get_mask_sizes` reports is a marked integer that the
-wrapped mask functions recognise.
+A model passes new keys and values to `Cache.update`. Then it looks up the attention function that its config names and
+calls it with the query. Our `update` returns a handle in place of the keys. Every registered attention function is
+wrapped once, in place: the wrapper looks for a handle and, without one, only calls the original function. Eager
+attention has no registry entry: a model passes its own function as the default of the lookup, and the lookup returns it
+wrapped. Models and configs do not change. Mask functions never see the cache, so `get_mask_sizes` returns the length as
+a marked integer that the wrapped mask functions recognise.
 """
 
 import functools
@@ -24,7 +24,7 @@ from hardkv.cache.routing.masks import HardKVMask, check_width
 
 
 def _wrap_attention(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, except that keys of a HardKVCache go to its layer."""
+    """Wrap `function` so that keys of a HardKVCache go to their layer."""
 
     def attention(
         module: torch.nn.Module,
@@ -48,7 +48,7 @@ def _wrap_attention(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def _wrap_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
-    """`AttentionInterface.get_interface`, except that a model's own eager attention comes wrapped."""
+    """Wrap `AttentionInterface.get_interface` so that it returns a model's own eager attention wrapped."""
 
     def get_interface(self: Any, attn_implementation: Any, default: Any) -> Any:
         function = lookup(self, attn_implementation, default)
@@ -60,7 +60,7 @@ def _wrap_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_mask(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, except that it returns a HardKVMask when the length belongs to a HardKV layer."""
+    """Wrap `function` so that it returns a HardKVMask if the length belongs to a HardKV layer."""
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         if isinstance(kwargs.get("q_offset"), UnmaskedLength):
@@ -86,9 +86,10 @@ def _mark(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Callable
 
 
 def install() -> None:
-    """Wrap in place what hardkv needs of transformers: registries of attention and masks, and `generate()`. Idempotent.
+    """Wrap transformers' attention and mask registries and `generate()` in place. Idempotent.
 
-    Called at import, by every HardKVCache and in prefill, so that what is registered in between is wrapped too.
+    It runs at import, in every HardKVCache constructor and in prefill, so that functions registered meanwhile are
+    wrapped too.
     """
     for interface in (AttentionInterface, AttentionMaskInterface):
         if not isinstance(getattr(interface, "_global_mapping", None), dict):

@@ -1,4 +1,4 @@
-"""New keys and values on their way to a layer: what `update()` wraps, and what attention does with it."""
+"""New keys and values on their way to a layer: `update()` wraps them, and attention stores and reads them."""
 
 import weakref
 from typing import Any, Protocol
@@ -15,23 +15,23 @@ from hardkv.cache.schedule import EventSchedule
 from hardkv.cache.storage.hidden import Past
 from hardkv.kernels.autocast import attended_dtype, suspended
 
-# Attention modules that get what their model got as `use_cache`.
+# Attention modules that receive the model's `use_cache` argument.
 _TOLD: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 
 
 class StoringLayer(Protocol):
-    """What new tokens need of the layer that stores them."""
+    """What new tokens need from the layer that stores them."""
 
     dtype: torch.dtype
     latent: bool
     knows_model: bool
 
     def check_module(self, module: torch.nn.Module) -> None:
-        """Raise ValueError when another model's layer than before brings the query."""
+        """Raise ValueError if the query comes from another model's layer than before."""
         ...
 
     def prefill(self, new: Any, query: Tensor, padding: Tensor | None, *, scale: float, softcap: float | None) -> None:
-        """Store the first tokens, already attended by the model's own kernel."""
+        """Store the first tokens. The model's own kernel has already attended to them."""
         ...
 
     def decode(
@@ -46,15 +46,16 @@ class StoringLayer(Protocol):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Store later tokens, and attend over all."""
+        """Store later tokens and attend over all tokens."""
         ...
 
 
 class NewTokens:
-    """The keys and values of one `update()`, `[B, H, q, D]` and `[B, H, q, Dv]`, on their way to attention.
+    """The keys and values of one `update()`, `[B, H, q, D]` and `[B, H, q, Dv]`, until attention reads them.
 
-    They are stored in the layer's dtype; attention of the first forward gets them as they were given.
-    Of latents and rotated keys `keys` are both, joined, and `values` have no width: they are the keys' first part.
+    They are stored in the layer's dtype; attention of the first forward gets them as given. With latent attention,
+    `keys` hold the latents joined with the rotated keys. `values` then have width 0, because they are the first part of
+    the keys.
     """
 
     def __init__(
@@ -66,14 +67,14 @@ class NewTokens:
         schedule: EventSchedule | None = None,
     ):
         self.layer, self.latent = layer, layer.latent
-        self.given = (keys, values)  # with their graph
+        self.given = (keys, values)  # with their autograd graph
         self.keys = keys.detach().to(layer.dtype)
         self.values = values.detach().to(layer.dtype)
         if self.latent:
             self.keys = torch.cat([self.keys, self.values], -1)
             self.values = self.keys[..., :0]
-        self.start = start  # column of the first of them
-        self.ingested_at: int | None = None  # the layer's event count when they were stored
+        self.start = start  # column of the first token
+        self.ingested_at: int | None = None  # the layer's event count when the tokens were stored
         self.schedule = schedule  # when the layer's events run; None: alone, at once
 
     @property
@@ -82,18 +83,18 @@ class NewTokens:
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """Number of sequences."""
         return self.keys.shape[0]
 
     @torch.compiler.disable
     def attend(self, call: AttentionCall) -> tuple[Any, Any]:
-        """Attention of the query over these and all earlier tokens, which stores these.
+        """Store these tokens and attend over them and all earlier ones.
 
         Returns:
-            `[B, q, Hq, Dv]`, and the weights that the model's own kernel gave in the first forward, else None.
+            `[B, q, Hq, Dv]`, and the attention weights that the model's kernel gave in the first forward, else None.
 
         Raises:
-            UnroutedKVError, NotImplementedError, ValueError: attention that the cache cannot do right.
+            UnroutedKVError, NotImplementedError, ValueError: the cache cannot compute this attention correctly.
         """
         module, query, mask = call.module, call.query, call.mask
         if not isinstance(call.value, KVHandle) or call.value.new is not self:
@@ -104,17 +105,18 @@ class NewTokens:
             )
         _refuse(call, self.layer.knows_model)
         _check_use_cache(module, self, call.kwargs.get("use_cache"))
-        # generate() always brings a mask; asked once, when the device has hardly begun, and never at later steps
+        # generate() always passes a mask. Read it only at the prompt, when the device has little work: later steps must
+        # not wait for it.
         plain = self.start == 0 and isinstance(mask, HardKVMask) and mask.hides_nothing
         padding = None if plain else padding_of(mask, query.shape[0], self)
         self.layer.check_module(module)
         attended = query.detach().to(self.keys.dtype)
         latent = Latent.of(module, call.key, attended)
-        if self.start == 0:  # the first call: nothing is compressed yet, and the original kernel is exact
+        if self.start == 0:  # the first call: nothing is compressed yet, so the original kernel is exact
             full_mask = mask.original if isinstance(mask, HardKVMask) else mask
             states = self.given if latent is None else latent.expand(self.given)
             result = call.function(module, query, *states, full_mask, **call.kwargs)
-            install()  # a kernel of the hub may just have been loaded, and registered, again
+            install()  # attention may just have loaded and registered a kernel from the hub
             with torch.no_grad(), suspended(query.device):
                 attended = attended if latent is None else latent.absorb(attended)
                 self.layer.prefill(self, attended, padding, scale=call.scale, softcap=call.softcap)
@@ -141,7 +143,7 @@ class NewTokens:
 
 
 class _NoGradient(torch.autograd.Function):
-    """Hands its first argument on; whoever asks for the gradient of the others gets an error."""
+    """Return the first argument. Asking for gradients of the other arguments raises an error."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
@@ -186,11 +188,10 @@ def _refuse(call: AttentionCall, knows_model: bool) -> None:
 
 
 def _check_use_cache(module: torch.nn.Module, new: NewTokens, use_cache: bool | None) -> None:
-    """Raise ValueError when past tokens seem to be fed again with `use_cache=False`.
+    """Raise ValueError if past tokens seem to be fed again with `use_cache=False`.
 
-    Layers of most models hand on to attention what their model got as `use_cache`, those of others nothing, or False
-    always. So False counts once this module has been told True at a prompt. Within `generate()`, `GivenCache.given`
-    looks.
+    Most models pass their `use_cache` on to attention; others pass nothing, or always False. So False counts only if
+    this module got True at a prompt before. Within `generate()`, `GivenCache.given` checks instead.
     """
     if new.start == 0:
         if use_cache:

@@ -1,6 +1,6 @@
-"""What transformers' `generate()` is doing in this thread, which it tells no cache and no function of the user's own.
+"""Track which `generate()` runs in this thread. transformers tells this neither to caches nor to attention functions.
 
-`GenerationMixin.generate` and `GenerationMixin._prefill` are wrapped once and in place, and note here what runs.
+`GenerationMixin.generate` and `GenerationMixin._prefill` are wrapped once, in place. The wrappers note what runs.
 """
 
 import functools
@@ -19,9 +19,9 @@ class Call:
     """A call of `generate()` that has not returned yet.
 
     Args:
-        model: whose `generate()` it is.
-        arguments: what its caller passed, by name.
-        cache: the HardKVCache that it was given, if any.
+        model: the model whose `generate()` runs.
+        arguments: the caller's arguments, by name.
+        cache: the HardKVCache that the caller passed, if any.
     """
 
     model: Any
@@ -31,26 +31,26 @@ class Call:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.calls: list[Call] = []  # the innermost last
+        self.calls: list[Call] = []  # the innermost call is last
         self.prefills = 0
 
 
 _thread = _Thread()
 
-# By thread, the call whose cache no forward has asked for anything yet. Attention looks here, compiled or not, so it is
-# a plain dict, empty but for the moment before a prefill.
+# Maps a thread to a call whose model has not used the given cache yet. Attention reads it, also when compiled, so it is
+# a plain dict. It is empty except just before a prefill.
 WAITING: dict[int, Call] = {}
 
 
 def innermost() -> Call | None:
-    """The innermost `generate()` that this thread is in."""
+    """Return the innermost `generate()` call of this thread, or None."""
     return _thread.calls[-1] if _thread.calls else None
 
 
 def prefilling() -> bool:
-    """Whether `generate()` is at its prompt, whose last chunk may be a single token (`prefill_chunk_size`).
+    """Return whether `generate()` is processing its prompt.
 
-    Nothing else tells such a chunk from a drawn token.
+    The last chunk of a prompt may be a single token (`prefill_chunk_size`); only this tells it from a drawn token.
     """
     return _thread.prefills > 0
 
@@ -62,7 +62,7 @@ def install() -> None:
 
 
 def wrap_method(owner: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put `wrap(method)` in the place of a class's method, unless hardkv has wrapped it already."""
+    """Replace a class's method by `wrap(method)`, unless hardkv has wrapped it already."""
     method = getattr(owner, name)
     if not hasattr(method, "_hardkv"):
         wrapper = functools.wraps(method)(wrap(method))
