@@ -1,4 +1,4 @@
-"""The cache itself: storage, events, and the way into transformers."""
+"""The cache itself: storage, selection events, and the connection to transformers."""
 
 from hardkv.cache.cache import HardKVCache
 from hardkv.cache.record.stats import Stats

@@ -1,4 +1,4 @@
-"""From a model and a cache's settings to layers: which ones the cache compresses, by which budgets; what to warn of."""
+"""Build the layers of a cache: choose the layers to compress, give each its budget, and collect warnings."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,16 +19,16 @@ from hardkv.calibration.file import Calibration
 from hardkv.config import HardKVConfig
 from hardkv.selectors.budgets import Budget
 
-# Takes settings, budget, layer_idx, and how many states of a linear attention lie beside the keys and values.
+# Takes settings, budget, layer_idx, and the number of linear-attention states that the layer holds besides its keys.
 LayerFactory = Callable[[HardKVConfig, Budget, int, int], HardKVLayer]
 
-# DynamicCache's layers that keep every token, which are replaced, and those that keep the newest tokens.
+# Layers of DynamicCache that keep every token (these are replaced), and layers that keep only the newest tokens.
 FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 SLIDING = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 
 
 def make_layer(settings: HardKVConfig, budget: Budget, layer_idx: int, states: int) -> HardKVLayer:
-    """The `LayerFactory` of HardKVCache."""
+    """Make a layer; the `LayerFactory` of HardKVCache."""
     if states:
         return HybridLayer(settings, budget, layer_idx, states)
     return HardKVLayer(settings, budget, layer_idx)
@@ -43,22 +43,22 @@ def build_layers(
     warn: Callable[[str], None],
     model: Any = None,
 ) -> list[Any]:
-    """The layers of a cache that knows its model. A calibration "auto" in `settings` becomes a `Calibration`.
+    """Return the layers of a cache that knows its model. Replace a calibration "auto" in `settings` by a `Calibration`.
 
     Args:
         traits: of the model. settings: of the cache.
-        layers: what DynamicCache has for every layer of the model. Where they use full attention they are replaced.
-        offload: what keeps compressed layers in host memory, None without. make: makes them.
-        warn: is told what the user should know. model: which the calibration "auto" measures.
+        layers: DynamicCache's layer for every layer of the model. Those with full attention are replaced.
+        offload: keeps compressed layers in host memory; None without. make: makes a compressed layer.
+        warn: receives warnings for the user. model: the model that calibration "auto" measures.
 
     Raises:
-        ValueError: the calibration is "auto" without a model, or was made for another one, or the budget does not fit
+        ValueError: the calibration is "auto" without a model, or was made for another model, or the budget does not fit
             the number of layers.
     """
     cross = traits.cross_attention_layers
     full = [idx for idx, layer in enumerate(layers) if type(layer) in FULL and idx not in cross]
     if settings.calibration == "auto":
-        from hardkv.calibration.auto import auto  # builds on this file
+        from hardkv.calibration.auto import auto  # imported here, because it imports this file
 
         settings.calibration = auto(model, settings, warn)
     elif isinstance(settings.calibration, Calibration) and (
@@ -81,7 +81,7 @@ def build_layers(
 def build_unknown_layer(
     layer_idx: int, settings: HardKVConfig, offload: Offload | None, make: LayerFactory
 ) -> HardKVLayer:
-    """The layer `layer_idx` of a cache that does not know its model, which has full attention then."""
+    """Return layer `layer_idx` of a cache that does not know its model. It is assumed to use full attention."""
     layer = make(settings, _budgets(settings, None)[0], layer_idx, 0)
     layer.first, layer.offloading, layer.knows_model = layer_idx == 0, offload, False
     return layer
@@ -96,7 +96,7 @@ def check_unknown(settings: HardKVConfig) -> None:
 
 
 def _budgets(settings: HardKVConfig, num_layers: int | None) -> Sequence[Budget]:
-    """The budget of every compressed layer; of one for all where `num_layers` is None."""
+    """Return one budget per compressed layer; a single budget for all if `num_layers` is None."""
     budget, calibration = settings.budget, settings.calibration
     assert isinstance(budget, Budget)
     has_risk = isinstance(calibration, Calibration) and calibration.risk is not None
@@ -105,7 +105,7 @@ def _budgets(settings: HardKVConfig, num_layers: int | None) -> Sequence[Budget]
 
 
 def _not_compressed(traits: Traits, layers: Sequence[Any]) -> str | None:
-    """Which layers grow although they are in a HardKVCache, and whether it compresses nothing at all; None: neither."""
+    """Return a warning if some layers grow uncompressed or if nothing is compressed at all; else None."""
     model = type(traits.config).__name__
     attention = [
         type(layer)

@@ -1,4 +1,4 @@
-"""HardKVCache: what `generate(past_key_values=...)` takes."""
+"""HardKVCache, the cache that users pass to `generate(past_key_values=...)`."""
 
 import warnings
 from collections.abc import Iterator
@@ -38,19 +38,19 @@ class HardKVCache(GivenCache):
     """Head-adaptive KV-cache compression at decoding time: each KV head keeps its own tokens, the rest is freed.
 
     Pass it to any forward or `generate()` of an unmodified decoder. Full-attention layers are compressed after the
-    prompt and every `interval` tokens; sliding-window and linear-attention layers stay as DynamicCache has them. Of
-    latent attention (MLA) the latents are kept or dropped, for all heads at once. `output_attentions=True` gives
-    weights for the first forward only. Gradients are those of DynamicCache in the first forward; nothing stored
-    carries a graph, and `backward()` through a later forward raises RuntimeError.
+    prompt and every `interval` tokens; sliding-window and linear-attention layers stay as DynamicCache has them. With
+    latent attention (MLA), the cache keeps or drops latents, for all heads at once. `output_attentions=True` gives
+    weights for the first forward only. Gradients in the first forward equal those of DynamicCache. Stored tokens carry
+    no autograd graph, so `backward()` through a later forward raises RuntimeError.
 
     Args:
-        config: `model.config`, or the model, which `calibration="auto"` needs. Without it only models whose layers
-            all use full attention work.
+        config: `model.config`, or the model, which `calibration="auto"` needs. Without it, every layer of the model
+            must use full attention.
         scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload: see
             `HardKVConfig`.
 
     Raises:
-        ValueError, TypeError: an argument that is not allowed.
+        ValueError, TypeError: an argument is not allowed.
 
     Example:
         ```python
@@ -84,7 +84,7 @@ class HardKVCache(GivenCache):
         )
         self._offload = Offload() if offload else None
         self._schedule: EventSchedule | None = None
-        self.steps: Steps | None = None  # of hardkv.decoding.generate
+        self.steps: Steps | None = None  # set by hardkv.decoding.generate
         self.warnings: list[str] = []
         self._recorder: Recorder | None = None
         model = config if isinstance(config, torch.nn.Module) else None
@@ -102,10 +102,10 @@ class HardKVCache(GivenCache):
             self._schedule = EventSchedule(self._compressed)
 
     def _warn(self, message: str) -> None:
-        """Tell once, and keep telling in `stats()`."""
+        """Warn once, and list the message in `stats()` from then on."""
         if message not in self.warnings:
             self.warnings.append(message)
-            warnings.warn(message, stacklevel=4)  # of who calls HardKVCache(...), which calls build_layers()
+            warnings.warn(message, stacklevel=4)  # points at the call of HardKVCache(...)
 
     @property
     def _compressed(self) -> list[HardKVLayer]:
@@ -117,13 +117,13 @@ class HardKVCache(GivenCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> "tuple[KVHandle, KVHandle] | tuple[Tensor, Tensor]":
-        """Take new keys `[B, H, q, D]` and values of a layer; a HardKV layer returns handles for attention.
+        """Take new keys `[B, H, q, D]` and values of a layer. A HardKV layer returns handles for attention.
 
         Raises:
-            RuntimeError: an earlier forward pass died between layers, or the model has more layers than the config.
+            RuntimeError: an earlier forward pass failed between layers, or the model has more layers than the config.
             ValueError: shapes differ from what the cache holds.
         """
-        if self.layer_class_to_replicate is not None:  # built without a config: layers appear as they are used
+        if self.layer_class_to_replicate is not None:  # built without a config: make layers when they are first used
             while len(self.layers) <= layer_idx:
                 idx = len(self.layers)
                 self.layers.append(build_unknown_layer(idx, self.settings, self._offload, self._make_layer))
@@ -140,7 +140,7 @@ class HardKVCache(GivenCache):
                 with self._whole_or_broken():
                     return layer.update(key_states, value_states, *args, **kwargs)
         if self._offload is not None and isinstance(layer, HardKVLayer):
-            for each in (layer, self._after(layer_idx)):  # the next one comes while this one computes
+            for each in (layer, self._after(layer_idx)):  # fetch the next layer while this one computes
                 if each is not None and each.tiers is not None:
                     self._offload.fetch(each.layer_idx, each.tiers, each.device)
         if self._schedule is not None:
@@ -150,21 +150,21 @@ class HardKVCache(GivenCache):
         return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
 
     def _after(self, layer_idx: int) -> HardKVLayer | None:
-        """The next layer that this cache compresses."""
+        """Return the next compressed layer, or None."""
         return next((layer for layer in self.layers[layer_idx + 1 :] if isinstance(layer, HardKVLayer)), None)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Key length and offset that the layer's mask must cover; see `HardKVLayer.get_mask_sizes`."""
-        if not self._is_next(layer_idx):  # masks are made before the first layer runs, but by some models in each layer
+        """Return the key length and offset that the layer's mask must cover; see `HardKVLayer.get_mask_sizes`."""
+        if not self._is_next(layer_idx):  # most models make masks before the first layer runs, some in each layer
             self._check_whole()
         if layer_idx >= len(self.layers):
             return LogicalLen(query_length, layer_idx), 0
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` columns, in all layers or (ValueError) none; `HardKVLayer.crop`.
+        """Remove the newest `-tokens_to_remove` columns from all layers, or (ValueError) none; see `HardKVLayer.crop`.
 
-        Events that were held for it follow.
+        Then run the events that were held back for it.
         """
         self._check_whole()
         for ours in self._compressed:
@@ -173,14 +173,14 @@ class HardKVCache(GivenCache):
         def ours_alone(layer: Any) -> bool:
             return isinstance(layer, HardKVLayer) and not isinstance(layer, HybridLayer)
 
-        layers: list[Any] = sorted(self.layers, key=ours_alone)  # last: what is transformers' may refuse
+        layers: list[Any] = sorted(self.layers, key=ours_alone)  # ours last: transformers' layers may refuse
         with self._whole_or_broken():
             for layer in layers:
                 try:
                     layer.crop(tokens_to_remove)
                 except (RuntimeError, ValueError) as error:
                     if layer is layers[0] and not isinstance(error, torch.OutOfMemoryError):
-                        self._broken = None  # refused
+                        self._broken = None  # the first layer refused, so nothing has changed
                     raise
             self._linear_starts.clear()
             if self._recorder is not None:
@@ -193,7 +193,7 @@ class HardKVCache(GivenCache):
                 layer.compress()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Pick sequences of the batch, in order (beam search).
+        """Select sequences of the batch, in the given order (beam search).
 
         Raises:
             IndexError: the batch has no such sequence.
@@ -229,15 +229,15 @@ class HardKVCache(GivenCache):
         check_rows(indices, max((batch_size_of(layer) for layer in self.layers), default=0))
 
     def reset(self) -> None:
-        """Forget every token; settings stay."""
+        """Forget every token. Settings stay."""
         with self._whole_or_broken():
             if self._offload is not None:
                 self._offload.forget()
             super().reset()
             for layer in self.layers:
                 if isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
-                    # transformers 5.17 zeroes these and keeps their length
-                    layer.is_initialized = False  # first: an interrupt behind it leaves a layer that can be reset again
+                    # transformers 5.17 sets these to zero and keeps their length
+                    layer.is_initialized = False  # first: an interrupt after it leaves a layer that can be reset
                     layer.keys = layer.values = None
             self._linear_starts.clear()
             if self._recorder is not None:
@@ -249,17 +249,17 @@ class HardKVCache(GivenCache):
     def record(self) -> Iterator[Trace]:
         """Record what every KV head holds after every selection event, for `hardkv.viz` or to `save`.
 
-        The trace has a snapshot of a cache that holds tokens already, one after every event, and one of the end. While
-        recording, an event copies its positions to the host and waits for that; steps between events, and caches that
-        are not recorded, cost nothing. Of a reordered batch (beam search) the trace follows the sequences that are
-        left; columns that `crop()` takes back vanish from it, and `reset()` empties it.
+        The trace gets a snapshot at the start, if the cache holds tokens, after every event, and at the end. While
+        recording, each event copies its positions to the host and waits for the copy. Steps between events cost
+        nothing, and neither do caches that are not recorded. After a reorder of the batch (beam search), the trace
+        shows the sequences that are left. `crop()` removes its columns from the trace, and `reset()` empties it.
 
         Returns:
-            A context manager, which gives the `Trace`; that grows while the block runs.
+            A context manager that gives the `Trace`, which grows while the block runs.
 
         Raises:
-            RuntimeError: it is recorded already. ValueError: nothing is compressed, or the cache was built without
-                `config` and does not know the model's layers yet.
+            RuntimeError: the cache is recorded already. ValueError: nothing is compressed, or the cache was built
+                without `config` and does not know the model's layers yet.
 
         Example:
             ```python
@@ -281,19 +281,19 @@ class HardKVCache(GivenCache):
             recorder.stop()
 
     def kept(self, layer_idx: int) -> list[list[Tensor]]:
-        """Positions (columns, pads counted) that attention reads in a layer: `[batch][kv_head]`, ascending int64.
+        """Return the positions (columns, pads counted) that a layer reads: ascending int64 `[batch][kv_head]`.
 
         Raises:
-            ValueError: the layer is not one that this cache compresses.
+            ValueError: this cache does not compress the layer.
         """
         layer = self._layer(layer_idx)
         return [] if layer.tiers is None else layer.tiers.kept()
 
     def observe(self, layer_idx: int) -> Observation:
-        """What a selection event would show the scorer now: a layer's held tokens, and its newest queries.
+        """Return what an event would show the scorer now: the layer's held tokens and its newest queries.
 
         Raises:
-            ValueError: the layer is not one that this cache compresses, or holds nothing yet.
+            ValueError: this cache does not compress the layer, or the layer holds nothing yet.
         """
         layer = self._layer(layer_idx)
         if layer.tiers is None:
@@ -308,7 +308,7 @@ class HardKVCache(GivenCache):
         return layer
 
     def lengths(self, tier: str | None = None) -> Tensor:
-        """Tokens held per layer, sequence and KV head, int64 `[layers, batch, kv_heads]` on the CPU.
+        """Return the tokens held per layer, sequence and KV head, int64 `[layers, batch, kv_heads]` on the CPU.
 
         Only layers that this cache compresses are listed, in order; layers with fewer heads are padded with 0.
 
@@ -316,7 +316,7 @@ class HardKVCache(GivenCache):
             tier: None for what attention reads (condensed and dense), or "condensed", "sparse", "dense".
 
         Raises:
-            ValueError: another tier.
+            ValueError: `tier` is something else.
         """
         if tier is not None and tier not in TIERS:
             raise ValueError(f"tier={tier!r} must be None or one of {TIERS}")
@@ -327,21 +327,21 @@ class HardKVCache(GivenCache):
         return torch.stack([F.pad(layer, (0, heads - layer.shape[1])) for layer in layers])
 
     def nbytes(self) -> int:
-        """Bytes truly held by all layers, compressed or not: the storages behind their tensors, each counted once."""
+        """Return the bytes truly held by all layers, compressed or not. Each storage counts once."""
         pools = [] if self.steps is None else self.steps.tensors()
         return storage_nbytes([*pools, *(tensor for layer in self.layers for tensor in tensors_of(layer))])
 
     def host_nbytes(self) -> int:
-        """Those of `nbytes()` that are in host memory by `offload=True`; the others are on the model's devices."""
+        """Return the part of `nbytes()` that `offload=True` keeps in host memory. The rest is on the devices."""
         return storage_nbytes(tensor for layer in self._compressed for tensor in layer.host_tensors())
 
     def dense_nbytes(self) -> int:
-        """Bytes that DynamicCache would hold for the same sequences."""
+        """Return the bytes that DynamicCache would hold for the same sequences."""
         return sum(
             layer.dense_nbytes() if isinstance(layer, HardKVLayer) else storage_nbytes(tensors_of(layer))
             for layer in self.layers
         )
 
     def stats(self) -> Stats:
-        """A snapshot to print or to log."""
+        """Return a snapshot to print or to log."""
         return Stats.of(self)

@@ -1,8 +1,8 @@
-"""Noticing that `generate()` was given a cache and the model runs without it, or is fed what the cache holds.
+"""Notice when `generate()` was given a cache but the model runs without it, or feeds it past tokens again.
 
-`GenerationMixin._prepare_cache_for_generation` is wrapped: there `generate()` takes a cache that its caller gave. From
-then on the cache waits, in this thread, until the model's forward asks it for anything; attention that runs meanwhile
-runs without it.
+`GenerationMixin._prepare_cache_for_generation` is wrapped, because `generate()` takes a given cache there. From then on
+the cache waits, in this thread, until the model's forward uses it. If attention runs while the cache waits, the model
+runs without the cache.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from hardkv.cache.routing.under_way import WAITING, innermost, wrap_method
 
 
 class GivenCache(WholeCache):
-    """A WholeCache that knows whether `generate()` was given it, and the length at which some models drop their cache.
+    """A WholeCache that notes when `generate()` gets it, and knows the length at which some models drop their cache.
 
-    Phi-3 and its kin rotate keys otherwise once a text exceeds `original_max_position_embeddings` tokens (LongRoPE).
-    Their `prepare_inputs_for_generation` then drops the cache, for everything to be computed again.
+    Phi-3 and similar models rotate keys differently once a text exceeds `original_max_position_embeddings` tokens
+    (LongRoPE). Their `prepare_inputs_for_generation` then drops the cache, so that everything is computed again.
     """
 
     _warn: Callable[[str], None]
@@ -31,12 +31,12 @@ class GivenCache(WholeCache):
     def __init__(self, config: Any = None):
         traits = None if config is None else Traits.of(config)
         self._limit = None if traits is None else traits.original_max_positions
-        self._rotates_anew = traits is not None and traits.rotates_anew  # else keys stay right beyond the limit
-        self._insists = False  # on staying, while a model that would drop it is asked again
+        self._rotates_anew = traits is not None and traits.rotates_anew  # if False, keys stay right beyond the limit
+        self._insists = False  # True while a model that would drop the cache prepares its inputs again
         super().__init__(config=config)
 
     def given(self, model: Any, generation_config: Any) -> None:
-        """Take note that the `generate()` of `model` was given this cache.
+        """Note that the `generate()` of `model` was given this cache.
 
         Raises:
             ValueError: `use_cache=False`.
@@ -50,7 +50,7 @@ class GivenCache(WholeCache):
         if self._limit is not None:
             wrap_method(type(model), "prepare_inputs_for_generation", _keeping_cache)
         call = innermost()
-        if call is None or call.model is not model:  # a generate() of the model's own
+        if call is None or call.model is not model:  # the model has a generate() of its own
             return
         if self._rotates_anew and call.arguments.get("custom_generate") is None:
             self._warn_of_limit(call.arguments, generation_config.max_length)
@@ -58,7 +58,7 @@ class GivenCache(WholeCache):
         WAITING[get_ident()] = call
 
     def _warn_of_limit(self, arguments: dict[str, Any], longest: int) -> None:
-        """Warn where a generation with these arguments may exceed the limit, and begins within it."""
+        """Warn if a generation with these arguments starts within the limit and may exceed it."""
         tokens = next((arguments[name] for name in ("inputs", "input_ids") if arguments.get(name) is not None), None)
         length = 0 if tokens is None else tokens.shape[1]
         if length <= self._limit < longest:  # type: ignore[operator]  # it has a limit
@@ -77,7 +77,7 @@ class GivenCache(WholeCache):
         super()._check_whole(layer)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Logical length: padding and evicted tokens included."""
+        """Return the logical length; padding and evicted tokens count."""
         length = super().get_seq_length(layer_idx)
         if self._insists:
             assert self._limit is not None
@@ -85,9 +85,10 @@ class GivenCache(WholeCache):
         return length
 
     def insist(self, prepare: Callable[[], Any]) -> Any:
-        """What `prepare` gives a model that keeps this cache beyond the limit, as nothing that it holds is wrong there.
+        """Return what `prepare` returns for a model that must keep this cache beyond the limit.
 
-        A model drops a cache that holds no more tokens than the limit, so it is told of more.
+        This is correct if all that the cache holds stays right there. A model drops a cache that holds no more tokens
+        than the limit, so the cache reports a larger length meanwhile.
 
         Raises:
             NotImplementedError: the tokens that the cache holds are of no use beyond the limit.
@@ -102,11 +103,11 @@ class GivenCache(WholeCache):
             self._insists = False
 
     def at_limit(self, length: int) -> bool:
-        """Whether the token after `length` columns is the first beyond the limit, where the model rotates otherwise."""
+        """Return whether the token after `length` columns is the first beyond the limit, where the rotation changes."""
         return self._rotates_anew and length == self._limit
 
     def outgrown(self, length: int) -> bool:
-        """Whether `length` columns held are of no use once the text exceeds the limit."""
+        """Return whether `length` held columns are of no use once the text exceeds the limit."""
         return self._limit is not None and self._rotates_anew and 0 < length <= self._limit
 
     def refuse_outgrown(self, length: int) -> NoReturn:
@@ -136,7 +137,7 @@ def _noting_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keeping_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """A `prepare_inputs_for_generation` that is asked again where it drops a HardKVCache for the limit."""
+    """Wrap `prepare_inputs_for_generation`: call it again if it dropped a HardKVCache because of the limit."""
 
     def keeping(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = prepare(self, *args, **kwargs)
@@ -150,12 +151,12 @@ def _keeping_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable
 def check_given(module: torch.nn.Module) -> None:
-    """Raise NotImplementedError when `module`, which attends, is of a model whose `generate()` was given a cache.
+    """Raise NotImplementedError if `module` attends without the cache that its model's `generate()` was given.
 
-    For calls with keys of no HardKVCache, while a cache waits.
+    Call it for attention over keys of no HardKVCache, while a cache waits.
     """
     call = WAITING.get(get_ident())
-    if call is None or call is not innermost():  # another generation within
+    if call is None or call is not innermost():  # another generation runs inside the one that waits
         return
     if getattr(module, "config", None) is Traits.of(call.model.config).text:
         refuse_dropped(type(call.model).__name__)

@@ -1,4 +1,4 @@
-"""A compressed layer that also carries the state of a linear attention or a convolution, which stays as it is."""
+"""A compressed layer that also holds the state of a linear attention or a convolution. That state is not compressed."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from hardkv.selectors.budgets import Budget
 
 
 class HybridLayer(HardKVLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
-    """`HardKVLayer` for the keys and values, transformers' own layer for the states; of the type that models look for.
+    """A `HardKVLayer` for keys and values, and transformers' own layer for the states. Models check for its base type.
 
     Args:
         settings, budget, layer_idx: see `HardKVLayer`. number_of_states: of the linear part.
@@ -24,7 +24,7 @@ class HybridLayer(HardKVLayer, LinearAttentionAndFullAttentionLayer):  # type: i
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:  # type: ignore[override]
-        """Of the keys and values, positional, or of a state, by keyword: as transformers calls it."""
+        """Initialize for keys and values (positional arguments) or for a state (keywords), as transformers calls it."""
         if args:
             HardKVLayer.lazy_initialization(self, *args)
         else:
@@ -32,17 +32,17 @@ class HybridLayer(HardKVLayer, LinearAttentionAndFullAttentionLayer):  # type: i
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """A recurrent state cannot go back."""
+        """Whether the states allow a crop; a recurrent state cannot go back."""
         return LinearAttentionLayer.is_croppable.fget(self)  # type: ignore[attr-defined]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest columns of both parts; see `HardKVLayer.crop`."""
+        """Remove the newest columns of both parts; see `HardKVLayer.crop`."""
         self.check_crop(tokens_to_remove)
         LinearAttentionLayer.crop(self, tokens_to_remove)
         HardKVLayer.crop(self, tokens_to_remove)
 
     def reset(self) -> None:
-        """Forget everything, settings apart."""
+        """Forget everything except settings."""
         LinearAttentionLayer.reset(self)
         HardKVLayer.reset(self)
 
@@ -52,14 +52,14 @@ class HybridLayer(HardKVLayer, LinearAttentionAndFullAttentionLayer):  # type: i
         LinearAttentionLayer.reorder_cache(self, sequences_of(indices, self.device))  # type: ignore[arg-type]
 
     def states(self) -> list[Tensor]:
-        """What the linear part holds."""
+        """Return the states of the linear part."""
         groups = [*self.conv_states.values(), *self.recurrent_states.values()]
         return [state for state in groups if state is not None]
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor held by either part."""
+        """Return every tensor held by either part."""
         return [*HardKVLayer.tensors(self), *self.states()]
 
     def dense_nbytes(self) -> int:
-        """Bytes that DynamicCache would hold for the same columns."""
+        """Return the bytes that DynamicCache would hold for the same columns."""
         return HardKVLayer.dense_nbytes(self) + storage_nbytes(self.states())

@@ -1,4 +1,4 @@
-"""Arguments that a cache cannot take, and what to do about them."""
+"""Checks of arguments that a cache cannot take. The errors say what to do."""
 
 import torch
 from torch import Tensor
@@ -6,9 +6,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 def check_alike(keys: Tensor, values: Tensor, layer_idx: int) -> None:
-    """Raise ValueError unless values are of the keys' batch, heads, tokens and dtype; for who saw a difference.
+    """Raise ValueError unless keys and values agree in batch, heads, tokens and dtype. Call it if they differ.
 
-    Under autocast they may differ in dtype: a norm leaves keys in its own.
+    Under autocast the dtypes may differ: a norm leaves keys in its own dtype.
     """
     if keys.shape[:-1] == values.shape[:-1] and torch.is_autocast_enabled(keys.device.type):
         return
@@ -19,7 +19,7 @@ def check_alike(keys: Tensor, values: Tensor, layer_idx: int) -> None:
 
 
 def check_shape(layer: CacheLayerMixin, layer_idx: int, keys: Tensor) -> None:
-    """Raise ValueError unless keys `[B, H, q, D]` fit what a layer of transformers holds; it does not look itself."""
+    """Raise ValueError unless keys `[B, H, q, D]` fit what a transformers layer holds: it does not check itself."""
     if layer.is_initialized and layer.keys is not None and layer.keys.dim() == 4:
         has, got = ((each.shape[0], each.shape[1], each.shape[3]) for each in (layer.keys, keys))
         if has != got:
@@ -29,7 +29,7 @@ def check_shape(layer: CacheLayerMixin, layer_idx: int, keys: Tensor) -> None:
 
 
 def what_else(held: tuple[int, ...], got: tuple[int, ...]) -> str:
-    """What to do about keys of another shape, batch first, than a layer holds."""
+    """Return advice for keys whose shape (batch first) differs from what a layer holds."""
     advice = (
         "this cache belongs to another batch or model, or was begun under torch.autocast and does not go on under it; "
         "use a new HardKVCache, or reset() this one"
@@ -41,7 +41,7 @@ def what_else(held: tuple[int, ...], got: tuple[int, ...]) -> str:
 
 
 def check_rows(indices: Tensor, batch: int) -> None:
-    """Raise IndexError for indices, int64 or bool over the batch, of sequences that a batch does not have."""
+    """Raise IndexError if `indices`, int64 or bool over the batch, name sequences that the batch does not have."""
     indices = torch.as_tensor(indices)
     if not batch or not indices.numel():
         return

@@ -1,4 +1,4 @@
-"""Noticing what died midway: a forward pass between two layers, or an operation that changes layers one by one."""
+"""Detect a forward pass that failed between two layers, or an operation that changed only some of the layers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,22 +17,22 @@ HALF_DONE = (
 
 
 class WholeCache(DynamicCache):
-    """A DynamicCache that can tell whether its layers fit together, and is unusable until `reset()` when they do not.
+    """A DynamicCache that detects layers that do not fit together, and refuses to work until `reset()`.
 
-    Layers with keys are told apart by their lengths. Linear-attention layers have none, so what the model asks of them
-    is noted.
+    It compares the lengths of layers with keys. Linear-attention layers have no length, so it notes each time the model
+    uses one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._broken: str | None = None  # why it is unusable
-        self._start = 0  # logical length before the forward pass under way
-        self._linear_starts: dict[int, int] = {}  # the same, of the last forward that came to a linear-attention layer
-        self._cross: frozenset[int] = frozenset()  # layers that read a picture: they hold it once, and see no events
+        self._broken: str | None = None  # why the cache is unusable
+        self._start = 0  # logical length before the current forward pass
+        self._linear_starts: dict[int, int] = {}  # the same, per linear-attention layer, for its last forward
+        self._cross: frozenset[int] = frozenset()  # layers that read a picture: they store it once and have no events
         super().__init__(*args, **kwargs)
 
     @property
     def _attention(self) -> Iterator[int]:
-        """The layers, by index, that see every column. Every layer of every step asks for the first."""
+        """Indices of the layers that see every column. A generator, as every layer of every step needs the first."""
         return (
             idx
             for idx, layer in enumerate(self.layers)
@@ -41,9 +41,9 @@ class WholeCache(DynamicCache):
 
     @torch.compiler.disable
     def _check_whole(self, layer: CacheLayerMixin | None = None) -> None:
-        """Raise RuntimeError when the last forward did not reach every layer; `layer` is the next to be updated.
+        """Raise RuntimeError if the last forward did not reach every layer. `layer` is the next one to be updated.
 
-        At the start of a forward all layers must have seen the same columns. Layers a model never uses stay at 0.
+        At the start of a forward all layers must have seen the same columns. Layers that a model never uses stay at 0.
         """
         if layer is None or layer is self.layers[next(self._attention)]:
             lengths = [int(self.layers[idx].get_seq_length()) for idx in self._attention]  # type: ignore[union-attr]
@@ -64,7 +64,7 @@ class WholeCache(DynamicCache):
             raise RuntimeError(self._broken)
 
     def _is_next(self, layer_idx: int) -> bool:
-        """Whether a forward pass is under way that has not come to the layer yet."""
+        """Return whether a forward pass is running that has not reached the layer yet."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not isinstance(layer, CacheLayerMixin):
             return False
@@ -73,38 +73,38 @@ class WholeCache(DynamicCache):
 
     @contextmanager
     def _whole_or_broken(self) -> Iterator[None]:
-        """What fails within changes the layers one by one: the cache is then unusable until it is reset."""
+        """Change layers one by one inside this block. If it fails, the cache is unusable until it is reset."""
         self._broken = HALF_DONE
         yield
         self._broken = None
 
-    # Linear-attention layers: transformers' own, and a note of how far a forward came. Decoding kernels write into the
-    # state that they get.
+    # Linear-attention layers: note how far the forward came, then call transformers' own method. Reading a state counts
+    # too, because decoding kernels write into the state that they get.
 
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
-        """As transformers' own."""
+        """As in transformers."""
         if layer_idx is not None:
             self._reached(layer_idx)
         return super().has_previous_state(layer_idx, *args, **kwargs)
 
     def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        """As transformers' own."""
+        """As in transformers."""
         self._reached(layer_idx)
         return super().get_conv_state(layer_idx, *args, **kwargs)
 
     def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        """As transformers' own."""
+        """As in transformers."""
         self._reached(layer_idx)
         return super().get_recurrent_state(layer_idx, *args, **kwargs)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As transformers' own."""
+        """As in transformers."""
         with self._whole_or_broken():
             self._reached(layer_idx)
             return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As transformers' own."""
+        """As in transformers."""
         with self._whole_or_broken():
             self._reached(layer_idx)
             return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
@@ -113,21 +113,21 @@ class WholeCache(DynamicCache):
     def _reached(self, layer_idx: int) -> None:
         first = next(self._attention, None)
         if first is not None and layer_idx < len(self.layers) and _is_linear(self.layers[layer_idx]):
-            # the length before this forward: the first attention layer noted it, or still has it
+            # the length before this forward: the first attention layer noted it if it has run, and still has it if not
             start = self._start if first < layer_idx else int(self.get_seq_length())
             self._linear_starts[layer_idx] = start
 
     def _linear_whole(self) -> bool:
-        """Whether the last forward came to all linear-attention layers or to none."""
+        """Return whether the last forward reached all linear-attention layers or none."""
         starts = set(self._linear_starts.values())
         if not starts:
             return True
-        # transformers 5.17 makes such layers even where a model has none at all
+        # transformers 5.17 makes such layers even for a model without any
         all_used = hasattr(transformers.cache_utils, "DummyLayer")
         told = len(self._linear_starts) == sum(_is_linear(layer) for layer in self.layers)
         return starts != {self._start} and len(starts) == 1 and (told or not all_used)
 
 
 def _is_linear(layer: Any) -> bool:
-    """Whether a layer has states without a length, and nothing else."""
+    """Return whether a layer holds only states, which have no length."""
     return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)

@@ -1,4 +1,4 @@
-"""One layer of the cache: stores what attention brings, attends over the tiers, and compresses at events."""
+"""One layer of the cache: store new tokens, attend over the tiers, and compress at events."""
 
 import weakref
 from typing import Any
@@ -25,12 +25,12 @@ from hardkv.kernels.autocast import active
 
 
 class HardKVLayer(LayerEvents, LayerProtocol):
-    """Cascade Cache of one attention layer.
+    """The Cascade Cache of one attention layer.
 
-    A forward pass calls `update()`, which only wraps the new keys and values, then attention, which calls `prefill()`
-    (first forward) or `decode()`: those store, attend, and run a due event.
+    A forward pass calls `update()`, which only wraps the new keys and values. Then it calls attention, which calls
+    `prefill()` (first forward) or `decode()`. These store the tokens, attend, and run a due event.
 
-    Args and what the cache that makes it may set: see `LayerState`.
+    For its arguments, and for attributes that the cache may set, see `LayerState`.
     """
 
     # ------------------------------------------------------------------ called by the model
@@ -44,14 +44,14 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         schedule: EventSchedule | None = None,
         **kwargs: Any,
     ) -> tuple[KVHandle, KVHandle]:
-        """Wrap new keys and values for attention, which stores them; nothing is stored here.
+        """Wrap new keys and values for attention, which stores them. This method stores nothing.
 
         Args:
             key_states: `[B, H, q, D]`. value_states: `[B, H, q, Dv]`.
-            schedule: when this layer's events run; None: alone, at once.
+            schedule: decides when this layer's events run; None: the layer runs them itself, at once.
 
         Raises:
-            ValueError: values do not fit the keys, or both not what the cache holds.
+            ValueError: the values do not fit the keys, or both do not fit what the cache holds.
         """
         if key_states.shape[:-1] != value_states.shape[:-1] or key_states.dtype != value_states.dtype:
             check_alike(key_states, value_states, self.layer_idx)
@@ -67,14 +67,14 @@ class HardKVLayer(LayerEvents, LayerProtocol):
                     f"layer {self.layer_idx} holds batch, KV heads, head_dim, value dim = {held} in {self.dtype} and "
                     f"gets {got} in {key_states.dtype}: {what_else(held, got)}"
                 )
-        if self.event_due:  # held back by recording, or because later layers still had to read
+        if self.event_due:  # held back for assisted decoding, or because later layers still had to read the keys
             self.compress()
         new = NewTokens(self, key_states, value_states, self.seen, schedule)
         handle = LatentHandle if self.latent else KVHandle
         return handle(new, key_states), handle(new, value_states)
 
     def check_module(self, module: torch.nn.Module) -> None:
-        """Raise ValueError when another model's layer than before brings the query, or heads of unknown number."""
+        """Raise ValueError if the query comes from another model's layer than before, or the heads are unknown."""
         owner = self._module() if self._module is not None else None
         if owner is None:
             self._take_heads(module)
@@ -86,7 +86,7 @@ class HardKVLayer(LayerEvents, LayerProtocol):
             )
 
     def _take_heads(self, module: torch.nn.Module) -> None:
-        """Of what was calibrated for all heads of the layer, the part of those that this process computes."""
+        """Take this process's heads from a calibration of all heads of the layer (tensor parallelism)."""
         total = self.budget.known_heads if self.temperatures is None else self.temperatures.shape[0]
         if total is not None and total != self.num_kv_heads:
             first, last = local_heads(module, total, self.num_kv_heads)
@@ -96,9 +96,9 @@ class HardKVLayer(LayerEvents, LayerProtocol):
     def prefill(
         self, new: NewTokens, query: Tensor, padding: Tensor | None, *, scale: float, softcap: float | None
     ) -> None:
-        """Store the first tokens, already attended by the model's own kernel, and compress them soon.
+        """Store the first tokens, to which the model's own kernel has already attended, and compress them soon.
 
-        The event reads the raw keys and values, so an uncompressed copy of the prompt never exists.
+        The event reads the raw keys and values, so the prompt is never stored uncompressed.
         """
         if not self._needs_storing(new):
             return
@@ -108,7 +108,7 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         waits = schedule is not None and schedule.may_wait(self, nbytes)
         if valid is None and not self._event_held:
             dense = DenseTier.view(new.keys, new.values)
-        else:  # pads must go, and what outlives this call must not alias the model's activations
+        else:  # pads must go, and tensors that outlive this call must not be views of the model's activations
             dense = DenseTier.allocate(new.keys, new.values, new.keys.shape[2])
             dense = dense.append(new.keys, new.values, valid, 0)
         ring = self._observe(query, valid, None, new)
@@ -137,23 +137,24 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Store later tokens, attend over all tiers, and compress when an event is due.
+        """Store later tokens, attend over all tiers, and compress if an event is due.
 
         Args:
-            new: what `update()` wrapped. query: `[B, Hq, q, D]`.
+            new: the tokens that `update()` wrapped. query: `[B, Hq, q, D]`.
             padding: bool `[B, columns so far]` or None. new_mask: bool `[B or 1, q, q]` or None (causal).
-            past: of the columns before; None: they are as they were, or, after one token, the next event tells.
+            past: what the mask says about earlier columns. None: nothing changed; after a step of one token, the next
+                event checks that.
             scale, softcap, sinks: as in `kernels.attention.attend_tiers`.
 
         Returns:
             `[B, Hq, q, Dv]`.
 
         Raises:
-            NotImplementedError: see `Past.applied`; nothing has changed then.
+            NotImplementedError: see `Past.applied`. Nothing has changed then.
         """
         with self._on_device():
             if self._needs_storing(new):
-                if self._in_prompt(new):  # which comes in chunks
+                if self._in_prompt(new):  # a prompt may come in chunks
                     self._check_pinned(new, padding)
                 valid = _columns(padding, new)
                 tiers, ring = self.tiers, self.ring
@@ -188,12 +189,13 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         new_mask: Tensor | None = None,
         room: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attend over all tiers, which hold the new tokens already.
+        """Attend over all tiers, which already hold the new tokens.
 
         Args:
             query: `[B, Hq, q, D]`.
             bound, start, scale, softcap, sinks, new_mask: as in `kernels.attention.attend_tiers`.
-            room: memory that the condensed tier's keys and values begin, when there is more of it.
+            room: the memory that holds the condensed tier's keys and values, if it is larger than the tier. The tier
+                lies at its start.
 
         Returns:
             `[B, Hq, q, Dv]`.
@@ -201,7 +203,7 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         assert self.tiers is not None
         condensed, dense = self.tiers.condensed, self.tiers.dense
         held, recent = room or (condensed.keys, condensed.values), (dense.keys, dense.values)
-        if self.latent:  # the first part of what is stored
+        if self.latent:  # values are the first part of what is stored
             held, recent = ((keys, keys[..., : self.head_dim]) for keys, _ in (held, recent))
         out, _ = attend_tiers(
             query,
@@ -224,7 +226,7 @@ class HardKVLayer(LayerEvents, LayerProtocol):
     # ------------------------------------------------------------------ storing
 
     def _needs_storing(self, new: NewTokens) -> bool:
-        """Whether these tokens are new; False when a later layer reads the same handle again.
+        """Return True if these tokens are new, False if a later layer reads the same handle again.
 
         Raises:
             UnroutedKVError: the handle is stale.
@@ -239,15 +241,15 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         )
 
     def _observe(self, query: Tensor, valid: Tensor | None, ring: QueryRing | None, new: NewTokens) -> QueryRing:
-        """The query ring with the new queries, `[B, Hq, q, D]`.
+        """Return the query ring with the new queries, `[B, Hq, q, D]`.
 
-        Should the forward pass fail, the old ring still has the window before it: one column is spare, and more than
-        one come with a copy.
+        If the forward pass fails, the old ring must still hold the window before it. So the ring has one spare column,
+        and more than one new column goes into a copy.
         """
         capacity, q_len = self.settings.window + 1, new.stop - new.start
         if self.record_past:
-            # crop() may take back this round's columns, and the window before them must still be there then; a
-            # prompt comes together with the first draft, of unknown length
+            # crop() may remove this round's columns, and the window before them must still exist then; a prompt comes
+            # together with the first draft, whose length is unknown
             capacity += new.stop - self.committed if new.start else min(new.stop, self.settings.interval)
         if ring is None:
             ring = QueryRing(query, capacity)
@@ -260,12 +262,12 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         self.scale, self.softcap = scale, softcap
         prompt_length = self.prompt_length
         if prompt_length is None and ((self.record_past and new.start) or not self._in_prompt(new)):
-            prompt_length = new.start or new.stop  # the first single token, or the first verified draft, ends it
-        # one statement without calls: an interrupt comes before all of it or after
+            prompt_length = new.start or new.stop  # the first single token or verified draft ends the prompt
+        # one statement without calls: an interrupt comes before all of it or after all of it
         self.tiers, self.ring, self.prompt_length, new.ingested_at = tiers, ring, prompt_length, tiers.events
 
     def _in_prompt(self, new: NewTokens) -> bool:
-        """Whether these tokens belong to the prompt: it ends with the first single token that `generate()` drew."""
+        """Return whether these tokens belong to the prompt. The first single token that `generate()` drew ends it."""
         if self.prompt_length is not None:
             return False
         return new.stop - new.start > 1 or (self.settings.pin_prompt and prefilling())
@@ -284,5 +286,5 @@ class HardKVLayer(LayerEvents, LayerProtocol):
 
 
 def _columns(padding: Tensor | None, new: NewTokens) -> Tensor | None:
-    """The part of the padding that belongs to the new tokens, bool `[B, q]`."""
+    """Return the part of the padding that belongs to the new tokens, bool `[B, q]`."""
     return None if padding is None else padding[:, new.start : new.stop].bool()

@@ -1,4 +1,4 @@
-"""The events of one layer: when one is due, what it takes, and what the layer does with its result."""
+"""The events of one layer: when one is due, what its inputs are, and what the layer does with the result."""
 
 from hardkv.cache.events.inputs import EventInputs
 from hardkv.cache.events.select import observe
@@ -11,7 +11,7 @@ from hardkv.selectors.observation import Observation
 
 
 class LayerEvents(LayerState):
-    """The events of a layer, and its tokens at fixed addresses between them."""
+    """The events of a layer, and its tokens at fixed addresses between events."""
 
     @property
     def event_due(self) -> bool:
@@ -27,20 +27,20 @@ class LayerEvents(LayerState):
 
     @property
     def ready(self) -> bool:
-        """Whether an event is due and nothing holds it."""
+        """Whether an event is due and nothing holds it back."""
         return self.event_due and not self._event_held
 
     def pinned(self, seen: int) -> int:
-        """Columns of the prompt that every event keeps; `seen` columns are the prompt's while it has not ended."""
+        """Return how many columns of the prompt every event keeps: `seen` while the prompt has not ended."""
         if not self.settings.pin_prompt:
             return 0
         return seen if self.prompt_length is None else self.prompt_length
 
     def most_condensed(self, heads: int, length: int, pinned: int) -> tuple[int, bool]:
-        """The most tokens that events keep of a sequence beside its window, and whether the budget's total is fixed.
+        """Return the most tokens that events keep per sequence outside its window, and whether that total is fixed.
 
         Args:
-            heads: KV heads. length: columns that it will have at most. pinned: those of the prompt that are kept.
+            heads: KV heads. length: columns that the sequence will have at most. pinned: columns of the prompt to keep.
         """
         window = self.settings.window
         protected = window + self.settings.sinks + pinned
@@ -52,17 +52,17 @@ class LayerEvents(LayerState):
         return max(total - heads * min(window, length), 0), fixed
 
     def compress(self) -> None:
-        """Run an event now: score every token, apply the budget, give back the bytes of what lost."""
+        """Run an event now: score every token, apply the budget, free the tokens that lost."""
         with self._on_device():
             run_events([self])
 
     def observe(self) -> Observation:
-        """What an event would show the scorer now."""
+        """Return what an event would show the scorer now."""
         with self._on_device():
             return observe(self.event_inputs())
 
     def event_inputs(self) -> EventInputs:
-        """What an event takes now."""
+        """Return the inputs of an event that runs now."""
         assert self.tiers is not None
         assert self.ring is not None
         return self._inputs(self.tiers, self.ring, self.scale, self.softcap)
@@ -73,33 +73,33 @@ class LayerEvents(LayerState):
         return EventInputs(self.settings, self.budget, *held, self.temperatures, latent, self.pool)
 
     def install(self, tiers: Tiers) -> None:
-        """Hold what an event returned."""
+        """Store the tiers that an event returned."""
         self.tiers, self.committed = tiers, tiers.seen
         if self.listener is not None:
             self.listener.event(self)
 
     def listen(self, listener: EventListener | None) -> None:
-        """Tell `listener` after every event from now on; None: nobody."""
+        """Call `listener.event` after every event from now on; None: stop."""
         self.listener = listener
 
     # ------------------------------------------------------------------ tokens from elsewhere
 
     def restore(self, tiers: Tiers, ring: QueryRing, scale: float) -> None:
-        """Hold other tokens, all of a prompt, and the queries that will score them; shapes as in what it saw first."""
+        """Replace the tokens, all of a prompt, and the queries that score them; shapes as in the first forward."""
         self.tiers, self.ring, self.scale, self.prompt_length = tiers, ring, scale, tiers.seen
 
     def hold_in(self, pool: Pool) -> None:
-        """Bring tiers and queries to a pool's addresses."""
+        """Move tiers and queries to a pool's addresses."""
         assert self.tiers is not None
         assert self.ring is not None
         self.tiers, self.ring = pool.hold(self.tiers), pool.hold_ring(self.ring)
 
     def place_events(self, pool: Pool | None) -> None:
-        """Let later events bring their tiers to a pool; None: leave them where they are made."""
+        """Let later events put their tiers into a pool; None: into new memory."""
         self.pool = pool
 
     def advance(self, count: int) -> None:
-        """Count tokens of every sequence that steps stored in the pool without telling the host."""
+        """Count tokens of every sequence that steps stored in the pool without the host."""
         assert self.tiers is not None
         assert self.ring is not None
         prompt_length = self.tiers.seen if self.prompt_length is None else self.prompt_length

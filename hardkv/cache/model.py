@@ -1,9 +1,9 @@
-"""What hardkv reads of a model's config: no other file reads one."""
+"""Everything that hardkv reads from a model's config. No other file reads a config."""
 
 from dataclasses import dataclass
 from typing import Any
 
-# What of a config decides whether a calibration fits the model.
+# Fields of a config that decide whether a calibration fits the model.
 GEOMETRY = (
     "model_type",
     "num_hidden_layers",
@@ -18,14 +18,14 @@ GEOMETRY = (
 
 @dataclass(frozen=True)
 class Traits:
-    """A model as its config describes it. Every property reads the config when it is asked for.
+    """A model as its config describes it. Every property reads the config each time.
 
-    Layers of some models differ (Gemma 4: heads of full layers are larger). Their config names what varies in
-    `per_layer_attributes`, and raises RuntimeError when it is asked for one value of that.
+    The layers of some models differ (Gemma 4: full layers have larger heads). Their config lists the fields that vary
+    in `per_layer_attributes`, and raises RuntimeError if such a field is read as one value.
 
     Args:
         config: `model.config`.
-        text: its part for the decoder, `config` itself where the model is nothing else.
+        text: the decoder's part of it; `config` itself if the model is only a decoder.
     """
 
     config: Any
@@ -33,10 +33,10 @@ class Traits:
 
     @classmethod
     def of(cls, config: Any) -> "Traits":
-        """The traits of a model by its config.
+        """Return the traits of a model from its config.
 
         Raises:
-            TypeError: it is no config of a model.
+            TypeError: `config` is not a model's config.
         """
         if not hasattr(config, "get_text_config"):
             raise TypeError(
@@ -51,7 +51,7 @@ class Traits:
 
     @property
     def name(self) -> str:
-        """The checkpoint's folder or hub id, empty for a model made from a config."""
+        """The checkpoint's folder or hub id; empty for a model made from a config."""
         return str(getattr(self.config, "_name_or_path", "") or "")
 
     @property
@@ -61,9 +61,9 @@ class Traits:
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """What a calibration remembers of a model: every name of `GEOMETRY`, with a list over layers where it varies.
+        """What a calibration stores about a model: each field of `GEOMETRY`, as a list over layers if the field varies.
 
-        None where the config does not have it.
+        None for fields that the config does not have.
         """
         return {
             name: [getattr(layer, name) for layer in self.text.per_layer_config]
@@ -81,7 +81,7 @@ class Traits:
 
     @property
     def layer_types(self) -> tuple[str, ...]:
-        """The kind of attention of every layer, empty where the config does not list them."""
+        """The kind of attention of every layer; empty if the config does not list them."""
         return tuple(getattr(self.text, "layer_types", None) or ())
 
     @property
@@ -91,7 +91,7 @@ class Traits:
 
     @property
     def shares_keys(self) -> bool:
-        """Whether some layers read another layer's keys, which they do after its attention ran."""
+        """Whether some layers read another layer's keys. They do so after that layer's attention ran."""
         modes = getattr(self.text, "kv_sharing_modes", None) or ()
         return bool(getattr(self.text, "num_kv_shared_layers", 0)) or any(modes)
 
@@ -102,11 +102,11 @@ class Traits:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether an encoder comes before the decoder."""
+        """Whether the model has an encoder before the decoder."""
         return self.config.is_encoder_decoder
 
     def heads(self, layer_idx: int) -> tuple[int, int, int, int]:
-        """Query heads, KV heads, and the width of their keys and values in one layer."""
+        """Return the query heads, the KV heads, and the widths of their keys and values in one layer."""
         layer = self.text.per_layer_config[layer_idx]
         query_heads = layer.num_attention_heads
         heads = getattr(layer, "num_key_value_heads", None) or query_heads
@@ -119,7 +119,7 @@ class Traits:
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that the model was made for at most; None where the config does not say."""
+        """The most tokens that the model was made for; None if the config does not say."""
         return getattr(self.text, "max_position_embeddings", None)
 
     @property
@@ -129,12 +129,12 @@ class Traits:
 
     @property
     def rotates_anew(self) -> bool:
-        """Whether the model rotates all keys otherwise once a text exceeds `original_max_positions` tokens."""
+        """Whether the model rotates all keys differently once a text exceeds `original_max_positions` tokens."""
         if self.original_max_positions is None:
             return False
         return self.config.rope_parameters.get("rope_type", "default") != "default"
 
     @property
     def rope(self) -> Any:
-        """The rotary embedding as the config's JSON has it, None without."""
+        """The rotary embedding as in the config's JSON; None without one."""
         return self.text.to_dict().get("rope_parameters")

@@ -1,4 +1,4 @@
-"""What transformers' caches do with their layers: lengths, crop, reorder, repeat, reset."""
+"""The methods that transformers' caches call on their layers: lengths, crop, reorder, repeat, reset."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ from hardkv.cache.storage.tiers import sequences_of
 
 
 class LayerProtocol(LayerState):
-    """A layer as transformers' caches and models see it; what it holds is in `LayerState`."""
+    """A layer as transformers' caches and models see it. `LayerState` has the data."""
 
-    is_compileable = False  # or generate() compiles the model around data-dependent shapes
+    is_compileable = False  # otherwise generate() compiles the model although shapes depend on data
     is_croppable = True
     is_sliding = False
 
-    # Some models look whether a layer holds any; transformers' constructors set None.
+    # Some models check whether a layer has keys; transformers' constructors set None.
     keys = property(lambda self: self._show("head_dim"), lambda self, states: None)
     values = property(lambda self: self._show("value_dim"), lambda self, states: None)
 
@@ -26,28 +26,28 @@ class LayerProtocol(LayerState):
         return HeldStates(shape, self.dtype, self.device)
 
     def get_seq_length(self) -> int:
-        """Logical length: padding and evicted tokens included."""
+        """Return the logical length; padding and evicted tokens count."""
         return self.seen
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """Return -1: there is no maximum."""
         return -1
 
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical key length of the next forward, marked as ours, and offset 0."""
+        """Return the logical key length of the next forward, marked as ours, and offset 0."""
         return LogicalLen(self.seen + query_length, self.layer_idx), 0
 
     def activate_past_recording(self) -> None:
-        """Hold events until `crop()` or the next forward, so that a draft can be taken back (assisted decoding)."""
+        """Hold events until `crop()` or the next forward, so that a draft can be removed (assisted decoding)."""
         self.record_past = True
         self.committed = self.seen
 
     def check_crop(self, tokens_to_remove: int) -> int:
-        """The logical length after `crop(tokens_to_remove)`.
+        """Return the logical length after `crop(tokens_to_remove)`.
 
         Raises:
-            ValueError: positive, or further back than the newest `window` columns before the last event.
+            ValueError: the number is positive, or goes back beyond the newest `window` columns before the last event.
         """
         remove = -int(tokens_to_remove)
         if remove < 0:
@@ -65,31 +65,31 @@ class LayerProtocol(LayerState):
         return length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest columns; the cache then runs the events that were held for it.
+        """Remove the newest columns. The cache then runs the events that were held back.
 
         Args:
-            tokens_to_remove: zero or negative, minus the columns to forget.
+            tokens_to_remove: minus the number of columns to remove; zero or negative.
 
         Raises:
             ValueError: see `check_crop`.
         """
         length = self.check_crop(tokens_to_remove)
         if self.seen and length == 0:
-            return self._clear()  # and go on recording
+            return self._clear()  # and continue recording
         tiers, prompt_length = self.tiers, self.prompt_length
         if tiers is not None and length < tiers.seen:
             tiers = tiers.cropped(length)
             prompt_length = None if prompt_length is None else min(prompt_length, length)
-        # one statement without calls: an interrupt comes before all of it or after
+        # one statement without calls: an interrupt comes before all of it or after all of it
         self.tiers, self.prompt_length, self.committed = tiers, prompt_length, length
 
     def reset(self) -> None:
-        """Forget everything, settings apart."""
+        """Forget everything except settings."""
         self.record_past = False
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Pick sequences of the batch, in order (beam search)."""
+        """Select sequences of the batch, in the given order (beam search)."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -107,7 +107,7 @@ class LayerProtocol(LayerState):
             self.tiers, self.ring, self.batch_size = tiers, ring, indices.shape[0]
 
     def offload(self) -> None:
-        """Refused: transformers' offloading would take a layer away before its attention."""
+        """Raise NotImplementedError: transformers' offloading would move a layer before its attention."""
         raise NotImplementedError("a layer of HardKVCache moves by itself: HardKVCache(..., offload=True)")
 
     prefetch = offload

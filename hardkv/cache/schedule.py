@@ -1,4 +1,4 @@
-"""When the layers of a cache run their events: several at once, as each wait for the device and each launch costs."""
+"""Decide when the layers of a cache run their events: several at once, to save device waits and kernel launches."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -8,36 +8,36 @@ from hardkv.cache.events.run import Events
 from hardkv.cache.storage.tiers import Tiers
 from hardkv.config import HardKVConfig
 
-# Bytes of keys and values of a prompt that layers may hold uncompressed, so that their events run together.
+# Bytes of a prompt's keys and values that layers may hold uncompressed, so that their events can run together.
 WAITING_BYTES = 128 << 20
 
 
 class EventLayer(Protocol):
-    """What a schedule needs of a layer."""
+    """What a schedule needs from a layer."""
 
     settings: HardKVConfig
     tiers: Tiers | None
 
     @property
     def ready(self) -> bool:
-        """Whether an event is due and nothing holds it."""
+        """Whether an event is due and nothing holds it back."""
         ...
 
     def event_inputs(self) -> EventInputs:
-        """What an event takes now."""
+        """Return the inputs of an event that runs now."""
         ...
 
     def install(self, tiers: Tiers) -> None:
-        """Hold what an event returned."""
+        """Store the tiers that an event returned."""
         ...
 
 
 class EventSchedule:
-    """The layers of a cache, which run their events together. Copies and pickles of it start with nothing under way.
+    """Run the events of a cache's layers together. A copied or unpickled schedule has no events in progress.
 
-    After later tokens that is after the last layer's attention. After a prompt, as many layers as hold `WAITING_BYTES`
-    of keys and values go through an event, which ends when the next layer begins: until then the device has work, and
-    the host need not wait for it.
+    In later forwards, all events run after the last layer's attention. In a prompt, the events of several layers start
+    as soon as these layers hold about `WAITING_BYTES` of keys and values. They finish when the next layer begins: until
+    then the device has work, so the host need not wait.
 
     Args:
         layers: in the order in which they attend.
@@ -45,18 +45,18 @@ class EventSchedule:
 
     def __init__(self, layers: Sequence[EventLayer]):
         self.layers = layers
-        self.waiting_bytes = 0  # of layers that wait, in the prompt that layers are told of
+        self.waiting_bytes = 0  # bytes of layers of this prompt that wait for their event
         self.under_way: LayersEvents | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"under_way": None}
 
     def may_wait(self, layer: EventLayer, nbytes: int) -> bool:
-        """Whether a layer with a prompt of `nbytes` waits for others: not where its scorer takes one at a time."""
+        """Return whether a layer with a prompt of `nbytes` may wait for others. Its scorer must take several layers."""
         return getattr(layer.settings.scorer, "across_layers", False) and 2 * nbytes <= WAITING_BYTES
 
     def prefilled(self, layer: EventLayer, nbytes: int) -> None:
-        """A layer has a prompt of `nbytes`, and waits for its event or has had it."""
+        """Note that a layer has stored a prompt of `nbytes`. It waits for its event or has had it."""
         if layer is self.layers[-1]:
             return self.decoded(layer)
         if layer is self.layers[0]:
@@ -68,12 +68,12 @@ class EventSchedule:
                 self.under_way, self.waiting_bytes = LayersEvents([each for each in self.layers if each.ready]), 0
 
     def decoded(self, layer: EventLayer) -> None:
-        """A layer has attended."""
+        """Note that a layer has attended."""
         if layer is self.layers[-1] and (ready := [each for each in self.layers if each.ready]):
             run_events(ready)
 
     def finish(self) -> None:
-        """Finish what is under way.
+        """Finish the events in progress.
 
         Raises:
             ValueError, NotImplementedError: see `Events.finish`.
@@ -84,9 +84,9 @@ class EventSchedule:
 
 
 class LayersEvents:
-    """The events of some layers, which install what these return.
+    """Run the events of some layers and install the new tiers.
 
-    A failure leaves every layer as it was before its own event or after it, unless it has a `pool`.
+    A failure leaves every layer either before or after its own event, unless the layer has a `pool`.
     """
 
     def __init__(self, layers: Sequence[EventLayer]):
@@ -95,7 +95,7 @@ class LayersEvents:
         self._events = Events([layer.event_inputs() for layer in layers])
 
     def finish(self) -> None:
-        """Give every layer its new tiers; one that has changed since keeps what it has.
+        """Give every layer its new tiers. A layer that has changed since keeps its tiers.
 
         Raises:
             ValueError, NotImplementedError: see `Events.finish`.
@@ -104,12 +104,12 @@ class LayersEvents:
             self._layers[i].install(tiers)
 
     def _as_begun(self, i: int) -> bool:
-        begun, self._begun[i] = self._begun[i], None  # so that each layer's old bytes go as soon as it has new ones
+        begun, self._begun[i] = self._begun[i], None  # frees each layer's old tiers as soon as it has new ones
         return self._layers[i].tiers is begun
 
 
 def run_events(layers: Sequence[EventLayer]) -> None:
-    """An event of each layer, now.
+    """Run an event of each layer now.
 
     Raises:
         ValueError, NotImplementedError: see `Events.finish`.

@@ -1,4 +1,4 @@
-"""What one layer of the cache holds: settings, tiers, queries, and what it has learned of the model."""
+"""The state of one layer of the cache: settings, tiers, queries, and what it knows about the model."""
 
 import weakref
 from collections.abc import Iterator
@@ -19,26 +19,26 @@ from hardkv.selectors.budgets import Budget
 
 
 class EventListener(Protocol):
-    """Who is told after every event of a layer."""
+    """An object that is called after every event of a layer."""
 
     def event(self, layer: Any) -> None: ...
 
 
 class LayerState(CacheLayerMixin):
-    """The state of one layer, which `HardKVLayer` fills.
+    """The state of one layer. `HardKVLayer` fills it.
 
     Args:
-        settings: what and when to compress. budget: this layer's budget.
+        settings: what to compress, and when. budget: this layer's budget.
         layer_idx: for messages.
 
-    The cache that makes it may set:
+    The cache that makes the layer may set:
         knows_model: whether the cache was built with a model config.
-        first: whether it is the first that the cache compresses, which looks at masks for all.
-        shared: the layer's keys are read again by later layers, so its events wait for its next `update()`.
-        temperatures: `[H]`, calibrated before, that the budget divides scores by; None without.
-        offloading: what keeps the ragged tiers on the host while they do not attend; None: they stay.
-        latent: whether the model expands what it stores: "keys" are then latents, and "values" rotated keys; they are
-            stored joined, as keys.
+        first: whether it is the first compressed layer. This layer checks masks for all layers.
+        shared: whether later layers read the layer's keys again. Its events then wait for its next `update()`.
+        temperatures: `[H]`, from a calibration; the budget divides scores by them. None without.
+        offloading: keeps the ragged tiers on the host while the layer does not attend. None: they stay on the device.
+        latent: whether the model expands what the layer stores. "keys" are then latents and "values" are rotated keys;
+            the layer stores both joined, as keys.
     """
 
     def __init__(self, settings: HardKVConfig, budget: Budget, layer_idx: int):
@@ -60,9 +60,9 @@ class LayerState(CacheLayerMixin):
     def _clear(self) -> None:
         self.tiers: Tiers | None = None
         self.is_initialized = False
-        self.__dict__.pop("batch_size", None)  # Cache.batch_size asks layers that have one
-        self.committed = 0  # logical length that no crop() of the current round goes behind
-        self.prompt_length: int | None = None  # columns of the prompt once it has ended
+        self.__dict__.pop("batch_size", None)  # Cache.batch_size reads it from layers that have one
+        self.committed = 0  # logical length that no crop() of the current round goes below
+        self.prompt_length: int | None = None  # columns of the prompt, once it has ended
         self.ring: QueryRing | None = None
         self.scale = 1.0
         self.softcap: float | None = None
@@ -70,7 +70,7 @@ class LayerState(CacheLayerMixin):
 
     @property
     def seen(self) -> int:
-        """Logical length: columns stored, pads and evicted tokens counted."""
+        """Logical length: columns stored; pads and evicted tokens count."""
         return 0 if self.tiers is None else self.tiers.seen
 
     @property
@@ -80,12 +80,12 @@ class LayerState(CacheLayerMixin):
 
     @property
     def key_dim(self) -> int:
-        """Width of what queries are multiplied with."""
+        """Width of the vectors that queries are multiplied with."""
         return self.head_dim + self.value_dim if self.latent else self.head_dim
 
     def __getstate__(self) -> dict[str, Any]:
         if self.offloading is not None and self.is_initialized and self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # copies to the host may be under way
+            torch.cuda.current_stream(self.device).synchronize()  # copies to the host may still be running
         return self.__dict__ | {"_module": None}  # weak references cannot be pickled
 
     def __repr__(self) -> str:
@@ -95,8 +95,8 @@ class LayerState(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember shapes, dtypes and device of the first keys `[B, H, q, D]` and values `[B, H, q, Dv]`.
 
-        Under autocast they may come in two dtypes, which DynamicCache keeps, and attention reads both in a third, which
-        is stored.
+        Under autocast keys and values may have different dtypes. DynamicCache keeps both; attention reads them in a
+        third dtype, and this layer stores that one.
         """
         self.dtype, self.device = attended_dtype(key_states), key_states.device
         dense = DynamicLayer().update(key_states[:, :, :0], value_states[:, :, :0])
@@ -107,7 +107,7 @@ class LayerState(CacheLayerMixin):
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """All tiers on the device for a while, where the cache keeps them elsewhere."""
+        """Keep all tiers on the device during this block, if the cache keeps them elsewhere."""
         if self.offloading is None or self.tiers is None:
             yield
             return
@@ -118,19 +118,19 @@ class LayerState(CacheLayerMixin):
             self.tiers = self.offloading.leave(self.layer_idx, self.tiers)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor held: keys, values, positions, spare capacity, queries, schedules, what the budget needs."""
+        """Return every tensor held: keys, values, positions, spare capacity, queries, schedules, data of the budget."""
         if self.tiers is None or self.ring is None:
             return []
         return [*self.tiers.tensors(), self.ring.buffer, self.ring.valid, *self.budget.tensors(self.device)]
 
     def host_tensors(self) -> list[Tensor]:
-        """Those of `tensors()` that offloading keeps in host memory."""
+        """Return those of `tensors()` that offloading keeps in host memory."""
         if self.tiers is None or self.offloading is None:
             return []
         return [tensor for tier in (self.tiers.condensed, self.tiers.sparse) for tensor in (tier.keys, tier.values)]
 
     def dense_nbytes(self) -> int:
-        """Bytes that DynamicCache would hold for the same columns."""
+        """Return the bytes that DynamicCache would hold for the same columns."""
         if not self.seen:
             return 0
         keys, values = (dtype.itemsize for dtype in self.dense_dtypes)

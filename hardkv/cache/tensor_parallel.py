@@ -1,18 +1,18 @@
-"""Tensor parallelism: which of a layer's KV heads a process computes."""
+"""Tensor parallelism: which of a layer's KV heads this process computes."""
 
 import torch
 
 
 def local_heads(module: torch.nn.Module, total: int, local: int) -> tuple[int, int]:
-    """First head and the one after the last, of `total`, that this process's part of an attention module computes.
+    """Return the first head, and the one after the last, that this process's part of an attention module computes.
 
-    Heads are cut in rank order along the mesh that the module's parameters are sharded over.
+    Heads are split in rank order along the mesh that shards the module's parameters.
 
     Args:
         module: the attention module. total, local: KV heads of the whole layer and of the keys that came.
 
     Raises:
-        ValueError: the module's parameters are not sharded into parts of so many heads.
+        ValueError: the module's parameters are not sharded into parts of that many heads.
     """
     ranks = total // local
     if ranks * local == total and torch.distributed.is_available():
