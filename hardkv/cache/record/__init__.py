@@ -1,1 +1,1 @@
-"""What a cache held: statistics of now, and a trace over time."""
+"""Records of what a cache holds: statistics of the present, and a trace over time."""

@@ -1,4 +1,4 @@
-"""What a layer of a cache holds, whether it is ours or transformers'."""
+"""What a layer of a cache holds, for our layers and for those of transformers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from hardkv.cache.layer import HardKVLayer
 
 
 def tensors_of(layer: Any) -> list[Tensor]:
-    """Every tensor that a layer holds."""
+    """Return every tensor that a layer holds."""
     if isinstance(layer, HardKVLayer):
         return layer.tensors()
     states = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
@@ -17,7 +17,7 @@ def tensors_of(layer: Any) -> list[Tensor]:
 
 
 def batch_size_of(layer: Any) -> int:
-    """Sequences that a layer holds, 0 before the first."""
+    """Return the number of sequences that a layer holds; 0 before the first token."""
     if isinstance(layer, HardKVLayer):
         return layer.batch_size if layer.seen else 0
     return next((tensor.shape[0] for tensor in tensors_of(layer)), 0)

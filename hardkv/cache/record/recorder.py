@@ -1,4 +1,4 @@
-"""Recording a cache while it runs: a `Trace` gets a snapshot after every event."""
+"""Record a running cache: a `Trace` gets a snapshot after every event."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from hardkv.cache.storage.tiers import sequences_of
 
 
 class Recorder:
-    """Takes the snapshots of a trace: told by layers after their events, and by the cache of what else changes.
+    """Take the snapshots of a trace. Layers report their events, and the cache reports other changes.
 
     Copies and pickles of a cache are not recorded.
 
@@ -27,24 +27,24 @@ class Recorder:
             )
         self.trace = Trace.of(cache)
         self._layers = cache._compressed
-        # layers that had an event which others are still to have, by the event's number
+        # by event number, the layers that have had this event while others have not
         self._pending: dict[int, dict[int, HeldByLayer]] = {}
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
     def listen(self) -> None:
-        """Have every layer tell of its events."""
+        """Ask every layer to report its events."""
         for layer in self._layers:
             layer.listen(self)
 
     def stop(self) -> None:
-        """Have no layer tell of its events any more."""
+        """Ask every layer to stop reporting its events."""
         for layer in self._layers:
             layer.listen(None)
 
     def event(self, layer: HoldingLayer) -> None:
-        """A layer has just had an event."""
+        """Note that a layer has just had an event."""
         assert layer.tiers is not None
         done = self._pending.setdefault(layer.events, {})
         done[layer.layer_idx] = HeldByLayer.of(layer.tiers)
@@ -54,18 +54,18 @@ class Recorder:
             self.trace.snapshots.append(Snapshot.of(used, self._pending.pop(layer.events)))
 
     def select(self, indices: Tensor) -> None:
-        """The batch now consists of these sequences of the former one: so does every snapshot."""
+        """Select these sequences of the batch in every snapshot."""
         indices = sequences_of(indices, torch.device("cpu"))
         self.trace._change(lambda layer: layer.select(indices % layer.batch))  # negative ones count from the end
 
     def repeat(self, repeats: int) -> None:
-        """Every sequence of the batch comes so many times now."""
+        """Repeat every sequence of the batch in every snapshot."""
         self.trace._change(
             lambda layer: layer.select(torch.arange(layer.batch, device="cpu").repeat_interleave(repeats))
         )
 
     def crop(self) -> None:
-        """The layers took their newest columns back: no snapshot shows them, as others will have their numbers."""
+        """Remove cropped columns from every snapshot, because new tokens will reuse their numbers."""
         length = max(layer.seen for layer in self._layers)
         if length == 0:
             self.trace.snapshots.clear()
@@ -74,7 +74,7 @@ class Recorder:
             self.trace._change(lambda layer: layer.below(length))
 
     def finish(self, cache: RecordedCache) -> None:
-        """A last snapshot, unless the newest is of this very moment."""
+        """Add a last snapshot, unless the newest one already shows the present state."""
         now = Trace.of(cache).snapshots
         before = self.trace.snapshots[-1:]
         self.trace.layers = self.trace.layers or [layer.layer_idx for layer in used_layers(self._layers)]

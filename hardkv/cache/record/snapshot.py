@@ -1,4 +1,4 @@
-"""What layers held at one moment: positions, by tier, on the CPU; a `Trace` is a list of these."""
+"""What layers held at one moment: positions by tier, on the CPU. A `Trace` is a list of snapshots."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from hardkv.cache.storage.tiers import Tiers, rows_of
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions of one tier, row after row; on the CPU."""
+    """Positions of one tier, row after row, on the CPU."""
 
     flat: Tensor  # int32 [N]
     lengths: Tensor  # int64 [rows]
 
     @property
     def rows(self) -> list[Tensor]:
-        """Of every row, ascending int64."""
+        """Positions of every row, ascending int64."""
         return list(self.flat.long().split(self.lengths.tolist()))
 
     def select(self, rows: Tensor) -> "Positions":
-        """Those of the given rows, in that order."""
+        """Return the positions of the given rows, in that order."""
         parts = self.flat.split(self.lengths.tolist())
         flat = [parts[row] for row in rows.tolist()]
         return Positions(torch.cat(flat) if flat else self.flat[:0], self.lengths[rows])
 
     def below(self, length: int) -> "Positions":
-        """Without position `length` and later."""
+        """Return the positions without `length` and later ones."""
         row = torch.arange(self.lengths.shape[0], device="cpu").repeat_interleave(self.lengths)
         left = self.flat < length
         return Positions(self.flat[left], torch.bincount(row[left], minlength=self.lengths.shape[0]))
@@ -38,17 +38,20 @@ class Positions:
 
 @dataclass(frozen=True)
 class HeldByLayer:
-    """Positions that one layer holds: rows are (sequence, KV head); of the dense tier sequences, as heads share it."""
+    """Positions that one layer holds.
+
+    Rows of the ragged tiers are (sequence, KV head). Rows of the dense tier are sequences, because heads share it.
+    """
 
     heads: int
     tiers: dict[str, Positions]
 
     @classmethod
     def of(cls, tiers: Tiers) -> "HeldByLayer":
-        """A copy of what `tiers` hold now, on the CPU."""
+        """Return a copy of what `tiers` hold now, on the CPU."""
 
         def host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-            # memory of its own: a graph's pools are written again, and views would keep what an event gives back
+            # always a copy: a graph's pools are written again, and views would keep memory that an event frees
             return tensor.detach().to("cpu", dtype, copy=True)
 
         def positions(flat: Tensor, lengths: Tensor) -> Positions:
@@ -65,11 +68,11 @@ class HeldByLayer:
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """Number of sequences."""
         return self.tiers["dense"].lengths.shape[0]
 
     def lengths(self, tier: str | None) -> Tensor:
-        """Tokens per row, int64 `[B, H]`: of a tier, or None for what attention reads."""
+        """Return the tokens per row, int64 `[B, H]`, of one tier; None for all that attention reads."""
         dense = self.tiers["dense"].lengths[:, None].expand(-1, self.heads)
         if tier == "dense":
             return dense
@@ -77,7 +80,7 @@ class HeldByLayer:
         return ragged + dense if tier is None else ragged
 
     def kept(self, tier: str | None) -> list[list[Tensor]]:
-        """Positions, ascending int64, `[batch][kv_head]`: of a tier, or None for what attention reads."""
+        """Return the positions of one tier, ascending int64, `[batch][kv_head]`; None for all that attention reads."""
         newest = self.tiers["dense"].rows
         if tier == "dense":
             return [[each] * self.heads for each in newest]
@@ -88,18 +91,18 @@ class HeldByLayer:
         return [[torch.cat([row, each]) for row in rows] for rows, each in zip(grouped, newest, strict=True)]
 
     def select(self, indices: Tensor) -> "HeldByLayer":
-        """Of the given sequences, in that order."""
+        """Return what the layer holds for the given sequences, in that order."""
         rows = rows_of(indices, self.heads)
         found = {name: each.select(indices if name == "dense" else rows) for name, each in self.tiers.items()}
         return HeldByLayer(self.heads, found)
 
     def below(self, length: int) -> "HeldByLayer":
-        """Without column `length` and later."""
+        """Return what the layer holds without column `length` and later."""
         return HeldByLayer(self.heads, {name: each.below(length) for name, each in self.tiers.items()})
 
 
 class HoldingLayer(Protocol):
-    """What a snapshot needs of a layer."""
+    """What a snapshot needs from a layer."""
 
     layer_idx: int
     tiers: Tiers | None
@@ -115,15 +118,15 @@ class HoldingLayer(Protocol):
         ...
 
     def listen(self, listener: Any) -> None:
-        """Tell `listener.event` after every event from now on; None: nobody."""
+        """Call `listener.event` after every event from now on; None: stop."""
         ...
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor held."""
+        """Return every tensor held."""
         ...
 
     def dense_nbytes(self) -> int:
-        """Bytes that DynamicCache would hold."""
+        """Return the bytes that DynamicCache would hold."""
         ...
 
 
@@ -132,10 +135,10 @@ class Snapshot:
     """What all compressed layers held at one moment.
 
     Args:
-        seen: columns so far, pads and evicted tokens counted. events: selection events so far.
-        nbytes: bytes that the compressed layers held, as `HardKVCache.nbytes` counts. dense_nbytes: bytes that
+        seen: columns so far; pads and evicted tokens count. events: selection events so far.
+        nbytes: bytes that the compressed layers held, counted as in `HardKVCache.nbytes`. dense_nbytes: bytes that
             DynamicCache would hold for these layers.
-        layers: of each compressed layer.
+        layers: one entry per compressed layer.
     """
 
     seen: int
@@ -146,7 +149,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, layers: Sequence[HoldingLayer], known: Mapping[int, HeldByLayer]) -> "Snapshot":
-        """Of layers as they are now; what `known` says of a layer, by its index, goes before what it holds."""
+        """Take a snapshot of layers as they are now. If `known` has an entry for a layer's index, use that instead."""
         return cls(
             seen=max(layer.seen for layer in layers),
             events=max(layer.events for layer in layers),

@@ -1,4 +1,4 @@
-"""What a cache holds, as numbers."""
+"""Statistics of what a cache holds."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from hardkv.selectors.temperatures import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 class Steps(Protocol):
-    """What statistics need of the captured steps of `hardkv.graphed`."""
+    """What statistics need from the captured steps of `hardkv.graphed`."""
 
     captures: int
     replays: int
@@ -28,12 +28,12 @@ class Steps(Protocol):
         ...
 
     def tensors(self) -> list[Tensor]:
-        """Everything held for the cache."""
+        """Return all tensors held for the cache."""
         ...
 
 
 class CountedCache(Protocol):
-    """What statistics need of a cache; see `HardKVCache`."""
+    """What statistics need from a cache; see `HardKVCache`."""
 
     settings: HardKVConfig
     layers: list[Any]
@@ -55,7 +55,7 @@ class CountedCache(Protocol):
 
 
 def format_bytes(count: float) -> str:
-    """`1536` -> `'1.5 KiB'`."""
+    """Format bytes for people: `1536` -> `'1.5 KiB'`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -70,30 +70,30 @@ def _range(nested: list[list[list[float]]]) -> str:
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot of a HardKVCache; print it, or `to_dict()` it to JSON.
+    """A snapshot of a HardKVCache. Print it, or turn it into JSON with `to_dict()`.
 
     Args:
-        nbytes: bytes held, wherever.
-        host_nbytes: those of them in host memory by `offload=True`.
-        dense_nbytes: bytes a DynamicCache would hold for the same sequences.
-        seq_length: logical length, padding and evicted tokens included.
-        batch_size: sequences, 0 before the first.
+        nbytes: bytes held, on devices and on the host.
+        host_nbytes: the part of them that `offload=True` keeps in host memory.
+        dense_nbytes: bytes that a DynamicCache would hold for the same sequences.
+        seq_length: logical length; padding and evicted tokens count.
+        batch_size: number of sequences; 0 before the first token.
         layers: layers of the model.
-        compressed_layers: those that this cache compresses.
+        compressed_layers: layers that this cache compresses.
         lengths: tokens that attention reads, `[compressed layers][batch][kv_heads]`.
-        temperatures: fitted ones, shaped alike; empty without a calibration.
+        temperatures: fitted temperatures, of the same shape; empty without a calibration.
         sparse: deselected tokens that are held but not read, over all rows.
         events: selection events per layer so far.
-        scorer: what ranks tokens.
-        budget: what says how many are kept.
-        calibration: which one is used: its file, and the model and a fingerprint of the weights it was made for;
-            "online"; "" for none.
+        scorer: ranks tokens.
+        budget: decides how many tokens are kept.
+        calibration: the calibration in use: its file, the model that it was made for and a fingerprint of that model's
+            weights; "online"; "" for none.
         attention: backend that computes attention after the prompt.
-        kernels: "triton" or "torch", which scores, selects and compacts.
-        decode: how `graphed` ran its steps: "" where it did not, "captured", or "uncaptured" without CUDA.
+        kernels: "triton" or "torch"; they score, select and compact.
+        decode: how `graphed` ran its steps: "" if it did not run, "captured", or "uncaptured" without CUDA.
         captures: CUDA graphs captured.
-        replays: steps that replayed one.
-        warnings: what the user should know.
+        replays: steps that replayed a graph.
+        warnings: messages for the user.
     """
 
     nbytes: int
@@ -119,7 +119,7 @@ class Stats:
 
     @classmethod
     def of(cls, cache: CountedCache) -> "Stats":
-        """Those of a cache now."""
+        """Return the statistics of a cache as it is now."""
         settings, steps, compressed = cache.settings, cache.steps, cache._compressed
         held = [layer.tiers for layer in compressed if layer.tiers is not None]
 
@@ -155,7 +155,7 @@ class Stats:
         return self.nbytes / self.dense_nbytes if self.dense_nbytes else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return asdict(self) | {"ratio": self.ratio}
 
     def __repr__(self) -> str:
@@ -183,7 +183,7 @@ class Stats:
 
 
 def _clamped(held: list[Tiers]) -> list[str]:
-    """What to know of temperatures that stopped at a limit."""
+    """Return a warning if fitted temperatures stopped at a limit."""
     fitted = [tiers.temperatures for tiers in held if tiers.temperatures is not None]
     count = sum(int(((t <= MIN_TEMPERATURE * 1.01) | (t >= MAX_TEMPERATURE / 1.01)).sum()) for t in fitted)
     total = sum(t.numel() for t in fitted)
@@ -192,6 +192,6 @@ def _clamped(held: list[Tiers]) -> list[str]:
 
 
 def _unread(held: list[Tiers]) -> list[str]:
-    """What the next event will refuse."""
+    """Return a warning if the next event will raise an error because of masks."""
     counts = [int(tiers.hidden.sum()) for tiers in held if tiers.hidden is not None]
     return [UNREAD.format(max(counts))] if any(counts) else []

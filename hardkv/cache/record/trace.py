@@ -1,4 +1,4 @@
-"""What a cache held over time: `HardKVCache.record` fills a `Trace`, which pictures read and a small file keeps."""
+"""What a cache held over time. `HardKVCache.record` fills a `Trace`; pictures read it, and a small file stores it."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from hardkv.config import HardKVConfig
 from hardkv.files import replacing
 
 FORMAT = 1
-# What a snapshot knows beside positions.
+# Numbers that a snapshot holds besides positions.
 NUMBERS = ("seen", "events", "nbytes", "dense_nbytes")
 
 
 class RecordedCache(Protocol):
-    """What a trace needs of a cache."""
+    """What a trace needs from a cache."""
 
     settings: HardKVConfig
 
@@ -32,10 +32,10 @@ class RecordedCache(Protocol):
 
 
 class Trace:
-    """Which positions every KV head held after every selection event, in which tier, and the bytes; see `record`.
+    """The positions that every KV head held after every selection event, by tier, and the bytes held; see `record`.
 
     It covers the layers that the cache compresses. Symbols: S snapshots, L compressed layers, B sequences, H KV heads,
-    P columns (pads counted). Layers of fewer heads than others are padded with heads that hold nothing.
+    P columns (pads counted). Layers with fewer heads than others are padded with heads that hold nothing.
 
     Args:
         layers: indices of the compressed layers in the model.
@@ -58,7 +58,7 @@ class Trace:
 
     @classmethod
     def of(cls, cache: RecordedCache) -> "Trace":
-        """One snapshot of a cache as it is now; none of one that is empty, or whose last forward died midway."""
+        """Take one snapshot of a cache as it is now; none if the cache is empty or its last forward failed midway."""
         given = cache.settings
         numbers = {name: getattr(given, name) for name in ("window", "sinks", "interval", "patience", "pin_prompt")}
         used = used_layers(cache._compressed)
@@ -109,17 +109,17 @@ class Trace:
 
     @property
     def columns(self) -> int:
-        """P: columns seen at most."""
+        """P, the most columns seen."""
         return max((each.seen for each in self.snapshots), default=0)
 
     def lengths(self, tier: str | None = None) -> Tensor:
-        """Tokens per snapshot, layer, sequence and KV head, int64 `[S, L, B, H]`.
+        """Return the tokens per snapshot, layer, sequence and KV head, int64 `[S, L, B, H]`.
 
         Args:
             tier: None for what attention reads (condensed and dense), or "condensed", "sparse", "dense".
 
         Raises:
-            ValueError: another tier.
+            ValueError: `tier` is something else.
         """
         _check_tier(tier)
         if not self.snapshots:
@@ -132,33 +132,33 @@ class Trace:
         return torch.stack([torch.stack([padded(layer) for layer in each.layers]) for each in self.snapshots])
 
     def kept(self, layer_idx: int, snapshot: int = -1, tier: str | None = None) -> list[list[Tensor]]:
-        """Positions (columns, pads counted) that a layer held: `[batch][kv_head]`, ascending int64.
+        """Return the positions (columns, pads counted) that a layer held: `[batch][kv_head]`, ascending int64.
 
         Args:
-            layer_idx: in the model.
-            snapshot: which one, the newest by default.
+            layer_idx: index of the layer in the model.
+            snapshot: index of the snapshot; the newest by default.
             tier: as for `lengths`.
 
         Raises:
-            ValueError: the layer is not one that the cache compressed.
-            IndexError: no such snapshot.
+            ValueError: the cache did not compress the layer.
+            IndexError: there is no such snapshot.
         """
         _check_tier(tier)
         return self._snapshot(snapshot).layers[self._rank(layer_idx)].kept(tier)
 
     def tiers(self, layer_idx: int, sequence: int = 0) -> Tensor:
-        """Where each head of a layer held every position at every snapshot.
+        """Return the tier in which each head of a layer held every position, at every snapshot.
 
         Args:
-            layer_idx: in the model.
-            sequence: of the batch.
+            layer_idx: index of the layer in the model.
+            sequence: index in the batch.
 
         Returns:
             uint8 `[S, H, P]`, H of this layer: 0 not held, 1 condensed, 2 sparse, 3 dense.
 
         Raises:
-            ValueError: the layer is not one that the cache compressed.
-            IndexError: no such sequence, or nothing is recorded.
+            ValueError: the cache did not compress the layer.
+            IndexError: there is no such sequence, or nothing is recorded.
         """
         rank, heads = self._rank(layer_idx), self.heads(layer_idx)
         found = torch.zeros(len(self.snapshots), heads, self.columns, dtype=torch.uint8, device="cpu")
@@ -169,20 +169,23 @@ class Trace:
         return found
 
     def holders(self, sequence: int = 0, snapshot: int = -1) -> Tensor:
-        """How many heads, of all compressed layers, read every position at a snapshot: int64 `[columns seen then]`.
+        """Return how many heads, over all compressed layers, read each position at a snapshot.
+
+        Returns:
+            int64 `[columns seen then]`.
 
         Raises:
-            IndexError: no such sequence or snapshot.
+            IndexError: there is no such sequence or snapshot.
         """
         each = self._snapshot(snapshot)
         read = [positions for layer in each.layers for positions in layer.kept(None)[sequence]]
         return torch.bincount(torch.cat(read), minlength=each.seen)
 
     def heads(self, layer_idx: int) -> int:
-        """KV heads of a layer.
+        """Return the number of KV heads of a layer.
 
         Raises:
-            ValueError: the layer is not one that the cache compressed.
+            ValueError: the cache did not compress the layer.
             IndexError: nothing is recorded.
         """
         return self._snapshot(0).layers[self._rank(layer_idx)].heads
@@ -213,15 +216,15 @@ class Trace:
     # ------------------------------------------------------------------ files
 
     def save(self, path: "str | PathLike[str]") -> Path:
-        """Write a compressed npz file, to `path` whatever it ends with; returns its path.
+        """Write a compressed npz file to `path`, whatever its extension, and return its path.
 
-        In memory a snapshot takes some 4 bytes for every token that a row holds; in the file less than one. Its arrays:
-        `steps` int32, differences of all positions, one snapshot, layer, tier and row after the other; `lengths` int32,
-        of these rows; `heads` of every layer; `batch`; `seen`, `events`, `nbytes`, `dense_nbytes` of every snapshot;
-        `meta`, JSON text.
+        In memory a snapshot takes about 4 bytes for every token that a row holds; in the file less than one. The
+        arrays: `steps` int32, differences of all positions, one snapshot, layer, tier and row after the other;
+        `lengths` int32, of these rows; `heads` of every layer; `batch`; `seen`, `events`, `nbytes`, `dense_nbytes` of
+        every snapshot; `meta`, JSON text.
 
         Raises:
-            OSError: it cannot be written, or something other than a file stands there.
+            OSError: the file cannot be written, or `path` is something other than a file.
         """
         layers = [layer for each in self.snapshots for layer in each.layers]
         tiers = [layer.tiers[name] for layer in layers for name in TIERS]
@@ -231,24 +234,24 @@ class Trace:
         heads = [layer.heads for layer in self.snapshots[0].layers] if self.snapshots else []
         arrays: dict[str, Any] = {
             "meta": np.array(json.dumps(meta)),
-            "steps": np.diff(flat, prepend=np.int32(0)),  # small numbers, which compress well
+            "steps": np.diff(flat, prepend=np.int32(0)),  # small numbers compress well
             "lengths": lengths.astype(np.int32),
             "heads": np.array(heads, np.int64),
             "batch": np.array(layers[0].batch if layers else 0),
         }
         for name in NUMBERS:
             arrays[name] = self._of_each(name).numpy()
-        with replacing(path) as file:  # a name would get .npz behind it
+        with replacing(path) as file:  # given a name, numpy would append .npz
             np.savez_compressed(file, **arrays)
         return Path(path)
 
     @classmethod
     def load(cls, path: "str | PathLike[str]") -> "Trace":
-        """What `save` wrote.
+        """Read a trace that `save` wrote.
 
         Raises:
-            ValueError: not a trace, or one of a newer hardkv.
-            FileNotFoundError: no such file.
+            ValueError: the file is not a trace, or a newer hardkv wrote it.
+            FileNotFoundError: there is no such file.
         """
         with open(path, "rb") as file:
             if not is_zipfile(file):
@@ -275,7 +278,7 @@ class Trace:
 
 
 def used_layers(layers: Sequence[HoldingLayer]) -> list[HoldingLayer]:
-    """Those that hold tokens: a model need not use all."""
+    """Return the layers that hold tokens. A model need not use all layers."""
     return [layer for layer in layers if layer.seen]
 
 
