@@ -1,1 +1,1 @@
-"""Decoding over a cache: captured steps at fixed addresses, and the plan of its memory."""
+"""Decoding with a cache: captured steps at fixed addresses, and a plan of the cache's memory."""

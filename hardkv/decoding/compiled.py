@@ -1,4 +1,4 @@
-"""A model's forward, compiled as a whole, which the steps of all its caches share."""
+"""A model's forward, compiled as a whole. The steps of all its caches share it."""
 
 import inspect
 from collections.abc import Callable
@@ -9,12 +9,12 @@ import torch
 
 from hardkv.decoding import joined_linears
 
-# Batch sizes that a model may be compiled for.
+# The most batch sizes that a model may be compiled for.
 MAX_SHAPES = 64
 
 
 class _Compiled:
-    """A model's compiled forward, kept with it; copies and pickles of the model begin without."""
+    """A model's compiled forward, stored on the model. Copies and pickles of the model start without it."""
 
     def __init__(self, model: Any):
         options = {"pre_grad_custom_pass": joined_linears.JoinProducts()}
@@ -29,7 +29,7 @@ class _Compiled:
 
 
 def _with_more_shapes(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What `recompile_limit` does, for a PyTorch whose `torch.compile` does not take it."""
+    """Do what `recompile_limit` does, for a PyTorch whose `torch.compile` does not have it."""
 
     def limited(**inputs: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
@@ -39,7 +39,7 @@ def _with_more_shapes(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compiled_forward(model: Any) -> Callable[..., Any]:
-    """The model's compiled forward, which stays with the model."""
+    """Return the model's compiled forward, which is stored on the model."""
     if getattr(model, "_hardkv_compiled", None) is None:
         model._hardkv_compiled = _Compiled(model)
     return model._hardkv_compiled.forward

@@ -1,8 +1,8 @@
-"""Storage at fixed addresses and a decode step that leaves the host's numbers alone: what a CUDA graph replays.
+"""Storage at fixed addresses, and a decode step that does not change the host's numbers: what a CUDA graph replays.
 
-Between two events only the dense tier's fill and the column of the next token change, and both live on the device. The
-host's numbers (`Tiers.seen`, the dense tier's bound) follow in `StaticDecoding.settle`. An event makes new tiers as
-always, and the layer's `Pool` moves them to the old addresses.
+Between two events only the dense tier's fill and the column of the next token change, and both live on the device.
+`StaticDecoding.settle` updates the host's numbers (`Tiers.seen`, the dense tier's bound) later. An event makes new
+tiers as usual, and the layer's `Pool` copies them to the old addresses.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,12 +23,12 @@ from hardkv.kernels.autocast import suspended
 
 
 class StaticDecoding:
-    """The layers of a cache at fixed addresses, stepping one token at a time: on their pools and windows.
+    """The layers of a cache at fixed addresses, in pools and windows. They step one token at a time.
 
-    Linear-attention layers update their states in place already.
+    Linear-attention layers already update their states in place.
 
     Args:
-        layers: of the cache, after a prefill. length: columns that it will have seen at most, the bound on what budgets
+        layers: of the cache, after a prefill. length: the most columns that the cache will see; it bounds what budgets
             with fixed totals keep. attention: see `kernels.attention.backend_for`.
     """
 
@@ -37,19 +37,19 @@ class StaticDecoding:
         self.linear = linear_of(layers)
         self.pools: dict[int, Pool] = {}
         self.windows = {idx: StaticWindow(layer, attention) for idx, layer in sliding_of(layers).items()}
-        self.seen = 0  # as the host's numbers have it
-        self.steps = 0  # that they do not know of yet
-        self.midway = False  # whether a step has begun and not ended
-        self.filled = torch.empty(0)  # int64 [layers, B], their fill as the host's numbers have it
+        self.seen = 0  # columns, as the host's numbers say
+        self.steps = 0  # steps that the host's numbers do not include yet
+        self.midway = False  # whether a step has begun but not ended
+        self.filled = torch.empty(0)  # int64 [layers, B], fill of the dense tiers, as the host's numbers say
         attended: list[Any] = [*self.layers.values(), *sliding_of(layers).values()]
         with torch.inference_mode(False):
             self.column = torch.zeros(1, dtype=torch.int64, device=attended[0].device)
-        for idx, layer in self.layers.items():  # one after the other, as a layer's old tiers go when its pool has them
+        for idx, layer in self.layers.items():  # one by one: each frees its old tiers once its pool has them
             self.pools[idx] = _pool(layer, length)
             self._hold(idx)
 
     def fits(self, layers: Sequence[Any], length: int) -> bool:
-        """Whether pools and windows serve these layers as they are now."""
+        """Return whether the pools and windows fit these layers as they are now."""
         compressed, sliding = compressed_of(layers), sliding_of(layers)
         return (
             compressed.keys() == self.pools.keys()
@@ -69,21 +69,21 @@ class StaticDecoding:
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Where what may move lies; a graph captured with other addresses is stale."""
+        """Addresses of the memory that may move. A graph captured with other addresses is stale."""
         held = [tensor for pool in self.pools.values() for tensor in pool.tokens]
         held += states_of(self.linear)
         return tuple(tensor.data_ptr() for tensor in held)
 
     @property
     def padded(self) -> tuple[bool, ...]:
-        """Which windows hide pads, by other kernels than windows without."""
+        """Per window, whether it hides pads. Windows that do use other kernels."""
         return tuple(window.padded for window in self.windows.values())
 
     def hold(self, seen: int, padding: Tensor | None) -> None:
-        """Bring every layer's tokens to its pool or window.
+        """Copy every layer's tokens to its pool or window.
 
         Args:
-            seen: columns so far. padding: bool `[B, seen]`, which hold tokens, all when None.
+            seen: columns so far. padding: bool `[B, seen]`, which columns hold tokens; None: all.
         """
         assert not self.steps
         self.seen, self.midway = seen, False
@@ -112,7 +112,7 @@ class StaticDecoding:
         return last is None or self.seen + self.steps - last >= first.settings.interval
 
     def compress(self) -> None:
-        """An event of every layer, and back to the pools, one layer after the other."""
+        """Run an event of every layer, and move the new tiers to the pools, one layer after the other."""
         self._count()
         with self.placing():
             run_events(list(self.layers.values()))
@@ -120,9 +120,9 @@ class StaticDecoding:
 
     @contextmanager
     def placing(self) -> Iterator[None]:
-        """Events within bring new tiers to the pools at once, so that they never lie beside them.
+        """Put the new tiers of events inside this block into the pools at once, so that they need no second copy.
 
-        What fails within leaves tiers that nobody can use.
+        If something fails inside, the tiers are not usable any more.
         """
         for idx, layer in self.layers.items():
             layer.place_events(self.pools[idx])
@@ -134,7 +134,7 @@ class StaticDecoding:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a forward of one new token a sequence: it then reads and writes the pools.
+        """Run a forward of one new token per sequence inside this block: it reads and writes the pools.
 
         Raises:
             NotImplementedError: the model moved the state of a linear attention.
@@ -164,15 +164,16 @@ class StaticDecoding:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Store a token of every sequence and attend, as `HardKVLayer.decode` does, without telling the host.
+        """Store one token per sequence and attend, as `HardKVLayer.decode` does, without involving the host.
 
         Args:
-            query: `[B, Hq, 1, D]`; keys: `[B, H, 1, D]`; values: `[B, H, 1, Dv]`, of latents the keys' first part.
-            store: whether the token is new; False when a later layer reads it again.
+            query: `[B, Hq, 1, D]`; keys: `[B, H, 1, D]`; values: `[B, H, 1, Dv]`, for latents the first part of the
+                keys.
+            store: whether the token is new; False if a later layer reads it again.
             scale, softcap, sinks: as in `kernels.attention.attend_tiers`.
 
         Returns:
-            `[B, Hq, 1, Dv]`, in the query's dtype; what is stored keeps its own.
+            `[B, Hq, 1, Dv]`, in the query's dtype. Stored tokens keep the dtype of the storage.
         """
         window = self.windows.get(layer_idx)
         given, held = query.dtype, (self.pools[layer_idx].dense if window is None else window).keys.dtype
@@ -202,12 +203,12 @@ class StaticDecoding:
         if store:
             stored = dense.keys, dense.values, dense.positions, dense.fill
             append_step(*stored, pool.ring.buffer, self.column, query, keys, values[..., : dense.values.shape[-1]])
-        # the whole room: PyTorch gives an empty slice no address, and events fill it without a new capture
+        # pass the whole room: PyTorch gives an empty slice no address, and events may fill it without a new capture
         room = pool.tokens.keys, pool.tokens.values
         return layer.attend(query, dense.capacity, LAST, scale=scale, softcap=softcap, sinks=sinks, room=room)
 
     def settle(self) -> None:
-        """Let the host's numbers and the sliding-window layers follow the steps made."""
+        """Update the host's numbers and the sliding-window layers to the steps made."""
         self._count()
         for window in self.windows.values():
             window.give_back(self.seen)
@@ -222,31 +223,31 @@ class StaticDecoding:
         self.filled += count
 
     def recover(self) -> None:
-        """Let the host's numbers and every layer follow the column, after an interrupt or a step taken back."""
+        """Reset the host's numbers and every layer to the column, after an interrupt or a removed step."""
         self.steps = int(self.column) - self.seen
         for pool, filled in zip(self.pools.values(), self.filled, strict=True):
             pool.dense.fill.copy_(filled + self.steps)
         self.settle()
 
     def take_back(self) -> None:
-        """Forget the newest step, which no event followed and which changed no state of a linear attention."""
+        """Remove the newest step. No event may have followed it, and no linear-attention state may have changed."""
         assert not states_of(self.linear)
         self.column -= 1
         self.recover()
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes."""
+        """Return all tensors held, for counting bytes."""
         held: list[Pool | StaticWindow] = [*self.pools.values(), *self.windows.values()]
         return [self.column, *(tensor for each in held for tensor in each.tensors())]
 
 
 def compressed_of(layers: Sequence[Any]) -> dict[int, HardKVLayer]:
-    """The layers that the cache compresses, by index."""
+    """Return the layers that the cache compresses, by index."""
     return {idx: layer for idx, layer in enumerate(layers) if isinstance(layer, HardKVLayer)}
 
 
 def sliding_of(layers: Sequence[Any]) -> dict[int, DynamicSlidingWindowLayer]:
-    """The sliding-window layers that hold tokens, by index."""
+    """Return the sliding-window layers that hold tokens, by index."""
     return {
         idx: layer
         for idx, layer in enumerate(layers)
@@ -255,18 +256,18 @@ def sliding_of(layers: Sequence[Any]) -> dict[int, DynamicSlidingWindowLayer]:
 
 
 def linear_of(layers: Sequence[Any]) -> dict[int, LinearAttentionCacheLayerMixin]:
-    """The layers that hold the state of a linear attention, by index."""
+    """Return the layers that hold the state of a linear attention, by index."""
     return {idx: layer for idx, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)}
 
 
 def states_of(linear: dict[int, LinearAttentionCacheLayerMixin]) -> list[Tensor]:
-    """The states of linear attentions."""
+    """Return the states of linear attentions."""
     groups = [group for layer in linear.values() for group in (layer.conv_states, layer.recurrent_states)]
     return [state for group in groups for state in group.values() if state is not None]
 
 
 def _room(layer: HardKVLayer, length: int) -> int:
-    """Tokens that the condensed tier of a layer needs room for."""
+    """Return how many tokens the condensed tier of a layer needs room for."""
     tiers = layer.tiers
     assert tiers is not None
     sequences, heads = tiers.shape

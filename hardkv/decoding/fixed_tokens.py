@@ -1,4 +1,4 @@
-"""The new token of a static step on its way to attention, and the operator that stores and attends."""
+"""The new token of a static step on its way to attention, and the operator that stores it and attends."""
 
 import threading
 from typing import Protocol
@@ -12,7 +12,7 @@ from hardkv.kernels.autocast import attended_dtype
 
 
 class Decoding(Protocol):
-    """What the operator needs of the `StaticDecoding` whose step is under way."""
+    """What the operator needs from the `StaticDecoding` that is stepping."""
 
     def attend(
         self,
@@ -26,12 +26,12 @@ class Decoding(Protocol):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Store a token of every sequence and attend, `[B, Hq, 1, Dv]`."""
+        """Store one token per sequence and attend, `[B, Hq, 1, Dv]`."""
         ...
 
 
 class Current(threading.local):
-    """What steps in this thread."""
+    """The `StaticDecoding` that is stepping in this thread."""
 
     decoding: Decoding | None = None
 
@@ -40,14 +40,14 @@ current = Current()
 
 
 class StaticTokens:
-    """What `NewTokens` is to others in a static step: the new token of every sequence, on its way to attention.
+    """The new token of every sequence in a static step, until attention reads it. It takes the place of `NewTokens`.
 
     Args:
-        layer_idx: whose. keys: `[B, H, 1, D]`; values: `[B, H, 1, Dv]`.
-        window: tokens that the layer slides over, None for all. latent: see `HardKVLayer`.
+        layer_idx: index of the layer. keys: `[B, H, 1, D]`; values: `[B, H, 1, Dv]`.
+        window: tokens that the layer's sliding window covers; None: all tokens. latent: see `HardKVLayer`.
     """
 
-    stop = 1  # how many tokens handles show
+    stop = 1  # tokens that handles show
 
     def __init__(self, layer_idx: int, keys: Tensor, values: Tensor, window: int | None = None, latent: bool = False):
         self.layer_idx, self.window, self.latent = layer_idx, window, latent
@@ -56,13 +56,13 @@ class StaticTokens:
         self.stored = False  # set when attention first reads them
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, None]:
-        """Attention of the query `[B, Hq, 1, D]` in a model that was seen to be routed in the prefill.
+        """Attend with the query `[B, Hq, 1, D]`. The prefill has checked that the model's attention is routed.
 
         Returns:
-            `[B, 1, Hq, Dv]`, and no weights.
+            `[B, 1, Hq, Dv]`, and None for the weights.
 
         Raises:
-            NotImplementedError: the layer slides over another window than its config says.
+            NotImplementedError: the layer's sliding window differs from its config.
         """
         query = call.query.to(attended_dtype(call.query))
         latent = Latent.of(call.module, call.key, query)
@@ -90,9 +90,9 @@ def static_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`StaticDecoding.attend` of the step under way, `[B, 1, Hq, Dv]`; what torch.compile traces in its place.
+    """Call `StaticDecoding.attend` of the current step and return `[B, 1, Hq, Dv]`. torch.compile traces this operator.
 
-    What it writes is in the pools, which no other operator of a forward reads.
+    It writes only to the pools, which no other operator of a forward reads.
     """
     decoding = current.decoding
     if decoding is None:

@@ -1,8 +1,8 @@
 """Decoding by replays of a CUDA graph: `model.generate(..., custom_generate=graphed)`.
 
-A decode step of transformers costs the host tens of milliseconds, far more than the bytes it moves take. Between two
-events nothing that a step reads changes its place, so the step is captured once and replayed
-(`hardkv.decoding.step`); the next token is drawn on the device, and the host reads one flag a step, one step late.
+A decode step of transformers costs the host tens of milliseconds, far more than moving its bytes takes. Between two
+events, nothing that a step reads changes its address, so the step is captured once and replayed
+(`hardkv.decoding.step`). The device draws the next token. The host reads one flag per step, one step late.
 """
 
 from collections import deque
@@ -29,10 +29,10 @@ from hardkv.decoding.fixed import linear_of, states_of
 from hardkv.decoding.step import DecodeSteps
 from hardkv.kernels.attention import backend_for
 
-# Layers of a cache that can be stepped; those that hold nothing are unknown to transformers 5.17.
+# Layers of a cache that can be stepped. transformers 5.17 has no layer that holds nothing.
 DUMMY = getattr(transformers.cache_utils, "DummyLayer", None)
 STEPPED = (HardKVLayer, HybridLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DUMMY)
-# Ways to choose tokens that are done, and the arguments that choose another one, unless they have this value.
+# Supported ways to choose tokens, and the arguments that choose another way unless they have this value.
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 OTHER_MODES = {
     **{"num_beams": 1, "num_beam_groups": 1, "constraints": None, "force_words_ids": None, "penalty_alpha": None},
@@ -41,9 +41,9 @@ OTHER_MODES = {
 
 
 def generate(model: Any, *args: Any, compile: bool = False, tokenizer: Any = None, **kwargs: Any) -> Any:
-    """`model.generate(...)` by `graphed`, with a new HardKVCache unless one is given.
+    """Call `model.generate(...)` with `graphed`, and with a new HardKVCache unless one is given.
 
-    It is `cache` or `past_key_values`, which are two names of one argument with every version of transformers.
+    Pass a cache as `cache` or `past_key_values`: both names work with every version of transformers.
 
     Args:
         model: a transformers model that generates.
@@ -60,7 +60,7 @@ def generate(model: Any, *args: Any, compile: bool = False, tokenizer: Any = Non
     """
     cache = take(kwargs)
     kwargs[CACHE] = HardKVCache(config=model.config) if cache is None else cache
-    strings = kwargs.pop("stop_strings", None)  # generate() keeps the tokenizer to itself
+    strings = kwargs.pop("stop_strings", None)  # generate() does not pass the tokenizer on
     if strings is not None:
         if tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
@@ -80,36 +80,39 @@ def graphed(
     compile: bool = False,
     **model_kwargs: Any,
 ) -> "GenerateDecoderOnlyOutput | Tensor":
-    """Greedy search and sampling as `generate()` does them, with a captured decode step.
+    """Run greedy search and sampling as `generate()` does, with a captured decode step.
 
-    For `model.generate(..., past_key_values=HardKVCache(...), custom_generate=graphed)`, or `cache=` from transformers
-    5.24 on. With `compile=True` there, the `torch.compile`d forward is captured, whose logits differ by rounding. It
-    reads the weights of linear layers with one input (query, key and value; gate and up) as one, for which they are
-    moved next to each other in memory, values unchanged: let no other thread use the model the first time. Where
-    inductor autotunes (`max_autotune`) it reads each by itself, and a warning says so. The prefill runs as always. A
-    cache that is used again, after `reset()` or for another turn, keeps its graph, and a new one needs a new capture.
-    Where there is no CUDA the same steps run uncaptured, and `stats()` says so. Where a text gets to the length beyond
-    which the model rotates all keys otherwise (Phi-3 with LongRoPE), the cache is reset and the text computed again,
-    with new captures. The state of a linear attention cannot go back a step: with such layers the host waits for every
-    token before the next step, and a step that dies leaves the cache unusable until `reset()`.
+    Use it as `model.generate(..., past_key_values=HardKVCache(...), custom_generate=graphed)`, or with `cache=` from
+    transformers 5.24 on. The prefill runs as usual. A cache that is used again, after `reset()` or for another turn,
+    keeps its graph; a new cache needs a new capture. Without CUDA the same steps run uncaptured, and `stats()` says so.
+
+    With `compile=True`, the `torch.compile`d forward is captured; its logits differ by rounding. It multiplies the
+    weights of linear layers that share one input (query, key and value; gate and up) in one product. For that, their
+    weights are moved next to each other in memory, values unchanged: no other thread may use the model the first time.
+    If inductor autotunes (`max_autotune`), the products stay separate, and a warning says so.
+
+    Some models rotate all keys differently once a text exceeds a length (Phi-3 with LongRoPE). When a text reaches it,
+    the cache is reset and the text computed again, with new captures. The state of a linear attention cannot go back a
+    step. With such layers the host waits for every token before the next step, and a step that fails leaves the cache
+    unusable until `reset()`.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs: what
-            `model.generate` hands over; `input_ids` int64 `[B, n]`.
-        compile: whether the captured forward is the `torch.compile`d one.
+            `model.generate` passes; `input_ids` int64 `[B, n]`.
+        compile: whether to capture the `torch.compile`d forward.
 
     Returns:
         What `model.generate` returns: token ids `[B, n + new]`, or its output object with `return_dict_in_generate`.
 
     Raises:
         TypeError: the cache is no HardKVCache.
-        NotImplementedError: beams, assisted decoding, contrastive search and what else is neither greedy search nor
-            sampling, a model or a cache whose steps cannot be captured, or a forward that cannot be compiled as a
-            whole (latent attention, for one).
+        NotImplementedError: the mode is neither greedy search nor sampling (beams, assisted decoding, contrastive
+            search and others), the steps of the model or cache cannot be captured, or the forward cannot be compiled as
+            a whole (latent attention, for one).
     """
     cache = model_kwargs.get(CACHE)
     call = innermost()
-    given = {} if call is None else call.arguments  # some of it generate() hands to no function of the user's own
+    given = {} if call is None else call.arguments  # generate() does not pass all of these to custom functions
     synced_gpus = synced_gpus or _synced(model, given.get("synced_gpus"))
     _refuse(model, cache, generation_config, synced_gpus, given.get("assistant_model"))
     assert isinstance(cache, HardKVCache)
@@ -119,7 +122,7 @@ def graphed(
     seen = cache.get_seq_length()
     with steps.prefilling(cache):
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    if cache.get_seq_length() == seen:  # attention notices, where it goes through transformers' functions
+    if cache.get_seq_length() == seen:  # attention notices this too, if it goes through transformers' functions
         refuse_dropped(type(model).__name__)
     loop = _Loop(logits_processor, stopping_criteria, generation_config, given.get("streamer"))
     with model._optimize_model_for_decode():
@@ -127,7 +130,7 @@ def graphed(
 
 
 def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool, assistant_model: Any) -> None:
-    """Raise for what is not greedy search or sampling with a HardKVCache whose layers all have pools."""
+    """Raise unless this is greedy search or sampling with a HardKVCache whose layers can all be stepped."""
     what = type(model).__name__
     if not isinstance(cache, HardKVCache):
         got = type(cache).__name__
@@ -165,23 +168,23 @@ def _refuse(model: Any, cache: Any, config: Any, synced_gpus: bool, assistant_mo
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether the host prepares a step while the device is still at the one before."""
+    """Return whether the host prepares a step while the device still runs the one before."""
     return device.type == "cuda"
 
 
 def _synced(model: Any, synced_gpus: bool | None) -> bool:
-    """Whether all ranks must go on until the last has ended, as `generate()` decides where nobody says so."""
+    """Return whether all ranks must continue until the last has ended; `generate()` decides if the argument is None."""
     return bool(model._extract_generation_mode_kwargs(None, {}, synced_gpus, None, None)["synced_gpus"])
 
 
 class _Flight:
-    """Whether all sequences have ended, and their newest tokens, on the way to the host."""
+    """A flag whether all sequences have ended, and their newest tokens, on the way to the host."""
 
     def __init__(self, ended: Tensor, tokens: Tensor | None):
         self._ended, self._tokens = ToHost(ended), None if tokens is None else ToHost(tokens)
 
     def land(self, streamer: Any) -> bool:
-        """Wait, stream the tokens, and tell whether all sequences have ended."""
+        """Wait, stream the tokens, and return whether all sequences have ended."""
         if streamer is not None:
             assert self._tokens is not None
             streamer.put(self._tokens.wait())
@@ -210,10 +213,10 @@ class _Loop:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         del outputs  # may hold logits of the whole prompt
         length = self.stopping_criteria.max_length
-        held, covered = cache.get_seq_length(), ids.shape[1] + 1  # by the cache, and by what model_kwargs say of tokens
+        held, covered = cache.get_seq_length(), ids.shape[1] + 1  # tokens in the cache, and in model_kwargs
         columns = held + (length or self.config.max_length) - ids.shape[1]
         unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-        reversible = not states_of(linear_of(cache.layers))  # a step too many can be taken back
+        reversible = not states_of(linear_of(cache.layers))  # whether an extra step can be removed
         behind = int(reversible and runs_ahead(ids.device))  # how many flags the host does not wait for
         started = False
         try:
@@ -222,17 +225,17 @@ class _Loop:
                 full = length is not None and ids.shape[1] >= length
                 again = cache.at_limit(held)
                 ended = self._land(0 if full or again else behind)
-                if ended and self.in_flight:  # the newest token comes of a step too many
+                if ended and self.in_flight:  # the newest token comes from an extra step
                     self._undo(steps)
                     ids = ids[:, :-1]
                 if ended:
                     break
                 if again:
-                    if ids.shape[1] != held + 1:  # embeddings, or tokens of earlier calls
+                    if ids.shape[1] != held + 1:  # the prompt was embeddings, or the cache held tokens of earlier calls
                         cache.refuse_outgrown(held)
                     cache.reset()
                     started, held = False, held + 1
-                    cache.steps = steps = DecodeSteps(model, steps.compiled)  # what modules hold may have moved
+                    cache.steps = steps = DecodeSteps(model, steps.compiled)  # tensors that modules hold may have moved
                     logits, model_kwargs = self._again(model, ids, model_kwargs, ids.shape[1] - covered)
                     continue
                 if not started:
@@ -266,7 +269,7 @@ class _Loop:
         )
 
     def _draw(self, logits: Tensor, ids: Tensor, unfinished: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The next token of every sequence `[B]`, all tokens so far, and which sequences go on."""
+        """Return the next token of every sequence `[B]`, all tokens so far, and which sequences continue."""
         config = self.config
         scores = self.logits_processor(ids, logits)
         if config.return_dict_in_generate and config.output_scores:
@@ -286,7 +289,7 @@ class _Loop:
 
     @staticmethod
     def _again(model: Any, ids: Tensor, model_kwargs: dict[str, Any], new: int) -> tuple[Tensor, dict[str, Any]]:
-        """Fill a cache that was reset with all tokens `[B, n]`, the newest `new` of them unknown to `model_kwargs`.
+        """Fill a reset cache with all tokens `[B, n]`. `model_kwargs` do not cover the newest `new` of them.
 
         Returns:
             The next token's logits `[B, vocabulary]`, and what `prepare_inputs_for_generation` takes after it.
@@ -299,7 +302,7 @@ class _Loop:
         return logits, model._update_model_kwargs_for_generation(outputs, model_kwargs)
 
     def _land(self, left: int) -> bool:
-        """Read flags, all but the newest `left`, until one says that every sequence has ended."""
+        """Read all flags but the newest `left`. Return True at the first that says that all sequences have ended."""
         while len(self.in_flight) > left:
             if self.in_flight.popleft().land(self.streamer):
                 return True

@@ -1,8 +1,8 @@
-"""Linear layers that read one input, such as query, key and value, or gate and up: one matrix product for all.
+"""One matrix product for linear layers that read the same input, such as query, key and value, or gate and up.
 
-A decode step reads every weight for a handful of tokens, so a small product costs little more than its launch and the
-ramp of its memory traffic. The weights of siblings are moved next to each other, where one product can read them. They
-keep their values, names and shapes, and nothing is held twice.
+A decode step reads every weight for only a few tokens, so a small product costs little more than its launch and the
+start of its memory traffic. The weights of such siblings are moved next to each other, so that one product reads them
+all. They keep their values, names and shapes, and nothing is stored twice.
 """
 
 import operator
@@ -18,14 +18,14 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-# Where a model keeps its siblings once they have been seen.
+# The attribute of a model that lists its siblings once `watch` has found them.
 SIBLINGS = "_hardkv_siblings"
 
 
 @contextmanager
 def watch(model: nn.Module) -> Iterator[None]:
-    """Note which plain linear layers of a model read the very same tensor in the forward that runs inside."""
-    readers: dict[int, tuple[Any, list[nn.Linear]]] = {}  # by the input, which must live on for its id to stand for it
+    """Note which plain linear layers of a model read the same tensor in the forward that runs inside this block."""
+    readers: dict[int, tuple[Any, list[nn.Linear]]] = {}  # by the input's id; it must stay alive to keep it
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if inputs:
@@ -48,13 +48,13 @@ def watch(model: nn.Module) -> Iterator[None]:
 
 
 def _can_join(modules: list[nn.Linear]) -> bool:
-    """Whether linear layers are of one kind, so that one product can stand for theirs."""
+    """Return whether linear layers are of one kind, so that one product can replace theirs."""
     weights = [module.weight for module in modules]
     biases = [module.bias for module in modules if module.bias is not None]
     kinds = {(each.dtype, each.device, each.shape[1:]) for each in weights}
     return (
         len(modules) > 1
-        and len(set(weights)) == len(modules)  # none is called twice
+        and len(set(weights)) == len(modules)  # no layer is called twice
         and len(kinds) == 1
         and len(biases) in (0, len(modules))
         and all(type(each.data) is Tensor for each in (*weights, *biases))  # neither quantised nor sharded
@@ -62,12 +62,12 @@ def _can_join(modules: list[nn.Linear]) -> bool:
 
 
 def _alone(tensor: Tensor) -> bool:
-    """Whether a tensor is all that its memory holds."""
+    """Return whether a tensor fills its whole storage."""
     return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def adjacent(tensors: list[Any]) -> bool:
-    """Whether tensors fill one piece of memory from its beginning, one after the other."""
+    """Return whether tensors fill one storage from its start, one after the other."""
     end = 0
     for tensor in tensors:
         same = tensor.untyped_storage()._cdata == tensors[0].untyped_storage()._cdata
@@ -79,9 +79,9 @@ def adjacent(tensors: list[Any]) -> bool:
 
 @torch.no_grad()
 def join(model: nn.Module) -> bool:
-    """Move the parameters of siblings that `watch` saw next to each other; tells whether any was moved.
+    """Move the parameters of siblings that `watch` found next to each other. Return whether any moved.
 
-    The model must be at rest: a forward, or a graph, that runs meanwhile reads memory that is given back.
+    The model must not be in use: a forward or graph that runs meanwhile reads memory that is freed.
     """
     moved = None
     for modules in filter(_can_join, getattr(model, SIBLINGS, ())):
@@ -95,15 +95,15 @@ def join(model: nn.Module) -> bool:
                 each.data = part
             moved = home
     if moved is not None and moved.device.type == "cuda":
-        torch.cuda.empty_cache()  # what they lay in before fits nothing as large
+        torch.cuda.empty_cache()  # the freed pieces are too small for what comes next
     return moved is not None
 
 
 class JoinProducts(CustomGraphPass):
-    """Inductor's pass that makes one product of those of adjacent weights with one input."""
+    """An inductor pass that joins the products of adjacent weights with one input."""
 
     def __call__(self, graph: Graph) -> None:
-        if config.max_autotune or config.max_autotune_gemm:  # which tries products on copies of single parameters
+        if config.max_autotune or config.max_autotune_gemm:  # autotuning tries products on copies of single parameters
             warnings.warn(
                 "inductor autotunes matrix products (max_autotune): the compiled step keeps those of one input apart",
                 stacklevel=2,
@@ -120,7 +120,7 @@ class JoinProducts(CustomGraphPass):
                 _merge(graph, nodes, weights, None if bare else biases)
 
     def uuid(self) -> bytes:
-        """What compiled code is kept by."""
+        """Return the key under which compiled code is cached."""
         return get_hash_for_files((__file__,))
 
 
@@ -129,7 +129,7 @@ def _argument(node: Node, at: int, name: str) -> Any:
 
 
 def _lie_together(nodes: list[Any]) -> bool:
-    """`adjacent` of a graph's inputs."""
+    """Return whether a graph's inputs are `adjacent`."""
     inputs = all(isinstance(node, Node) and node.op == "placeholder" for node in nodes)
     return inputs and adjacent([node.meta["example_value"] for node in nodes])
 

@@ -1,4 +1,4 @@
-"""Plans the bytes that a HardKVCache will hold, before anything runs."""
+"""Plan the bytes that a HardKVCache will hold, before anything runs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,18 +18,18 @@ from hardkv.selectors.checks import check_count
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The most bytes of keys, values and what belongs to them; activations and weights are not counted.
+    """The most bytes that a cache will hold. Activations and weights are not counted.
 
     Args:
-        condensed: tokens that events keep, and tokens on probation.
-        recent: the dense tiers, each of the window and an interval.
+        condensed: tokens that events keep, including deselected tokens that are held for a while (`patience`).
+        recent: the dense tiers, each with room for the window and an interval.
         queries: the queries that score tokens.
-        sliding: layers that attend within a window, which stay uncompressed (transformers keeps their whole prompt
-            until the first step; those of MiMo-V2-Flash have twice as many KV heads as its config says).
+        sliding: layers that attend within a window; they stay uncompressed. transformers keeps their whole prompt until
+            the first step; those of MiMo-V2-Flash have twice as many KV heads as its config says.
         dense_nbytes: what a DynamicCache holds at `max_length`.
-        fixed: whether the budget's totals are fixed, so that `graphed` allocates this from the start; otherwise it is
-            a bound that a cache stays below.
-        uncounted: kinds of layers whose states are not counted, such as linear attention, beside attention or alone.
+        fixed: whether the budget's totals are fixed. Then `graphed` allocates this from the start; otherwise it is an
+            upper bound.
+        uncounted: kinds of layers whose states are not counted, such as linear attention, alone or besides attention.
     """
 
     condensed: int
@@ -60,7 +60,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     **settings: Any,
 ) -> MemoryPlan:
-    """Plan the bytes of `HardKVCache(config=config, budget=budget, **settings)` for a batch; nothing is run.
+    """Plan the bytes of `HardKVCache(config=config, budget=budget, **settings)` for a batch. Run nothing.
 
     Args:
         config: `model.config`, or the model.
@@ -97,21 +97,21 @@ def plan(
     fixed, uncounted = cache.settings.patience == 0, set()
     for idx, layer in enumerate(cache.layers):
         query_heads, heads, dim, value_dim = traits.heads(idx)
-        token = (dim + value_dim) * dtype.itemsize  # key and value
+        token = (dim + value_dim) * dtype.itemsize  # one key and one value
         if isinstance(layer, HardKVLayer):
             if isinstance(layer, HybridLayer):
-                uncounted.add(LinearAttentionLayer.__name__)  # its other part
+                uncounted.add(LinearAttentionLayer.__name__)  # the layer's linear part
             dense += batch * heads * max_length * token
             ragged, known = layer.most_condensed(heads, max_length, pinned)
             fixed = fixed and known
-            if cache.settings.patience:  # all that the condensed tier does not keep may be on probation
+            if cache.settings.patience:  # all tokens outside the condensed tier may still be held
                 ragged = heads * (max_length - min(window, max_length))
             condensed += batch * ragged * (token + 5)  # position, misses
-            condensed += 2 * (batch * heads + 1) * 4 + batch * heads * 24  # where rows begin; schedules
+            condensed += 2 * (batch * heads + 1) * 4 + batch * heads * 24  # cu_seqlens; schedules
             if cache.settings.calibration is not None and layer.budget.uses_temperature:
                 condensed += batch * heads * 4
             recent += batch * (heads * columns * token + columns * 4 + 16)  # positions, fill, tokens so far
-            recent += batch * layer.first * (max_length + 1)  # the last mask, and whether one was not followed
+            recent += batch * layer.first * (max_length + 1)  # the last mask, and a flag for unread masks
             queries += batch * (window + 1) * (query_heads * dim * dtype.itemsize + 1)
         elif isinstance(layer, DynamicSlidingWindowLayer):
             sliding += batch * heads * min(layer.sliding_window, max_length) * token
@@ -134,8 +134,8 @@ def max_batch_size(
 
     Args:
         config, budget, prompt_length, max_length, dtype, settings: as for `plan`.
-        memory: bytes for the cache: those of the device, less weights and the activations of the prompt. None: the free
-            bytes of the current CUDA device; so call this after loading the model, and leave room for activations.
+        memory: bytes for the cache: the device's memory, less weights and the activations of the prompt. None: the free
+            bytes of the current CUDA device. Then call this after loading the model, and leave room for activations.
 
     Raises:
         ValueError: as `plan`; or `memory` is None and there is no CUDA device.

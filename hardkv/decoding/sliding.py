@@ -1,4 +1,4 @@
-"""Sliding-window layers, which are transformers' own, during static steps: a ring of tokens at fixed addresses."""
+"""transformers' sliding-window layers during static steps: a ring of tokens at fixed addresses."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,15 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from hardkv.kernels.attention import attend_tiers
 from hardkv.kernels.rows import Rows
 
-# Every column comes before it, and what stands there is hidden.
+# A position after every column: queries never see a token with it.
 LAST = torch.iinfo(torch.int32).max
 
 
 class StaticWindow:
-    """The newest W columns of a layer: that of column c in slot c % W, where a step overwrites what it does not see.
+    """The newest W columns of a layer. Column c lies in slot c % W; a step overwrites a column that it does not see.
 
-    A query sees its own column and the W - 1 before it, which are what transformers holds. Pads are columns like
-    others, with a position that hides them, so the layer gets back exactly what it would have held.
+    A query sees its own column and the W - 1 before it, which are the ones that transformers holds. Pads are stored
+    like other columns, with a position that hides them, so the layer gets back exactly what it would have held.
 
     Args:
         layer: after a prefill. attention: see `kernels.attention.backend_for`.
@@ -36,17 +36,17 @@ class StaticWindow:
             self.fill = torch.zeros(batch, dtype=torch.int64, device=device)
             self.nothing = Rows(torch.zeros(batch * heads + 1, dtype=torch.int32, device=device), 0, 0)
             self._hidden = torch.zeros(1, 1, 1, dtype=torch.bool, device=device)
-        self.padded = False  # whether a column may be hidden
+        self.padded = False  # whether any column may be hidden
 
     @staticmethod
     def _dtype(layer: DynamicSlidingWindowLayer) -> torch.dtype:
-        """One for keys and values, which autocast may leave with two."""
+        """Return one dtype for keys and values. Under autocast they may have two."""
         assert layer.keys is not None
         assert layer.values is not None
         return torch.promote_types(layer.keys.dtype, layer.values.dtype)
 
     def fits(self, layer: DynamicSlidingWindowLayer) -> bool:
-        """Whether the ring serves the layer as it is now."""
+        """Return whether the ring fits the layer as it is now."""
         keys = layer.keys
         return (
             layer is self.layer
@@ -57,7 +57,7 @@ class StaticWindow:
         )
 
     def load(self, padding: Tensor | None) -> None:
-        """Take over what the layer holds; `padding`: bool `[B, columns so far]`, which hold tokens, all when None."""
+        """Copy the layer's tokens. `padding`, bool `[B, columns so far]`, says which columns hold tokens; None: all."""
         slots, columns = self._newest(self.layer.cumulative_length)
         if padding is not None:
             padding = padding[:, columns]
@@ -69,7 +69,7 @@ class StaticWindow:
         self.positions[:, slots] = positions if padding is None else positions.masked_fill(~padding, LAST)
 
     def give_back(self, seen: int) -> None:
-        """Let the layer hold what it would after `seen` columns."""
+        """Give the layer the tokens that it would hold after `seen` columns."""
         if self.layer.cumulative_length != seen:
             slots, _ = self._newest(seen)
             assert self.layer.keys is not None
@@ -79,7 +79,7 @@ class StaticWindow:
             self.layer.keys, self.layer.values, self.layer.cumulative_length = keys, values, seen
 
     def _newest(self, seen: int) -> tuple[Tensor, Tensor]:
-        """Slots and columns, both int64 `[min(seen, W - 1)]`, of what the layer holds after `seen` columns."""
+        """Return slots and columns, both int64 `[min(seen, W - 1)]`, of what the layer holds after `seen` columns."""
         columns = torch.arange(max(0, seen - self.size + 1), seen, device=self.keys.device)
         return columns % self.size, columns
 
@@ -95,7 +95,7 @@ class StaticWindow:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """As `StaticDecoding.attend`, of the token of `column`, int64 `[1]`."""
+        """Attend as `StaticDecoding.attend` does; the token is that of `column`, int64 `[1]`."""
         if store:
             slot, batch = column % self.size, self.fill.shape[0]
             self.keys.index_copy_(2, slot, keys)
@@ -122,5 +122,5 @@ class StaticWindow:
         return out
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes."""
+        """Return all tensors held, for counting bytes."""
         return [self.keys, self.values, self.positions, self.fill, self._hidden, *self.nothing.tensors()]

@@ -1,4 +1,4 @@
-"""A model's decode step over the pools of a cache, as a CUDA graph where there is CUDA."""
+"""A model's decode step over the pools of a cache; with CUDA it is captured in a CUDA graph."""
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
@@ -24,14 +24,14 @@ from hardkv.decoding.compiled import compiled_forward
 from hardkv.decoding.fixed import StaticDecoding
 from hardkv.decoding.fixed_tokens import StaticTokens
 
-# Inputs of a step: those that change as we know, those that stay as they are, and those that the pools stand for.
+# Inputs of a step: those that change in a known way, those that stay the same, and those that the pools replace.
 MOVING = ("input_ids", "position_ids")
 CONSTANT = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 REPLACED = (*NAMES, "attention_mask")
 
 
 class UnknownLength(UnmaskedLength):
-    """A length that grows while the code that asks for it runs only once: it can be compared, not computed with."""
+    """A length that grows while the code that reads it runs only once. It can be compared but not computed with."""
 
     def _refuse(self, *args: Any) -> Any:
         raise NotImplementedError(
@@ -43,49 +43,49 @@ class UnknownLength(UnmaskedLength):
 
     @classmethod
     def __torch_function__(cls, *args: Any) -> Any:
-        """What comes before a tensor's own arithmetic with an int."""
+        """Refuse arithmetic between a tensor and this length."""
         cls()._refuse()
 
 
 class StepLayer(CacheLayerMixin):
-    """What the model sees of a layer during a static step."""
+    """A layer as the model sees it during a static step."""
 
     is_sliding = False
 
     def __init__(self, layer_idx: int, length: int, window: int | None, latent: bool):
         super().__init__()
-        self.is_initialized = True  # some models take a cache that is not for the first forward
+        self.is_initialized = True  # some models take an uninitialized cache for the first forward
         self.layer_idx = layer_idx
         self.length = length
         self.window = window
         self.latent = latent
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the pools hold what is stored."""
+        """Do nothing: the pools hold what is stored."""
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[KVHandle, KVHandle]:
-        """Handles of keys `[B, H, 1, D]` and values `[B, H, 1, Dv]`, which attention takes."""
+        """Return handles of keys `[B, H, 1, D]` and values `[B, H, 1, Dv]` for attention."""
         new = StaticTokens(self.layer_idx, key_states, value_states, self.window, self.latent)
         handle = LatentHandle if self.latent else KVHandle
         return handle(new, key_states), handle(new, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of the new token alone, as attention reads no mask."""
+        """Return the sizes for the new token alone, because attention reads no mask."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Some length above 0."""
+        """Return a length above 0; its value means nothing."""
         return self.length
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """Return -1: there is no maximum."""
         return -1
 
 
 class HybridStepLayer(StepLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
-    """`StepLayer` for the keys and values, and the very states of a `HybridLayer`."""
+    """A `StepLayer` for keys and values, with the original state tensors of a `HybridLayer`."""
 
     def __init__(self, layer_idx: int, length: int, layer: HybridLayer):
         StepLayer.__init__(self, layer_idx, length, None, layer.latent)
@@ -94,13 +94,13 @@ class HybridStepLayer(StepLayer, LinearAttentionAndFullAttentionLayer):  # type:
 
 
 class DecodeSteps:
-    """A model's decode step over the pools of one cache, captured where there is CUDA.
+    """A model's decode step over the pools of one cache, captured if there is CUDA.
 
-    It runs once as it is, once compiled if it shall be, and is then captured. Outgrown pools, weights at other
-    addresses and inputs of other shapes lead to a new capture. Copies and pickles of a cache begin without.
+    It runs once uncompiled, then once compiled if `compiled`, and is then captured. It is captured again if a pool
+    outgrows its room, weights move, or inputs change shape. Copies and pickles of a cache start without it.
 
     Args:
-        model: whose forward runs. compiled: whether by `torch.compile`.
+        model: its forward runs. compiled: whether to use `torch.compile`.
     """
 
     def __init__(self, model: Any, compiled: bool):
@@ -110,8 +110,8 @@ class DecodeSteps:
         self.decoding: StaticDecoding | None = None
         self.captures = self.replays = 0
         self._inputs: dict[str, Any] = {}
-        self._weights: tuple[int, ...] = ()  # addresses, which nobody changes while steps are made
-        self._autocast: Any = None  # the caller's, which nobody changes either
+        self._weights: tuple[int, ...] = ()  # addresses; they must not change while steps run
+        self._autocast: Any = None  # the caller's autocast setting; it must not change either
         self._forget()
 
     def __reduce__(self) -> Any:
@@ -120,36 +120,36 @@ class DecodeSteps:
     def _forget(self) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
-        self._place: Any = None  # addresses that the graph was captured with
-        self._runs = 0  # uncaptured, with the inputs' shapes
+        self._place: Any = None  # the addresses that the graph was captured with
+        self._runs = 0  # uncaptured runs with inputs of these shapes
 
     def of(self, model: Any, compiled: bool) -> bool:
-        """Whether these are steps of that model."""
+        """Return whether these are steps of that model, compiled or not as asked."""
         return self._model() is model and self.compiled == compiled
 
     @property
     def how(self) -> str:
-        """ "captured", "uncaptured" where there is no CUDA, or "" before the first step."""
+        """ "captured"; "uncaptured" without CUDA; "" before the first step."""
         if self.decoding is None:
             return ""
         return "captured" if self.decoding.column.device.type == "cuda" else "uncaptured"
 
     @property
     def running(self) -> StaticDecoding:
-        """What steps, after `start`."""
+        """The StaticDecoding in use, after `start`."""
         assert self.decoding is not None
         return self.decoding
 
     def prefilling(self, cache: HardKVCache) -> AbstractContextManager[None]:
-        """Around a prefill: an empty cache that has pools fills them at once."""
+        """Return a context for a prefill: an empty cache that has pools puts its tiers into them at once."""
         return nullcontext() if self.decoding is None or cache.get_seq_length() else self.decoding.placing()
 
     def start(self, cache: HardKVCache, inputs: dict[str, Any], length: int) -> None:
-        """Get ready to step.
+        """Prepare for steps.
 
         Args:
             cache: after its prefill. inputs: what `prepare_inputs_for_generation` gives the model at the next step.
-            length: columns that the cache will have seen at most.
+            length: the most columns that the cache will see.
 
         Raises:
             NotImplementedError: an input whose next values are not known.
@@ -163,11 +163,11 @@ class DecodeSteps:
             self._autocast = autocast
         self._take({name: value for name, value in inputs.items() if name not in REPLACED})
         for layer in cache._compressed:
-            if layer.event_due:  # held until all layers had read the keys
+            if layer.event_due:  # held back until all layers had read the keys
                 layer.compress()
         if self.decoding is None or not self.decoding.fits(cache.layers, length):
             self._forget()
-            self.decoding = None  # before new pools are made
+            self.decoding = None  # free the old pools before new ones are made
             self.decoding = StaticDecoding(cache.layers, length, cache.settings.attention)
         seen, padding, padded = cache.get_seq_length(), None, self.decoding.padded
         if self.decoding.windows and inputs.get("attention_mask") is not None:
@@ -177,13 +177,13 @@ class DecodeSteps:
             self._forget()
 
     def _settle_weights(self, model: Any) -> None:
-        """Take note of where the weights lie, those that the compiled forward reads as one next to each other."""
+        """Note the addresses of the weights. A compiled forward first needs weights that it joins to be adjacent."""
         if self.compiled:
             joined_linears.join(model)
         self._weights = tuple(parameter.data_ptr() for parameter in model.parameters())
 
     def _take(self, inputs: dict[str, Any]) -> None:
-        """Give the inputs addresses that stay."""
+        """Copy the inputs to fixed addresses."""
         for name, value in inputs.items():
             if isinstance(value, Tensor) and name not in (*MOVING, *CONSTANT):
                 raise NotImplementedError(
@@ -205,7 +205,7 @@ class DecodeSteps:
             }
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """One step: tokens `[B]` in, float32 logits `[B, vocabulary]` out, which the next step may overwrite.
+        """Run one step: tokens `[B]` in, float32 logits `[B, vocabulary]` out. The next step may overwrite the logits.
 
         Raises:
             NotImplementedError: the forward cannot be captured, or compiled as a whole.
@@ -213,13 +213,13 @@ class DecodeSteps:
         self._inputs["input_ids"].copy_(tokens[:, None])
         if tokens.device.type != "cuda":
             logits = self._run()
-        elif self._runs <= self.compiled:  # kernels are built and workspaces made before anything is captured
+        elif self._runs <= self.compiled:  # run before a capture, so that kernels are built and workspaces exist
             side, here = torch.cuda.Stream(tokens.device), torch.cuda.current_stream(tokens.device)
             side.wait_stream(here)
             try:
                 with torch.cuda.stream(side):
                     logits = self._run()
-            finally:  # what fails may free memory that the other stream still works on
+            finally:  # a failure may free memory that the other stream still uses
                 here.wait_stream(side)
             logits.record_stream(here)
         else:
@@ -235,10 +235,10 @@ class DecodeSteps:
         return logits
 
     def _run(self) -> Tensor:
-        """The step itself."""
+        """Run the step itself."""
         model, decoding = self._model(), self.running
         assert model is not None
-        compiled = self.compiled and self._runs > 0  # the first run finds what the model asks the cache
+        compiled = self.compiled and self._runs > 0  # the first run tests what the model reads from the cache
         forward = compiled_forward(model) if compiled else model
         length = 1 if compiled else UnknownLength(1)
         layers: list[Any] = [_seen_of(decoding, idx, length) for idx in range(Traits.of(model.config).num_layers)]
@@ -263,7 +263,7 @@ class DecodeSteps:
         return logits
 
     def _capture(self) -> None:
-        """Have a graph that is captured with everything where it lies now."""
+        """Capture a graph, unless the present one has the current addresses."""
         model, decoding = self._model(), self.running
         assert model is not None
         place = decoding.addresses, self._weights
@@ -271,12 +271,12 @@ class DecodeSteps:
             return
         self._graph = self._logits = None
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        torch.clear_autocast_cache()  # it keeps casts of weights while its block lasts: no graph may read or make them
+        torch.clear_autocast_cache()  # its casts of weights last as long as its block: a graph must not use them
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = self._run()
         except RuntimeError as error:
-            torch.cuda.set_stream(here)  # PyTorch stays on the capture's where ending it fails
+            torch.cuda.set_stream(here)  # if ending the capture fails, PyTorch stays on the capture's stream
             if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
                 raise
             raise NotImplementedError(
@@ -289,12 +289,12 @@ class DecodeSteps:
         self.captures += 1
 
     def tensors(self) -> list[Tensor]:
-        """Everything held for the cache, for counting bytes."""
+        """Return all tensors held for the cache, for counting bytes."""
         return [] if self.decoding is None else self.decoding.tensors()
 
 
 def _padding(mask: Any, seen: int) -> Tensor:
-    """Which of the columns so far hold tokens, bool `[B, seen]`."""
+    """Return which of the columns so far hold tokens, bool `[B, seen]`."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise NotImplementedError(
             "custom_generate=graphed needs an attention_mask of two dimensions, 1 for tokens and 0 for padding: leave "
@@ -310,7 +310,7 @@ def _alike(old: Any, new: Any) -> bool:
 
 
 def _seen_of(decoding: StaticDecoding, idx: int, length: int) -> CacheLayerMixin | LinearAttentionCacheLayerMixin:
-    """What the model sees of a layer: of linear attention the layer itself, which changes in place."""
+    """Return the layer that the model sees; for linear attention the layer itself, which changes in place."""
     linear = decoding.linear.get(idx)
     if linear is None:
         window = decoding.windows[idx].size if idx in decoding.windows else None
@@ -319,5 +319,5 @@ def _seen_of(decoding: StaticDecoding, idx: int, length: int) -> CacheLayerMixin
 
 
 def _held_by_modules(model: Any) -> list[Tensor]:
-    """Tensors that modules hold as plain attributes."""
+    """Return the tensors that modules hold as plain attributes."""
     return [value for each in model.modules() for value in vars(each).values() if isinstance(value, Tensor)]
