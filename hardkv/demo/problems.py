@@ -1,4 +1,4 @@
-"""The demo on problems: how many of them a model solves with a dense cache and with compressed ones."""
+"""The demo on problems: how many problems a model solves with a dense cache and with compressed ones."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,17 +31,18 @@ from hardkv.demo.shared import (
 from hardkv.files import check_writable, write_text
 from hardkv.loading import load
 
-# Tokens between two looks at what a cache holds.
+# Tokens between two measurements of a cache.
 SAMPLE = 16
 
 
 @dataclass
 class Score:
-    """One cache on all problems, as one batch; in JSON as it stands here.
+    """The result of one cache on all problems, as one batch. JSON has the same fields.
 
     Args:
-        solved: how many; answers: what stood in the last box of each, None if there was none.
-        nbytes, dense_nbytes: held, and what a dense cache would hold, for all problems together, mean over the steps.
+        solved: how many problems were solved; answers: the content of each text's last box, None without a box.
+        nbytes, dense_nbytes: bytes held, and bytes that a dense cache would hold, for all problems together, mean over
+            the steps.
     """
 
     cache: str
@@ -54,18 +55,18 @@ class Score:
 
     @property
     def ratio(self) -> float:
-        """Bytes held over bytes of a dense cache, both means over the steps."""
+        """Bytes held over bytes of a dense cache; both are means over the steps."""
         return self.nbytes / self.dense_nbytes
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{}` of a text."""
+    r"""Return the content of the last `\boxed{}` in a text; None without one."""
     _, found, rest = text.rpartition(r"\boxed{")
     return rest.partition("}")[0].strip() if found and "}" in rest else None
 
 
 def build_prompts(tokenizer: Any, problems: Sequence[str]) -> dict[str, Tensor]:
-    """Every problem as one user message (as plain text for models without a chat template), padded on the left."""
+    """Make a user message of every problem (plain text for models without a chat template), padded on the left."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -92,11 +93,12 @@ def run_problems(
     out: Path,
     console: Console | None = None,
 ) -> list[Score]:
-    r"""Solve problems with DynamicCache and with HardKVCache of every config; print and write how many were right.
+    r"""Solve problems with DynamicCache and with HardKVCache of every config. Print and write how many are right.
 
     Args:
-        model_name: see `load`. problems: each with "problem" and "answer"; solved is what ends in `\boxed{answer}`.
-        configs: of HardKVCache, by what to call them. max_new_tokens: longest solution.
+        model_name: see `load`. problems: each with "problem" and "answer"; a text that ends in `\boxed{answer}` solves
+            one.
+        configs: of HardKVCache, by display name. max_new_tokens: longest solution.
         out: folder for `scores.json`, made if it does not exist.
         console: where to print; standard output by default.
 
@@ -145,7 +147,7 @@ def _solve(
     label: str,
     cache: DynamicCache,
 ) -> Score:
-    """All problems at once, with a bar that counts steps."""
+    """Solve all problems at once, with a bar that counts steps."""
     task = progress.add_task(label, total=max_new_tokens)
     samples: list[tuple[int, int]] = []
 

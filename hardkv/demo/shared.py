@@ -1,4 +1,4 @@
-"""What the demos share: timed generation, progress bars, and what their reports tell."""
+"""What the demos share: timed generation, progress bars, and the data of their reports."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from hardkv.loading import DEFAULT_MODEL
 
 
 class Clock(BaseStreamer):
-    """Notes when tokens arrive. `generate` puts the prompt first, then every token."""
+    """Note when tokens arrive. `generate` passes the prompt first, then every token."""
 
     def __init__(self, on_token: Callable[[int], None]):
         self.ticks: list[float] = []
@@ -31,7 +31,7 @@ class Clock(BaseStreamer):
         self.on_token(len(self.ticks) - 1)
 
     def end(self) -> None:
-        """Nothing is left to flush."""
+        """Do nothing: there is nothing to flush."""
 
     @property
     def prefill_seconds(self) -> float:
@@ -44,13 +44,13 @@ class Clock(BaseStreamer):
 
 
 def generate(model: Any, inputs: dict[str, Tensor], cache: Cache, max_new_tokens: int, clock: Clock) -> Tensor:
-    """The greedy answers' tokens `[batch, new]`."""
+    """Return the tokens of the greedy answers, `[batch, new]`."""
     out = model.generate(
         **inputs,
         **{CACHE: cache},
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        temperature=None,  # a checkpoint's sampling defaults would only raise warnings
+        temperature=None,  # the checkpoint's sampling defaults would only raise warnings
         top_p=None,
         top_k=None,
         streamer=clock,
@@ -59,15 +59,15 @@ def generate(model: Any, inputs: dict[str, Tensor], cache: Cache, max_new_tokens
 
 
 def make_console() -> Console:
-    """Standard output."""
+    """Return a console for standard output."""
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # rich assumes 80 for pipes and logs
+        console.width = 120  # for pipes and logs rich assumes 80
     return console
 
 
 def make_progress(console: Console) -> Progress:
-    """Bars that count tokens."""
+    """Return progress bars that count tokens."""
     return Progress(
         SpinnerColumn(finished_text=" "),
         TextColumn("{task.description}"),
@@ -80,16 +80,16 @@ def make_progress(console: Console) -> Progress:
 
 
 def tell_settings(say: Callable[[str], None], configs: Mapping[str, HardKVConfig]) -> None:
-    """One line for each."""
+    """Print one line per config."""
     for name, config in configs.items():
         say(f"HardKV {name}: {selection(config)}, window {config.window}, sinks {config.sinks}")
 
 
 def check_caches(model: Any, configs: Mapping[str, HardKVConfig]) -> None:
-    """Make every cache once, before minutes of work; calibration="auto" calibrates here, outside of the times.
+    """Make every cache once, before minutes of work. calibration="auto" calibrates here, outside the measured times.
 
     Raises:
-        InputError: a calibration that does not fit the model.
+        InputError: a calibration does not fit the model.
     """
     try:
         for config in configs.values():
@@ -99,13 +99,13 @@ def check_caches(model: Any, configs: Mapping[str, HardKVConfig]) -> None:
 
 
 def warm_up(model: Any, inputs: dict[str, Tensor]) -> None:
-    """Two tokens, so that threads and kernels start up outside of the times."""
+    """Generate two tokens, so that threads and kernels start outside the measured times."""
     start = {key: value[:, :64] for key, value in inputs.items()}
     generate(model, start, DynamicCache(config=model.config), 2, Clock(lambda count: None))
 
 
 def held(cache: DynamicCache) -> tuple[int, int]:
-    """Bytes held, and bytes a dense cache would hold."""
+    """Return the bytes held, and the bytes that a dense cache would hold."""
     if isinstance(cache, HardKVCache):
         return cache.nbytes(), cache.dense_nbytes()
     tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
@@ -114,12 +114,12 @@ def held(cache: DynamicCache) -> tuple[int, int]:
 
 
 def selection(config: HardKVConfig) -> str:
-    """Scorer and budget."""
+    """Return scorer and budget as text."""
     return f"scorer {config.to_dict()['scorer']['name']}, budget {config.budget}"
 
 
 def environment(model: Any, model_name: str | None) -> dict[str, str]:
-    """What numbers depend on, for JSON."""
+    """Return the environment that numbers depend on, for JSON."""
     on_gpu = model.device.type == "cuda"
     return {
         "model": model_name or DEFAULT_MODEL,

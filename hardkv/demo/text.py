@@ -39,13 +39,13 @@ from hardkv.viz import plot_lengths
 
 @dataclass
 class Run:
-    """One answer, with what its cache held at the end; in JSON as it stands here."""
+    """One answer, and what its cache held at the end. JSON has the same fields."""
 
     cache: str
     answer: str
     new_tokens: int
     prefill_seconds: float
-    decode_tokens_per_second: float | None  # None: a single token
+    decode_tokens_per_second: float | None  # None if there is only one token
     nbytes: int = 0
     dense_nbytes: int = 0
     settings: dict[str, Any] | None = None  # HardKVConfig.to_dict(); None for DynamicCache
@@ -58,7 +58,7 @@ class Run:
 
 
 def build_prompt(tokenizer: Any, text: str, question: str) -> dict[str, Tensor]:
-    """The text, then the question, as one user message (as plain text for models without a chat template)."""
+    """Make one user message of the text and then the question (plain text for models without a chat template)."""
     content = f"{text.strip()}\n\n{question}"
     if tokenizer.chat_template is None:
         return dict(tokenizer(f"{content}\n", return_tensors="pt"))
@@ -77,12 +77,12 @@ def run_demo(
     out: Path,
     console: Console | None = None,
 ) -> list[Run]:
-    """Answer with DynamicCache and with HardKVCache of every config; print, draw and write what came of it.
+    """Answer with DynamicCache and with HardKVCache of every config. Print, draw and write the results.
 
     Args:
         model_name: see `load`. text_file: the long text; None is the Apache License.
-        question: asked after the text. configs: of HardKVCache, by what to call them. max_new_tokens: longest answer.
-        out: folder for `demo.json` and one picture a config, made if it does not exist.
+        question: asked after the text. configs: of HardKVCache, by display name. max_new_tokens: longest answer.
+        out: folder for `demo.json` and one picture per config, made if it does not exist.
         console: where to print; standard output by default.
 
     Raises:
@@ -93,7 +93,7 @@ def run_demo(
     for path in written:  # before minutes of work
         check_writable(path)
     text = (text_file or resources.files("hardkv") / "data" / "apache-2.0.txt").read_text(encoding="utf-8")
-    say = partial(console.print, highlight=False, markup=False)  # brackets in a question are no markup
+    say = partial(console.print, highlight=False, markup=False)  # brackets in a question are not markup
     say(f"Loading {model_name or 'SmolLM2-135M-Instruct'}")
     model, tokenizer = load(model_name)
     inputs = {key: value.to(model.device) for key, value in build_prompt(tokenizer, text, question).items()}
@@ -133,7 +133,7 @@ def _answer(
     label: str,
     cache: DynamicCache,
 ) -> Run:
-    """One generation, with a bar that counts its tokens."""
+    """Generate one answer, with a bar that counts its tokens."""
     task = progress.add_task(f"{label}: reading", total=max_new_tokens)
 
     def on_token(count: int) -> None:
@@ -141,7 +141,7 @@ def _answer(
 
     clock = Clock(on_token)
     tokens = generate(model, inputs, cache, max_new_tokens, clock)[0]
-    progress.update(task, total=len(tokens), description=label)  # it may have ended before the longest allowed
+    progress.update(task, total=len(tokens), description=label)  # the answer may be shorter than allowed
     run = Run(
         cache=label,
         answer=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
