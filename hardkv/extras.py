@@ -1,10 +1,10 @@
-"""Errors that the user can mend, and the check for optional packages."""
+"""Errors that the user can fix, and the check for optional packages."""
 
 from importlib.util import find_spec
 
 
 class InputError(Exception):
-    """What was asked for cannot be done; the message says why."""
+    """A request cannot be fulfilled; the message says why."""
 
 
 class MissingPackageError(ImportError):
@@ -19,7 +19,7 @@ def require(extra: str, *packages: str) -> None:
         packages: top-level import names.
 
     Raises:
-        MissingPackageError: some are not installed.
+        MissingPackageError: some of them are not installed.
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:

