@@ -54,7 +54,7 @@ def file_to_write(text: str) -> Path:
 
 
 def _special(mode: int) -> str:
-    """Name what is neither a file nor a folder, from its `st_mode`."""
+    """Return the name for a FIFO, socket or device, by its `st_mode`."""
     return "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 

@@ -250,9 +250,9 @@ class HardKVCache(GivenCache):
         """Record what every KV head holds after every selection event, for `hardkv.viz` or to `save`.
 
         The trace gets a snapshot at the start, if the cache holds tokens, after every event, and at the end. While
-        recording, each event copies its positions to the host and waits for the copy. Steps between events cost
-        nothing, and neither do caches that are not recorded. After a reorder of the batch (beam search), the trace
-        shows the sequences that are left. `crop()` removes its columns from the trace, and `reset()` empties it.
+        recording, each event copies its positions to the host and waits for the copy. Steps between events cost nothing
+        extra. Caches that are not recorded pay nothing. After a reorder of the batch (beam search), the trace shows the
+        sequences that are left. `crop()` removes its columns from the trace, and `reset()` empties it.
 
         Returns:
             A context manager that gives the `Trace`, which grows while the block runs.

@@ -85,10 +85,10 @@ class GivenCache(WholeCache):
         return length
 
     def insist(self, prepare: Callable[[], Any]) -> Any:
-        """Return what `prepare` returns for a model that must keep this cache beyond the limit.
+        """Call `prepare` so that a model keeps this cache beyond the limit, and return the result.
 
-        This is correct if all that the cache holds stays right there. A model drops a cache that holds no more tokens
-        than the limit, so the cache reports a larger length meanwhile.
+        Keeping it is correct if the tokens that it holds stay right there. A model drops a cache that holds no more
+        tokens than the limit, so the cache reports a larger length meanwhile.
 
         Raises:
             NotImplementedError: the tokens that the cache holds are of no use beyond the limit.

@@ -19,7 +19,7 @@ def check_alike(keys: Tensor, values: Tensor, layer_idx: int) -> None:
 
 
 def check_shape(layer: CacheLayerMixin, layer_idx: int, keys: Tensor) -> None:
-    """Raise ValueError unless keys `[B, H, q, D]` fit what a transformers layer holds: it does not check itself."""
+    """Raise ValueError unless keys `[B, H, q, D]` fit the tokens of a transformers layer, which does not check them."""
     if layer.is_initialized and layer.keys is not None and layer.keys.dim() == 4:
         has, got = ((each.shape[0], each.shape[1], each.shape[3]) for each in (layer.keys, keys))
         if has != got:

@@ -95,7 +95,7 @@ def join(model: nn.Module) -> bool:
                 each.data = part
             moved = home
     if moved is not None and moved.device.type == "cuda":
-        torch.cuda.empty_cache()  # the freed pieces are too small for what comes next
+        torch.cuda.empty_cache()  # the old pieces are too small for tensors as large as this
     return moved is not None
 
 

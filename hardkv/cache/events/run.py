@@ -39,7 +39,7 @@ class Events:
         """Wait for the sizes of the new tiers and build them, layer by layer.
 
         Args:
-            wanted: tells whether a layer, by its index in the inputs, still needs its new tiers.
+            wanted: returns whether a layer, by its index in the inputs, still needs its new tiers.
 
         Yields:
             The layer's index and its tiers. Install them before asking for the next, so that the old ones are freed.

@@ -57,7 +57,7 @@ class Selection:
         Args:
             keep: bool `[N]`, the selected tokens, including all that stay in the dense tier.
             sound: bool scalar, whether the selection can be trusted.
-            patience: misses after which a token still stays in the sparse tier.
+            patience: how many misses a token survives in the sparse tier.
         """
         misses, condensed, sparse, lengths = assign(keep, held.stays, held.misses, held.rows, patience)
         lengths = lengths.view(2, len(layers), -1)

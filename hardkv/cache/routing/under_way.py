@@ -1,4 +1,4 @@
-"""Track which `generate()` runs in this thread. transformers tells this neither to caches nor to attention functions.
+"""Track which `generate()` runs in this thread. transformers does not pass this to caches or attention functions.
 
 `GenerationMixin.generate` and `GenerationMixin._prefill` are wrapped once, in place. The wrappers note what runs.
 """
@@ -50,7 +50,7 @@ def innermost() -> Call | None:
 def prefilling() -> bool:
     """Return whether `generate()` is processing its prompt.
 
-    The last chunk of a prompt may be a single token (`prefill_chunk_size`); only this tells it from a drawn token.
+    The last chunk of a prompt may be a single token (`prefill_chunk_size`), which looks like a drawn token.
     """
     return _thread.prefills > 0
 

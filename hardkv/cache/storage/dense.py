@@ -32,7 +32,7 @@ class DenseTier:
     ) -> "DenseTier":
         """Return an empty tier shaped after `keys [B, H, _, D]` and `values [B, H, _, Dv]`.
 
-        The memory is not initialised. A caller that passes `fill` and `bound` must write those tokens.
+        Keys and values are not initialised: a caller that passes `fill` and `bound` must write those tokens.
         """
         batch, num_kv_heads = keys.shape[:2]
         # Later calls write into these buffers, so they must not be inference tensors, even if made in inference mode.

@@ -56,8 +56,9 @@ class Arrival:
 class Offload:
     """Move the tiers of a cache's layers between host and device. One object serves all layers.
 
-    `fetch` starts a copy beside the computation, `arrive` waits for it, `leave` drops it again. On devices other than
-    CUDA a copy is complete when its function returns. A copied or unpickled Offload has no transfers in progress.
+    `fetch` starts a copy that runs during computation, `arrive` waits for it, `leave` moves the tiers back. On devices
+    other than CUDA a copy is complete when its function returns. A copied or unpickled Offload has no transfers in
+    progress.
     """
 
     def __init__(self) -> None:
