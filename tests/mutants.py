@@ -1,6 +1,6 @@
 """What the tests would not notice: small changes of one place each, in a copy, and the tests that still pass.
 
-    python -m tests.mutants hardkv/cache/storage/tiers.py --tests "tests/cache/test_invariants.py tests/cache/test_together.py"
+    python -m tests.mutants hardkv/cache/storage/tiers.py --tests "tests/cache/test_invariants.py"
 
 Every mutant runs in a fork of a process that has imported everything but hardkv and its tests already, so that it
 costs what its tests cost. By hand, not in CI: a survivor is either a test that is missing or a change that changes
