@@ -179,7 +179,10 @@ def test_calibrate_is_outside_it(tiny_model):
 
 
 # gemma3: with static windows, whose layers keep two dtypes
-@pytest.mark.parametrize(("name", "compile"), [("llama", False), ("gpt2", False), ("gemma3", False), ("gemma3", True)])
+@pytest.mark.parametrize(
+    ("name", "compile"),
+    [("llama", False), ("gpt2", False), ("gemma3", False), pytest.param("gemma3", True, marks=pytest.mark.slow)],
+)
 def test_graphed(name, compile, tiny_model, tiny_prompts):
     model, inputs = tiny_model(name), tiny_prompts(3)
     caches, results = [HardKVCache(config=model.config, **EVICT) for _ in range(2)], []

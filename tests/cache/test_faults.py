@@ -1,7 +1,7 @@
 """Failures injected everywhere: at every torch operation and at every line of the cache's code.
 
 After a failure the cache goes on exactly as one that never failed, from before or from after what died, or it refuses
-to be used until it is reset. CI injects 6 failures, evenly spread, into every scenario; HARDKV_FAULTS=100000
+to be used until it is reset. CI injects 2 failures, evenly spread, into every scenario; HARDKV_FAULTS=100000
 injects every possible one.
 """
 
@@ -24,7 +24,7 @@ from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV
 from tests.models.tiny import tiny_model as make_model
 
-SAMPLES = int(os.environ.get("HARDKV_FAULTS", "6"))
+SAMPLES = int(os.environ.get("HARDKV_FAULTS", "2"))
 EVICT: dict[str, Any] = {"budget": AdaKV(8), "window": 3, "sinks": 1, "interval": 3, "patience": 1}
 CODE = (os.path.dirname(hardkv.cache.__file__), transformers.cache_utils.__file__)
 
