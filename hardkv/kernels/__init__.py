@@ -1,1 +1,1 @@
-"""How it runs: one operation a folder, with its PyTorch reference. Nothing here knows a cache or a scorer."""
+"""Low-level operations: one folder per operation, with its PyTorch reference. They know no cache and no scorer."""

@@ -1,4 +1,4 @@
-"""Which kernels run where: Triton on GPUs it supports, the PyTorch references everywhere else."""
+"""Choose the kernels: Triton on GPUs that it supports, the PyTorch references everywhere else."""
 
 import os
 import warnings
@@ -9,29 +9,29 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-# What Triton supports since 3.4; older GPUs run the references.
+# The oldest GPU that Triton supports since 3.4; older GPUs run the references.
 MIN_CAPABILITY = (8, 0)
-# Beyond this, kernels that hold whole keys of a tile exceed the shared memory of a GPU: Gemma 4 has 512, latents 576.
+# With larger head dimensions, kernels that hold a tile of whole keys exceed shared memory (Gemma 4: 512, latents: 576).
 MAX_SCORED_DIM = 256
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed."""
+    """Return whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter is on, which runs kernels on the CPU, for tests."""
+    """Return whether Triton's interpreter is on; it runs kernels on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> str | None:
-    """Why Triton kernels cannot run on tensors of this device and dtype; None when they can.
+    """Return why Triton kernels cannot run on tensors of this device and dtype, or None when they can.
 
     Args:
-        head_dim: of the keys, for kernels that score; 0 for others.
+        head_dim: head dimension of the keys, for kernels that score; 0 for other kernels.
     """
     if not has_triton():
         return "Triton is not installed: pip install 'hardkv[triton]'"
@@ -50,13 +50,13 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int = 0) 
 
 @cache
 def _new_enough(device: torch.device) -> bool:
-    """Whether Triton supports a GPU; asked in every layer of every step, so the driver is asked once."""
+    """Return whether Triton supports a GPU; every layer of every step asks, so cache the driver's answer."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
 @torch.compiler.assume_constant_result
 def kernels_for(device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> str:
-    """The kernels for tensors, "triton" or "torch", as `why_not_triton`; a GPU without Triton is told of once."""
+    """Return the kernels to use, "triton" or "torch", by `why_not_triton`; warn once on a GPU without Triton."""
     reason = why_not_triton(device, dtype, head_dim)
     if reason is None:
         return "triton"
@@ -66,7 +66,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> 
 
 
 def current(tensor: Tensor) -> AbstractContextManager:
-    """Make the tensor's device the current one, on which Triton launches."""
+    """Make the tensor's device the current one, because Triton launches on the current device."""
     return torch.cuda.device_of(tensor)
 
 

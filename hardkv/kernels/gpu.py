@@ -1,10 +1,10 @@
-"""What the host computes at every launch of a Triton kernel; Triton itself is not needed."""
+"""Integer helpers that the host calls at every launch of a Triton kernel; they do not need Triton."""
 
 
 def next_power_of_2(number: int) -> int:
-    """The least power of two that is no smaller than a number of up to 2^32.
+    """Return the smallest power of two that is at least the given number, which is at most 2^32.
 
-    Triton's own, and its `cdiv`, belong to its compiler: every call takes the host microseconds, at every launch.
+    Triton's own version and its `cdiv` belong to its compiler: every call costs the host microseconds, at every launch.
     """
     number -= 1
     for shift in (1, 2, 4, 8, 16):
@@ -13,5 +13,5 @@ def next_power_of_2(number: int) -> int:
 
 
 def cdiv(number: int, divisor: int) -> int:
-    """A quotient, rounded up."""
+    """Return a quotient, rounded up."""
     return -(-number // divisor)

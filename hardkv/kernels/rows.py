@@ -1,4 +1,4 @@
-"""Index arithmetic over ragged rows: a flat buffer `[N, ...]` cut into R rows by `cu_seqlens [R + 1]`."""
+"""Compute indices for ragged rows: a flat buffer `[N, ...]` that `cu_seqlens [R + 1]` cuts into R rows."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,32 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Padded work of one bucket, in tokens: bounds the temporaries of the PyTorch references (about 128 MB in float32).
+# Tokens per bucket, padding included. Limits the temporaries of the PyTorch references (about 128 MB in float32).
 MAX_BUCKET_TOKENS = 1 << 18
 
 
 def cumulative(lengths: Tensor) -> Tensor:
-    """`lengths [R]` -> `cu_seqlens` int32 `[R + 1]`."""
+    """Convert `lengths [R]` to `cu_seqlens`, int32 `[R + 1]`."""
     cu_seqlens = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     return cu_seqlens
 
 
 def row_ids(cu_seqlens: Tensor, total: int) -> Tensor:
-    """The row of every token, int64 `[N]`."""
+    """Return the row of every token, int64 `[N]`."""
     rows = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
     return torch.repeat_interleave(rows, cu_seqlens.diff(), output_size=total)
 
 
 def count_per_row(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """How many tokens of each row `mask` (bool `[N]`) selects, int64 `[R]`."""
+    """Count the tokens that `mask` (bool `[N]`) selects in each row, int64 `[R]`."""
     running = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
     torch.cumsum(mask, 0, out=running[1:])
     return running[cu_seqlens.long()].diff()
 
 
 def padded_index(starts: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Flat index and validity, both `[R, width]`, of rows laid out left-aligned; invalid slots point at token 0."""
+    """Return flat index and validity, both `[R, width]`, of left-aligned rows; invalid slots point at token 0."""
     slot = torch.arange(width, device=starts.device)
     valid = slot < lengths[:, None]
     return torch.where(valid, starts[:, None].long() + slot, 0), valid
@@ -41,7 +41,7 @@ def padded_index(starts: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class Bucket:
-    """Rows of similar length that the PyTorch references work on together, padded to `width`."""
+    """Hold rows of similar length that the PyTorch references process together, padded to `width`."""
 
     rows: Tensor  # int64 [r]
     starts: Tensor  # int64 [r], offset of the row's first token
@@ -49,18 +49,18 @@ class Bucket:
     width: int
 
     def index(self) -> tuple[Tensor, Tensor]:
-        """Flat index and validity of the bucket's tokens, both `[r, width]`."""
+        """Return flat index and validity of the bucket's tokens, both `[r, width]`."""
         return padded_index(self.starts, self.lengths, self.width)
 
 
 def bucket_rows(cu_seqlens: Tensor, most: int | None = None) -> list[Bucket]:
     """Group the non-empty rows by length so that padding at most doubles the work.
 
-    Reads `cu_seqlens` on the host once; callers keep the result until the rows change.
+    Read `cu_seqlens` on the host once; callers keep the result until the rows change.
 
     Args:
         cu_seqlens: int32 `[R + 1]`.
-        most: tokens of a bucket, padding included, unless a single row has more; None: `MAX_BUCKET_TOKENS`.
+        most: maximum tokens per bucket, padding included; a single longer row is allowed. None: `MAX_BUCKET_TOKENS`.
     """
     most = MAX_BUCKET_TOKENS if most is None else min(most, MAX_BUCKET_TOKENS)
     bounds = cu_seqlens.tolist()
@@ -83,39 +83,39 @@ def bucket_rows(cu_seqlens: Tensor, most: int | None = None) -> list[Bucket]:
 
 @dataclass(frozen=True)
 class Rows:
-    """R ragged rows of a flat buffer, with what the host knows of them."""
+    """Describe R ragged rows of a flat buffer, with the facts that the host knows."""
 
     cu_seqlens: Tensor  # int32 [R + 1]
     total: int  # N
-    longest: int  # a bound on the longest row
-    schedules: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # of kernels, made once
-    room: int | None = None  # tokens that schedules are made for, to serve later rows in the same buffers; None: total
+    longest: int  # upper bound on the longest row's length
+    schedules: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # kernel schedules, built once
+    room: int | None = None  # tokens that schedules plan for, to serve later rows in the same buffers; None: total
 
     @classmethod
     def of(cls, cu_seqlens: Tensor) -> "Rows":
-        """Rows that are read on the host."""
+        """Create rows from `cu_seqlens`, reading it on the host."""
         return cls(cu_seqlens, int(cu_seqlens[-1]), int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0)
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of every row, int64 `[R]`."""
+        """Return the number of tokens per row, int64 `[R]`."""
         return self.cu_seqlens.diff().long()
 
     @property
     def ids(self) -> Tensor:
-        """The row of every token, int64 `[N]`."""
+        """Return the row of every token, int64 `[N]`."""
         return row_ids(self.cu_seqlens, self.total)
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """The rows as the PyTorch references take them, read on the host once."""
+        """Group the rows as the PyTorch references need them; read them on the host once."""
         return bucket_rows(self.cu_seqlens)
 
     def buckets_of(self, most: int) -> list[Bucket]:
-        """The rows as `buckets` has them, but at most so many tokens together, unless a single row has more."""
+        """Group the rows as `buckets` does, with at most `most` tokens per bucket; a single longer row is allowed."""
         return bucket_rows(self.cu_seqlens, most)
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes: what has been made so far."""
+        """Return all tensors created so far, for counting bytes."""
         made = [t for bucket in self.__dict__.get("buckets", ()) for t in (bucket.rows, bucket.starts, bucket.lengths)]
         return [self.cu_seqlens, *made, *(t for schedule in self.schedules.values() for t in schedule.tensors())]

@@ -1,6 +1,6 @@
-"""Selection over ragged rows: sorting within rows, and counting each head's share of a sequence's best tokens.
+"""Select tokens of ragged rows: sort within rows, and count each head's share of a sequence's best tokens.
 
-Ties everywhere: the newer position wins, then the lower head, so that every backend keeps the same tokens.
+At ties the newer position wins, then the lower head, so that every backend keeps the same tokens.
 """
 
 import torch
@@ -14,34 +14,34 @@ def sort_rows(values: Tensor, eligible: Tensor, cu_seqlens: Tensor, width: int) 
 
     Args:
         values: `[N]`; eligible: bool `[N]`; cu_seqlens: int32 `[R + 1]`; rows ascend in position.
-        width: at least the longest row.
+        width: at least the length of the longest row.
 
     Returns:
-        `(sorted_values [R, width], token [R, width])`: -inf and unspecified tokens behind the eligible ones.
+        `(sorted_values [R, width], token [R, width])`, with -inf and unspecified tokens after the eligible ones.
     """
     index, valid = padded_index(cu_seqlens[:-1], cu_seqlens.diff(), width)
     if not values.shape[0]:
         return values.new_full(index.shape, -torch.inf), index
     padded = torch.where(valid & eligible[index], values[index], -torch.inf)
-    # newest first, then a stable sort keeps that order among equals
+    # put the newest first; the stable sort keeps this order among equal values
     newest_first = torch.sort(padded.flip(1), dim=1, descending=True, stable=True)
     return newest_first.values, index.flip(1).gather(1, newest_first.indices)
 
 
 def keep_best(token: Tensor, counts: Tensor, total: int) -> Tensor:
-    """Bool `[N]` with the first `counts [R]` tokens of every sorted row `token [R, width]` set."""
+    """Return bool `[N]`: True for the first `counts [R]` tokens of every sorted row `token [R, width]`."""
     chosen = torch.arange(token.shape[1], device=token.device) < counts[:, None]
     keep = torch.zeros(total + 1, dtype=torch.bool, device=token.device)
-    # unchosen slots may repeat token 0: they write to a place of their own
+    # unchosen slots may repeat token 0, so they write to an extra place
     keep.scatter_(0, torch.where(chosen, token, total).flatten(), True)
     return keep[:total]
 
 
 def share_of_best(values: Tensor, positions: Tensor, total: Tensor) -> Tensor:
-    """How many of a sequence's `total` largest values each head holds.
+    """Count how many of a sequence's `total` largest values each head holds.
 
     Args:
-        values: `[B, H, n]`, -inf where there is none. positions: int `[B, H, n]`, for ties.
+        values: `[B, H, n]`, -inf where there is no token. positions: int `[B, H, n]`, for ties.
         total: int64 `[B]`.
 
     Returns:
@@ -49,7 +49,7 @@ def share_of_best(values: Tensor, positions: Tensor, total: Tensor) -> Tensor:
     """
     batch, num_heads, width = values.shape
     flat, age = values.flatten(1), positions.flatten(1)
-    newest = torch.argsort(age, dim=1, descending=True, stable=True)  # equal positions stay in head order
+    newest = torch.argsort(age, dim=1, descending=True, stable=True)  # equal positions keep the head order
     best = newest.gather(1, torch.argsort(flat.gather(1, newest), dim=1, descending=True, stable=True))
     rank = torch.arange(num_heads * width, device=values.device)
     taken = (rank < total[:, None]) & (flat.gather(1, best) > -torch.inf)

@@ -1,4 +1,4 @@
-"""New tokens into a rectangular buffer with a fill per sequence, in place; of a captured step, its queries too."""
+"""Append new tokens in place to a rectangular buffer with one fill per sequence; a captured step stores queries too."""
 
 from torch import Tensor
 
@@ -16,14 +16,14 @@ def append(
     start: int,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Write new tokens behind every sequence's fill, in their order.
+    """Write new tokens in order after the filled slots of every sequence.
 
     Args:
-        dense_keys: `[B, H, C, D]`; dense_values: `[B, H, C, Dv]`; dense_positions: int32 `[B, C]`; written in place,
-            and what lies behind the new fill may be written too.
-        fill: int64 `[B]`, with room for all new tokens behind it.
-        keys: `[B, H, q, D]`; values: `[B, H, q, Dv]`; start: position of their first column.
-        valid: bool `[B, q]`, which of them to take, all when None.
+        dense_keys: `[B, H, C, D]`; dense_values: `[B, H, C, Dv]`; dense_positions: int32 `[B, C]`; written in place;
+            slots after the new fill may be overwritten too.
+        fill: int64 `[B]`, filled slots per sequence; all new tokens must fit after them.
+        keys: `[B, H, q, D]`; values: `[B, H, q, Dv]`; start: position of the first column.
+        valid: bool `[B, q]`, the tokens to write; None means all.
 
     Returns:
         The new fill, int64 `[B]`.
@@ -47,11 +47,11 @@ def append_step(
     keys: Tensor,
     values: Tensor,
 ) -> None:
-    """One token of every sequence, all in place and without the host: for captured graphs.
+    """Write one token per sequence, in place and without the host, so that a graph can capture it.
 
     Args:
         dense_keys, dense_values, dense_positions: as in `append`; written at every sequence's fill.
-        fill: int64 `[B]`, one more afterwards; there must be room.
+        fill: int64 `[B]`, increased by one in place; one slot must be free.
         ring: `[B, Hq, W, D]`, written at `column % W`. column: int64 `[1]`, position of the token.
         query: `[B, Hq, 1, D]`; keys: `[B, H, 1, D]`; values: `[B, H, 1, Dv]`.
     """

@@ -22,7 +22,7 @@ def append_reference(
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     order, new_fill = column.expand(batch, -1), fill + q_len
     if valid is not None:
-        # valid tokens first: what padding writes behind the new fill never counts, and is overwritten next time
+        # valid tokens first: padding is written after the new fill, never counts, and is overwritten next time
         order = torch.argsort(valid.logical_not().to(torch.uint8), dim=1, stable=True)
         new_fill = fill + valid.sum(1)
         keys, values = keys[sequence, order], values[sequence, order]

@@ -1,4 +1,4 @@
-"""New tokens into the dense tier of a cache layer, in place: keys, values, positions and the fill in one launch."""
+"""Append new tokens to a layer's dense tier in place: keys, values, positions and the fill in one launch."""
 
 import torch
 import triton
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from hardkv.kernels.gpu import cdiv, next_power_of_2
 
-# Bytes of keys that one program writes at most.
+# Maximum bytes of keys that one program writes.
 TILE_BYTES = 16384
-# Flags that a program counts at a time to learn how many valid tokens come before its own.
+# Validity flags that a program counts at a time, to find how many valid tokens precede its own.
 SCAN = tl.constexpr(1024)
 
 
@@ -68,9 +68,9 @@ def _append_kernel(
     else:
         first_slot += tile * BLOCK_T
         slot = first_slot + tl.arange(0, BLOCK_T)
-    stored = written & (slot < capacity)  # the caller sees to the capacity; other memory is safe all the same
+    stored = written & (slot < capacity)  # the caller ensures capacity; this check protects other memory
 
-    # [BLOCK_H, BLOCK_T, BLOCK_D]; both tiles are asked for before one is written, to wait for memory once
+    # [BLOCK_H, BLOCK_T, BLOCK_D]; load both tiles before writing either, to wait for memory once
     mask = (head < heads)[:, None, None] & stored[None, :, None]
     column, value_column = tl.arange(0, BLOCK_D)[None, None, :], tl.arange(0, BLOCK_DV)[None, None, :]
     key_mask, value_mask = mask & (column < D), mask & (value_column < DV)
@@ -103,15 +103,15 @@ def append(
     start: int,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Write the valid new tokens behind every sequence's fill, in their order; nothing else is touched.
+    """Write the valid new tokens in order after the filled slots of every sequence; change nothing else.
 
-    Any strides will do where the last dimension is contiguous. There must be room: what is not known on the host cannot
-    be checked here, and a token without a slot is dropped.
+    Strides are free, but the last dimension must be contiguous. The tokens must fit: the fill is on the device, which
+    this function cannot check, so it drops a token without a slot.
 
     Args:
         dense_keys: `[B, H, C, D]`; dense_values: `[B, H, C, Dv]`; dense_positions: int32 `[B, C]`; written in place.
         fill: int64 `[B]`. keys: `[B, H, q, D]`. values: `[B, H, q, Dv]`.
-        start: position of column 0. valid: bool `[B, q]`, all when None.
+        start: position of column 0. valid: bool `[B, q]`, the tokens to write; None means all.
 
     Returns:
         The new fill, int64 `[B]`.
@@ -260,7 +260,7 @@ def append_step(
     keys: Tensor,
     values: Tensor,
 ) -> None:
-    """One token of every sequence, in one launch; see `hardkv.kernels.append.append_step`."""
+    """Write one token per sequence in one launch; see `hardkv.kernels.append.append_step`."""
     batch, heads, _, dim = query.shape
     kv_heads, value_dim = keys.shape[1], values.shape[-1]
     query, keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, keys, values))

@@ -1,4 +1,4 @@
-"""Attention of new queries over the tiers of a cache layer: ragged condensed rows and the dense tail, merged by lse."""
+"""Attend new queries to a layer's tiers: the ragged condensed rows and the dense tail, merged by log-sum-exp."""
 
 import difflib
 from typing import Any
@@ -43,9 +43,9 @@ def check_backend(attention: str) -> None:
 
 
 def backend_for(attention: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that attends on a device, for "auto" or a backend's name.
+    """Return the attention backend for a device, given "auto" or a backend's name.
 
-    "auto" is Triton where it runs: it was the fastest on every shape measured, decoding and chunks, against
+    "auto" means Triton where it runs. It was the fastest on every measured shape, for decoding and chunks, against
     FlashAttention-4 and PyTorch's varlen on an H200 (eval/results/kernels.md).
 
     Raises:
@@ -82,18 +82,18 @@ def attend_tiers(
     padded: bool = False,
     attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `q` new queries over a condensed ragged tier and a dense tier that already holds the new tokens.
+    """Attend `q` new queries to a condensed ragged tier and a dense tier that already holds the new tokens.
 
     Args:
         query: `[B, Hq, q, D]`, after RoPE.
-        keys, values: condensed tier, `[N, D]` and `[N, Dv]`; rows: its rows, b * H + h for head h of sequence b.
+        keys, values: condensed tier, `[N, D]` and `[N, Dv]`; rows: its rows; row b * H + h holds head h of sequence b.
         dense_keys, dense_values: `[B, H, C, D]` and `[B, H, C, Dv]`; dense_positions: int32 `[B, C]`.
-        fill: int64 `[B]`, valid dense slots; bound: the host's upper bound on it.
+        fill: int64 `[B]`, valid dense slots; bound: upper bound on fill, known on the host.
         start: column of the first new query.
         scale: factor on the dot products. softcap: as in `attend`.
         sinks: `[Hq]`, learned logits that take part in the softmax with zero output (GPT-OSS).
-        new_mask: bool `[B or 1, q, q]` among the new tokens, causal when None.
-        padded: whether some new tokens may not have been stored.
+        new_mask: bool `[B or 1, q, q]`, mask among the new tokens; None means causal.
+        padded: whether some new tokens may be padding, which is not stored.
         attention: "auto" or a backend.
 
     Returns:

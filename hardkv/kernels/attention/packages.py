@@ -1,4 +1,4 @@
-"""Installed packages with a variable-length FlashAttention: how each is called, and what it cannot do.
+"""Call the installed packages that have a variable-length FlashAttention, and know what each cannot do.
 
 | package        | splits long rows among programs     | softcap | Dv  | reads behind a row's end |
 | -------------- | ----------------------------------- | ------- | --- | ------------------------ |
@@ -7,9 +7,9 @@
 | `flash_attn_4` | no: on Hopper its beta cannot       | yes     | any | yes                      |
 | `torch_varlen` | as `flash_attn_2`: a copy of it     | no      | D   | no                       |
 
-All take fp16 and bf16, and head dimensions that are multiples of 8 up to 256. Behind a row's end lies the next row, or
-a gap with anything in it. Packages that read values there multiply them by 0, and 0 * NaN is NaN: for these the dense
-tier is copied without what is in its gaps, and a condensed row that overflowed reaches the one before it. (PyTorch's
+All accept fp16 and bf16, and head dimensions that are multiples of 8 up to 256. After a row's end comes the next row or
+a gap with arbitrary contents. Packages that read values there multiply them by 0, but 0 * NaN is NaN. For these, the
+dense tier is copied with its gaps cleared; a condensed row that overflowed still affects the row before it. (PyTorch's
 becomes such a package once `torch.nn.attention.activate_flash_attention_impl` is called, but is not treated as one.)
 """
 
@@ -29,7 +29,7 @@ MAX_HEAD_DIM = 256
 
 @cache
 def _takes(function: Callable, parameter: str) -> bool:
-    """Whether a function has a parameter: packages' versions differ."""
+    """Return whether a function has a parameter; this differs between versions of a package."""
     return parameter in inspect.signature(function).parameters
 
 
@@ -69,7 +69,7 @@ def _flash_attn_3(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     function = PACKAGES["flash_attn_3"].load()
-    # Up to July 2025 it always returned the lse; since August 2025 it does when asked; in between it could not.
+    # Until July 2025 it always returned the lse; since August 2025 it does so on request; versions in between cannot.
     ask = {"return_attn_probs": True} if _takes(function, "return_attn_probs") else {}
     result = function(
         q, k, v, cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
@@ -116,34 +116,34 @@ def _torch_varlen(
     package = PACKAGES["torch_varlen"]
     function = package.load()
     aux = importlib.import_module(package.module).AuxRequest(lse=True)
-    # PyTorch 2.11 takes fewer heads of k and v as they come, later versions want to be told.
+    # PyTorch 2.11 accepts fewer heads in k and v without a flag; later versions need the flag.
     gqa = {"enable_gqa": True} if _takes(function, "enable_gqa") else {}
     window = (-1, 0) if causal else (-1, -1)
     out, lse = function(q, k, v, cu_q, cu_k, max_q, max_k, return_aux=aux, scale=scale, window_size=window, **gqa)
-    return out, lse.t()  # [G, total_q], whatever its documentation says
+    return out, lse.t()  # [G, total_q], although its documentation says otherwise
 
 
 @dataclass(frozen=True)
 class Package:
-    """How to call an installed package, and what it cannot do."""
+    """Describe how to call an installed package, and what it cannot do."""
 
     attend: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, bool, float | None], tuple[Tensor, Tensor]
     ]
     module: str
     function: str = "flash_attn_varlen_func"
-    parameter: str = "causal"  # one that the function's versions before those supported do not have
+    parameter: str = "causal"  # a parameter that versions too old to support lack
     softcap: bool = True
     any_value_dim: bool = False  # Dv may differ from D
     whole_tiles: bool = False  # reads values behind a row's end
 
     def load(self) -> Callable:
-        """The package's function; None where a module of that name has none."""
+        """Return the package's function, or None when its module has none."""
         return getattr(importlib.import_module(self.module), self.function, None)  # type: ignore[return-value]
 
 
-# In order of preference. FlashAttention-3 is built for the cards it is fastest on; FlashAttention-4 is in beta and
-# compiles at the first call; PyTorch's copy comes last since it is always there, whatever the user installed.
+# In order of preference. FlashAttention-3 is built for the GPUs it is fastest on; FlashAttention-4 is in beta and
+# compiles at the first call; PyTorch's copy comes last because it is always present.
 PACKAGES = {
     "flash_attn_3": Package(_flash_attn_3, "flash_attn_interface", whole_tiles=True),
     "flash_attn_2": Package(_flash_attn_2, "flash_attn", parameter="softcap"),
@@ -158,18 +158,18 @@ PACKAGES = {
 
 @cache
 def installed() -> tuple[str, ...]:
-    """The packages that can be imported here, in order of preference; a broken one is warned of once."""
+    """Return the packages that can be imported, in order of preference; warn once about a broken one."""
     found = []
     for name, package in PACKAGES.items():
         try:
             function = package.load()
         except ModuleNotFoundError:
             continue
-        except Exception as error:  # whatever a binary built for another PyTorch raises
+        except Exception as error:  # a binary built for another PyTorch may raise anything
             warnings.warn(f"{name} is installed but cannot be imported, so it is not used: {error!r}", stacklevel=2)
             continue
         if function is None or not _takes(function, package.parameter):
-            continue  # a namespace left by another package, or a version from before the lse was returned
+            continue  # a namespace that another package left, or a version that does not return the lse
         if name == "torch_varlen" and not torch.backends.cuda.is_flash_attention_available():
             continue
         found.append(name)
@@ -177,7 +177,7 @@ def installed() -> tuple[str, ...]:
 
 
 def refusal(name: str, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float | None) -> str | None:
-    """Why a package cannot attend such inputs; None when it can."""
+    """Return why a package cannot attend such inputs, or None when it can."""
     package = PACKAGES[name]
     if dtype not in DTYPES:
         return f"{name} takes torch.float16 and torch.bfloat16, but the query has dtype={dtype}"
@@ -194,10 +194,10 @@ def refusal(name: str, dtype: torch.dtype, head_dim: int, value_dim: int, softca
 def resolve_package(
     package: str | None, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float | None
 ) -> str:
-    """The package that attends such inputs: the named one, or the first installed one that can.
+    """Return the package to use for such inputs: the named one, or the first installed one that supports them.
 
     Raises:
-        ValueError: it is not installed, or cannot.
+        ValueError: the package is not installed or does not support the inputs.
     """
     if package is not None and package not in PACKAGES:
         raise ValueError(f"package={package!r} is not known. Allowed: None, {', '.join(map(repr, PACKAGES))}")

@@ -1,4 +1,4 @@
-"""The PyTorch reference of `attend_tiers`, and its parts: attention over a padded block, and the merge by lse."""
+"""The PyTorch reference of `attend_tiers` and its parts: attention over a padded block, and merging by log-sum-exp."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from hardkv.kernels.rows import Rows
 
-# Logits that one block of the reference holds at a time (float32: 256 MB), where keys or queries are as many numbers.
+# Logits that one block of the reference holds at a time (256 MB in float32); keys or queries may also be this large.
 MAX_LOGITS = 1 << 26
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Softmax and sums run in float32, or in float64 when the model does."""
+    """Return the dtype for softmax and sums: float64 for a float64 model, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -25,7 +25,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of one padded block, with its log-sum-exp.
+    """Compute softmax attention over one padded block, and its log-sum-exp.
 
     Args:
         query: `[r, G, q, D]`; key: `[r, n, D]`; value: `[r, n, Dv]`.
@@ -36,7 +36,7 @@ def attend(
         `out [r, G, q, Dv]` and `lse [r, G, q]` in the accumulation dtype; a query that sees nothing gets 0 and -inf.
     """
     dtype = accumulation_dtype(query.dtype)
-    # What no query sees may be anything, and 0 * NaN is NaN: unwritten slots, padding, another row's overflow.
+    # A token that no query sees may hold anything (unwritten slot, padding, another row's overflow); 0 * NaN is NaN.
     key, value = key.to(dtype), value.to(dtype).masked_fill(~allowed.any((1, 2))[..., None], 0.0)
     rows, group, q_len, _ = query.shape
     held = min(MAX_LOGITS, max(key.numel(), query.numel()))
@@ -65,11 +65,11 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def dense_allowed(positions: Tensor, fill: Tensor, start: int, q_len: int, new_mask: Tensor | None) -> Tensor:
-    """Which dense tokens each new query sees, bool `[B, q, C]`.
+    """Return which dense tokens each new query sees, bool `[B, q, C]`.
 
     Args:
         positions: int32 `[B, C]`, column of every slot. fill: `[B]`, valid slots of every batch row.
-        start: column of the first new query. new_mask: bool `[B, q, q]` among the new tokens, causal when None.
+        start: column of the first new query. new_mask: bool `[B, q, q]`, mask among the new tokens; None means causal.
     """
     valid = torch.arange(positions.shape[1], device=positions.device) < fill[:, None]
     offset = positions.long() - start  # [B, C], negative for tokens older than this call
@@ -94,7 +94,7 @@ def tiered_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The PyTorch reference of `attend_tiers`: any device, any dtype, any mask.
+    """Compute the PyTorch reference of `attend_tiers` on any device, with any dtype and any mask.
 
     Args:
         query: `[B, Hq, q, D]`, after RoPE.

@@ -1,10 +1,10 @@
-"""Attention of a few new queries over ragged condensed rows and the dense tail, in one launch.
+"""Attend a few new queries to ragged condensed rows and the dense tail, in one launch.
 
-All rows' tokens, a row's condensed ones first and the dense tier's slots behind them, form one line that is cut into
-equal shares, one a program (`Schedule`): a program attends a row's queries over its part of the row, then goes on to
-the next row. Of the programs that share a row, the last to finish combines what they found. The line depends on the
-condensed tier only: who works on a row's end takes all its dense slots, whose number is read on the device, so a
-schedule, and a captured graph, stay valid until the next event.
+The tokens of all rows form one line: for each row its condensed tokens, then its dense slots. The line is cut into
+equal shares, one per program (`Schedule`). A program attends a row's queries to its part of the row, then goes on to
+the next row. When several programs share a row, the last to finish combines their results. The line depends on the
+condensed tier only: the program at a row's end takes all its dense slots and reads their number on the device. So a
+schedule and a captured graph stay valid until the next event.
 """
 
 import torch
@@ -49,7 +49,7 @@ def _attend(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax over tokens `start` to `min(stop, limit)` of one contiguous row."""
+    """Run the online softmax over tokens `start` to `min(stop, limit)` of one contiguous row."""
     d, dv, n = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
     stop = tl.minimum(stop, limit)
     for first in tl.range(start, stop, BN, num_stages=STAGES):
@@ -194,7 +194,7 @@ def _ragged_attention(
 
         done = True
         if (here > row_begin) | (stop_here < row_end):
-            # a program has at most two partial rows: the one its share begins in, and the one it ends in
+            # a program has at most two partial rows: the row where its share begins, and the row where it ends
             slot = ((program * 2 + (here > begin).to(tl.int32)) * blocks + block).to(tl.int64) * BM
             slot += tl.arange(0, BM)
             tl.store(partial_ptr + slot[:, None] * DV + dv[None, :], acc, mask=whole)
@@ -245,13 +245,13 @@ def _ragged_attention(
         row += 1
 
 
-# Warps of a program, and pipeline stages of about 16 KB. Measured best on an H200 for 60 MB of keys and values and more
+# Warps per program, and pipeline stages of about 16 KB. Fastest on an H200 for 60 MB of keys and values and more
 # (eval/speed), with `triton_schedule.OCCUPANCY`.
 WARPS, STAGES, STAGE_BYTES = 4, 3, 16 << 10
 
 
 def block_tokens(head_dim: int, itemsize: int) -> tuple[int, int]:
-    """Tokens of a step and pipeline stages, so that a program needs at most 64 KB of shared memory for them."""
+    """Return tokens per step and pipeline stages that need at most 64 KB of shared memory per program."""
     bytes_per_token = 2 * next_power_of_2(max(head_dim, 16)) * itemsize  # key and value
     tokens = max(16, min(64, STAGE_BYTES // bytes_per_token))
     return tokens, STAGES if tokens * bytes_per_token * STAGES <= 48 << 10 else 2
@@ -274,16 +274,16 @@ def ragged_attention(
     sinks: Tensor | None = None,
     new_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a condensed ragged tier and the dense tier; see `hardkv.kernels.attention.attend_tiers`.
+    """Attend to a condensed ragged tier and the dense tier; see `hardkv.kernels.attention.attend_tiers`.
 
-    The schedule is made once and kept with the rows.
+    The schedule is built once and kept with the rows.
 
     Args:
         query: `[B, Hq, q, D]`. keys, values: `[N, D]`, `[N, Dv]`. rows: of the condensed tier.
         dense_keys, dense_values: `[B, H, C, D]` and `[B, H, C, Dv]`, any strides with the last 1.
         dense_positions: int32 `[B, C]`. fill: int `[B]`, valid slots, at most `bound`.
         start: column of the first new query.
-        sinks: `[Hq]`. new_mask: bool `[B, q, C]`, dense slots that each query sees, instead of causality.
+        sinks: `[Hq]`. new_mask: bool `[B, q, C]`, the dense slots that each query sees; replaces the causal mask.
 
     Returns:
         `out [B, Hq, q, Dv]` in the query's dtype and `lse`, float32 `[B, Hq, q]`.
@@ -312,13 +312,13 @@ def launch(
     sinks: Tensor | None = None,
     new_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ragged_attention` with a schedule of `query_blocks(...)` blocks."""
+    """Run `ragged_attention` with a schedule made for `query_blocks(...)` blocks."""
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, value_dim = dense_keys.shape[1], dense_values.shape[-1]
     group = num_heads // num_kv_heads
     if query.stride(-1) != 1:
         query = query.contiguous()
-    # out lies in memory as [B, q, Hq, Dv], as models want it next
+    # out is laid out in memory as [B, q, Hq, Dv], the order that models need next
     out = query.new_empty(batch, q_len, num_heads, value_dim).transpose(1, 2)
     lse = query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
     size = max(head_dim, value_dim), query.element_size()

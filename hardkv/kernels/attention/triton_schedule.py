@@ -1,4 +1,4 @@
-"""How the ragged attention's work is shared out among programs: equal parts of a line of all rows' tokens."""
+"""Share the ragged attention's work among programs: equal parts of one line of all rows' tokens."""
 
 from dataclasses import dataclass
 
@@ -11,16 +11,16 @@ from hardkv.kernels.backends import current
 from hardkv.kernels.gpu import cdiv, next_power_of_2
 from hardkv.kernels.rows import Rows
 
-# The line is cut at multiples of this.
+# The line is cut at multiples of this many tokens.
 UNIT = 64
-# Fewest tokens that are worth a program.
+# Minimum number of tokens per program.
 MIN_SHARE = 128
-# Programs per multiprocessor. Measured best with `triton.WARPS` and `STAGES`; as many fit on every GPU since sm_80
-# but sm_86 and sm_89.
+# Programs per multiprocessor. Fastest with `triton.WARPS` and `STAGES`; they fit on every GPU since sm_80
+# except sm_86 and sm_89.
 OCCUPANCY = 3
-# Rows, or programs, that are worked out at a time.
+# Rows, or programs, that the cut kernel handles at a time.
 BLOCK = 512
-# Rows of a matrix unit's smallest product: fewer queries are padded to it.
+# Rows of the smallest product of a matrix unit; fewer queries are padded to this many.
 MIN_QUERIES = 16
 MAX_QUERIES, QUERY_BYTES = 64, 16 << 10
 
@@ -38,7 +38,7 @@ def _cut_kernel(
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Where rows begin on the line, how large a program's share is, and in which row it begins."""
+    """Compute where rows begin on the line, the size of a program's share, and the row where each share begins."""
     end = tl.zeros([], tl.int32)
     tl.store(row_start, end)
     for first in range(0, rows, BLOCK):
@@ -50,13 +50,13 @@ def _cut_kernel(
         end += tl.sum(units, 0)
     share = tl.maximum((end + programs - 1) // programs, LEAST)
     tl.store(share_out, share)
-    tl.debug_barrier()  # all rows' beginnings are there
+    tl.debug_barrier()  # the beginnings of all rows have been written
     for first in range(0, programs, BLOCK):
         program = first + tl.arange(0, BLOCK)
         begin = program * share
         low, high = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32) + rows
         span = rows
-        while span > 0:  # the first row that ends behind the share's beginning
+        while span > 0:  # find the first row that ends after the beginning of the share
             middle = (low + high) // 2
             searching = low < high
             before = tl.load(row_start + middle + 1, mask=searching, other=0) <= begin
@@ -80,20 +80,20 @@ def cut(row_start: Tensor, first_row: Tensor, share: Tensor, cu_seqlens: Tensor,
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which program works on which part of which row; made on the device, without asking it anything."""
+    """Assign parts of rows to programs; built on the device, without reading anything back."""
 
     row_start: Tensor  # int32 [R + 1], where rows begin on the line, in units
-    first_row: Tensor  # int32 [P], the row in which a program's share begins
-    share: Tensor  # int32 [1], units of a program
-    arrived: Tensor  # int32 [R * query blocks], programs that have finished; 0 between launches
+    first_row: Tensor  # int32 [P], the row where a program's share begins
+    share: Tensor  # int32 [1], units per program
+    arrived: Tensor  # int32 [R * query blocks], number of programs that have finished; 0 between launches
 
     @classmethod
     def make(cls, cu_seqlens: Tensor, total: int, dense: int, programs: int, query_blocks: int = 1) -> "Schedule":
         """Cut rows of `cu_seqlens` int32 `[R + 1]` (`total` tokens) into shares.
 
         Args:
-            dense: dense tokens that a row is expected to have: right on average, the work is even.
-            programs: shares at most. query_blocks: blocks of queries that every share meets.
+            dense: expected number of dense tokens per row; the work is even when this is right on average.
+            programs: maximum number of shares. query_blocks: blocks of queries that every share attends.
         """
         rows = cu_seqlens.shape[0] - 1
         programs = max(1, min(programs, (total + rows * dense) // MIN_SHARE + rows))
@@ -105,17 +105,17 @@ class Schedule:
         return schedule
 
     def recut(self, cu_seqlens: Tensor, dense: int) -> None:
-        """Serve other rows, as many as before, with as many programs: rewritten in place, for captured graphs."""
+        """Rewrite the schedule in place for as many other rows and the same programs, for captured graphs."""
         with current(cu_seqlens):
             cut(self.row_start, self.first_row, self.share, cu_seqlens, dense)
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for counting bytes."""
+        """Return all tensors held, for counting bytes."""
         return [self.row_start, self.first_row, self.share, self.arrived]
 
 
 def schedule_for(rows: Rows, bound: int, capacity: int, blocks: int) -> Schedule:
-    """The schedule of rows whose dense tier has `bound` of `capacity` slots filled; kept until the rows change."""
+    """Return the schedule for rows with `bound` of `capacity` dense slots filled; keep it until the rows change."""
     key = capacity, blocks
     if key not in rows.schedules:
         device = rows.cu_seqlens.device
@@ -127,7 +127,7 @@ def schedule_for(rows: Rows, bound: int, capacity: int, blocks: int) -> Schedule
 
 
 def expected(bound: int, capacity: int) -> int:
-    """Dense tokens to plan for: the tier fills up before the rows change, so half of what is free, on average."""
+    """Return the dense tokens to plan for: filled slots and half of the free ones, the average until the next event."""
     return (bound + capacity) // 2
 
 
@@ -138,11 +138,11 @@ def recut_schedules(rows: Rows, bound: int) -> None:
 
 
 def queries_per_block(group: int, q_len: int, head_dim: int, itemsize: int) -> int:
-    """Rows of queries that one program works on: 16 KB of them at most, or small GPUs run out of shared memory."""
+    """Return the rows of queries per program: at most 16 KB, so that small GPUs have enough shared memory."""
     fit = QUERY_BYTES // (next_power_of_2(max(head_dim, 16)) * itemsize)
     return min(max(next_power_of_2(group * q_len), MIN_QUERIES), max(MIN_QUERIES, min(fit, MAX_QUERIES)))
 
 
 def query_blocks(group: int, q_len: int, head_dim: int, itemsize: int) -> int:
-    """Blocks of queries that one row has."""
+    """Return the number of query blocks per row."""
     return cdiv(group * q_len, queries_per_block(group, q_len, head_dim, itemsize))

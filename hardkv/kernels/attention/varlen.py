@@ -1,8 +1,8 @@
-"""Attention over both tiers through an installed package's variable-length FlashAttention, merged by lse.
+"""Attend to both tiers with an installed package's variable-length FlashAttention; merge the results by log-sum-exp.
 
-Every row is one sequence of one KV head and G query heads. A package is called once for the condensed rows and once
-for the dense tier, whose rows have gaps behind their fill: a gap is a sequence of its own, without queries, so that
-the buffer is read where it lies and no length is read on the host.
+Every row is one sequence with one KV head and G query heads. The package is called once for the condensed rows and once
+for the dense tier, whose rows have gaps after their filled slots. A gap is a separate sequence without queries, so that
+the buffer is read without a copy and no length is read on the host.
 """
 
 import torch
@@ -32,26 +32,26 @@ def varlen_attention(
     padded: bool = False,
     package: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a condensed ragged tier and the dense tier; see `hardkv.kernels.attention.tiered_attention`.
+    """Attend to a condensed ragged tier and the dense tier; see `hardkv.kernels.attention.tiered_attention`.
 
     Args:
         query: `[B, Hq, q, D]`, fp16 or bf16. keys, values: `[N, D]`, `[N, Dv]`. cu_seqlens: int32 `[R + 1]`.
-        longest: a host's bound on the condensed rows' lengths.
-        dense_keys, dense_values: `[B, H, C, D]` and `[B, H, C, Dv]`. Contiguous buffers are read where they are, but
-            the first `bound` slots of others are copied, and those for packages that read behind a row's end.
-        dense_positions: int32 `[B, C]`. fill: int `[B]`, valid slots. bound: a host's bound on fill.
+        longest: upper bound on the condensed rows' lengths, known on the host.
+        dense_keys, dense_values: `[B, H, C, D]` and `[B, H, C, Dv]`. Contiguous buffers are read without a copy;
+            the first `bound` slots are copied for other buffers, and for packages that read after a row's end.
+        dense_positions: int32 `[B, C]`. fill: int `[B]`, valid slots. bound: upper bound on fill.
         start: column of the first new query. scale, softcap, sinks: as in `tiered_attention`.
-        new_mask: bool `[B, q, C]` or `[B, q, bound]`, dense slots that each query sees, instead of causality.
-        padded: True when some of several new tokens may not have been stored (padding). Otherwise they are the last q
-            slots of every sequence, which is what the packages take causality to mean. With `padded`, as with
-            `new_mask`, the dense tier is attended by the PyTorch reference.
-        package: one of `PACKAGES`, or None for the first of `installed()` that can.
+        new_mask: bool `[B, q, C]` or `[B, q, bound]`, dense slots that each query sees; replaces the causal mask.
+        padded: True when some of several new tokens may be padding, which is not stored. Otherwise they are the last q
+            slots of every sequence, as the packages' causal mask assumes. With `padded`, and with
+            `new_mask`, the PyTorch reference attends the dense tier.
+        package: one of `PACKAGES`, or None for the first of `installed()` that supports the inputs.
 
     Returns:
         `out [B, Hq, q, Dv]` in the query's dtype and `lse [B, Hq, q]`, float32.
 
     Raises:
-        ValueError: the package is not installed, or cannot do this.
+        ValueError: the package is not installed or does not support the inputs.
     """
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, value_dim = dense_keys.shape[1], dense_values.shape[-1]
@@ -106,7 +106,7 @@ def _attend_dense(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The dense tier's part, causal: `q [R * q, G, D]` and the tier as `varlen_attention` takes it."""
+    """Attend causally to the dense tier: `q [R * q, G, D]` and the tier as in `varlen_attention`."""
     num_kv_heads, group = keys.shape[1], q.shape[1]
     if package.whole_tiles:
         behind = torch.arange(bound, device=fill.device) >= fill[:, None]
@@ -115,13 +115,13 @@ def _attend_dense(
     elif not (keys.is_contiguous() and values.is_contiguous()):
         keys, values = keys[:, :, :bound].contiguous(), values[:, :, :bound].contiguous()
     capacity = keys.shape[2]
-    fill = fill[:, None].expand(-1, num_kv_heads).reshape(-1)  # of rows, [R]
+    fill = fill[:, None].expand(-1, num_kv_heads).reshape(-1)  # per row, [R]
     rows = fill.shape[0]
     # A row, its gap, the next row, its gap, ...; only rows have queries.
     starts = _multiples(rows + 1, capacity, q)
     cu_k = torch.cat([torch.stack([starts[:-1], starts[:-1] + fill.to(torch.int32)], 1).flatten(), starts[-1:]])
-    # A single query sees everything, so its group can be a sequence of G queries of one head. It must be, too:
-    # FlashAttention-2 takes sequences of at most one query of several heads for sequences of exactly one.
+    # A single query sees everything, so its group can be a sequence of G queries with one head. It must be, because
+    # FlashAttention-2 treats a sequence of at most one query with several heads as a sequence of exactly one.
     per_row = group if q_len == 1 else q_len
     if q_len == 1:
         q = q.reshape(rows * group, 1, -1)
@@ -135,14 +135,14 @@ def _attend_dense(
 
 
 def _multiples(count: int, step: int, like: Tensor) -> Tensor:
-    """0, step, 2 * step, ...: int32 `[count]` on the device of `like`."""
+    """Return 0, step, 2 * step, ...: int32 `[count]` on the device of `like`."""
     return torch.arange(0, count * step, step, dtype=torch.int32, device=like.device)
 
 
 def _where_seen(out: Tensor, lse: Tensor, group: int, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """A package's `out` and `lse` as float32 `[R, q, G, Dv]` and `[R, q, G]`.
+    """Return a package's `out` and `lse` as float32 `[R, q, G, Dv]` and `[R, q, G]`.
 
-    Queries that see no token (`seen [R, q]` False) get 0 and -inf; what packages write for them differs.
+    Queries that see no token (`seen [R, q]` False) get 0 and -inf, because packages write different values for them.
     """
     out, lse = out.reshape(*seen.shape, group, -1).float(), lse.reshape(*seen.shape, group)
     return out.masked_fill(~seen[..., None, None], 0.0), lse.masked_fill(~seen[..., None], -torch.inf)

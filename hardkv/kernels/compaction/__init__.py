@@ -1,4 +1,4 @@
-"""Ragged gather: tokens picked from several buffers, written to one contiguous buffer."""
+"""Gather chosen tokens from several buffers into one contiguous buffer."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,13 @@ from hardkv.kernels.compaction.reference import (
 
 
 def gather_tokens(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Collect tokens by address over the concatenation of several buffers.
+    """Gather tokens by their address in the concatenation of several buffers.
 
     Args:
-        sources: up to three buffers `[n_i, D]` of one dtype, contiguous; the last may be `[B, H, C, D]` with any
-            strides but the last: slot c of row b * H + h is its token (b * H + h) * C + c.
-        address: int64 `[N]`, into their concatenation.
-        out: `[N, D]`, contiguous, to write to; made when None.
+        sources: up to three contiguous buffers `[n_i, D]` of one dtype; the last may be `[B, H, C, D]` with any
+            strides except the last; slot c of row b * H + h is its token (b * H + h) * C + c.
+        address: int64 `[N]`, index into their concatenation.
+        out: `[N, D]`, contiguous, written to; None allocates it.
 
     Returns:
         `[N, D]`.
@@ -35,11 +35,11 @@ def gather_tokens(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | N
 def gather_tiers(
     sources: Sequence[tuple[Tensor, Tensor]], address: Tensor, index: Tensor, positions: Tensor, misses: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Collect chosen tokens of several tiers and what is known of them.
+    """Gather chosen tokens of several tiers, with their positions and misses.
 
     Args:
-        sources: keys and values of each tier, as in `gather_tokens`. address: int64 `[N]`, of all tokens.
-        index: int64 `[n]`, which of the N to take, in that order.
+        sources: keys and values of each tier, as in `gather_tokens`. address: int64 `[N]`, address of every token.
+        index: int64 `[n]`, which of the N tokens to take, in this order.
         positions: int32 `[N]`. misses: uint8 `[N]`.
 
     Returns:
@@ -63,15 +63,15 @@ def compact(
     positions: Tensor,
     misses: Tensor,
 ) -> None:
-    """Ragged rows that keep their lengths, of their own tokens and the dense tier's: written over themselves.
+    """Rewrite ragged rows in place with chosen tokens of their own and of the dense tier; row lengths do not change.
 
     Args:
-        tokens: keys `[n, D]`, values `[n, Dv]`, int32 positions `[n]` and uint8 misses `[n]` of the rows, contiguous.
-        dense: keys `[B, H, C, D]` and values `[B, H, C, Dv]` of the newest tokens, other memory.
-        cu_seqlens: int32 `[R + 1]`, before and after.
-        address: int64 `[N]`, of all tokens over the rows' and the dense slots', as in `gather_tokens`.
-        index: int64 `[n]`, which of the N to take; in every row the places of its own tokens ascend, so that none lies
-            before its new one.
+        tokens: keys `[n, D]`, values `[n, Dv]`, int32 positions `[n]` and uint8 misses `[n]` of the rows; contiguous.
+        dense: keys `[B, H, C, D]` and values `[B, H, C, Dv]` of the newest tokens, in separate memory.
+        cu_seqlens: int32 `[R + 1]`, the same before and after.
+        address: int64 `[N]`, address of every token in the rows and then the dense slots, as in `gather_tokens`.
+        index: int64 `[n]`, which of the N tokens to take; a row's own tokens must ascend, so that none is
+            stored before its new place.
         positions: int32 `[N]`. misses: uint8 `[N]`.
     """
     if kernels_for(tokens[0].device, tokens[0].dtype) == "triton":

@@ -32,7 +32,7 @@ def compact_reference(
     positions: Tensor,
     misses: Tensor,
 ) -> None:
-    """The PyTorch reference of `compact`: it gathers first, so it does not need to know where rows begin."""
+    """The PyTorch reference of `compact`; it gathers before it writes, so it does not use the row boundaries."""
     sources = [(tokens[0], tokens[1]), dense]
     for held, new in zip(tokens, gather_tiers_reference(sources, address, index, positions, misses), strict=True):
         held.copy_(new)

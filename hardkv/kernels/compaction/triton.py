@@ -1,4 +1,4 @@
-"""Ragged gather from the tiers of a cache layer: keys, values, positions and misses of chosen tokens in one launch."""
+"""Gather keys, values, positions and misses of chosen tokens from a layer's tiers in one launch."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from hardkv.kernels.gpu import cdiv, next_power_of_2
 
-# Bytes of keys that one program copies: with the values as much again, enough loads in flight for full bandwidth.
+# Bytes of keys that one program copies. With as many bytes of values, enough loads are in flight for full bandwidth.
 TILE_BYTES = 8192
 MAX_TILE_TOKENS = 256
-# Counts change with every event, and a compiled variant for each would buy nothing.
+# Counts change at every event, and compiling a variant for each gains nothing.
 COUNTS = ["n", "n_first", "n_second"]
 
 
@@ -31,12 +31,12 @@ def rows_at(
     D: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """Where the tokens of `address` lie."""
+    """Return pointers to the tokens at `address`."""
     slot = address - n_first - n_second
     if FLAT:
         offset = slot * D
     else:
-        slot = slot.to(tl.int32)  # a division of 64 bits costs several times more; rows count their tokens in int32 too
+        slot = slot.to(tl.int32)  # a 64-bit division costs several times more; rows count their tokens in int32 too
         row = slot // capacity
         offset = (row // heads).to(tl.int64) * stride_b + (row % heads).to(tl.int64) * stride_h
         offset += (slot - row * capacity).to(tl.int64) * stride_c
@@ -46,7 +46,7 @@ def rows_at(
 
 @triton.jit
 def _copy_rows(out, token, live, source, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`out[token]`, `[n, D]`, from where the pointers of `source` say, for a tile of tokens."""
+    """Copy a tile of tokens from the pointers in `source` to `out[token]`, `[n, D]`."""
     column = tl.arange(0, BLOCK_D)
     mask = live[:, None] & (column < D)[None, :]
     data = tl.load(source[:, None] + column[None, :], mask=mask)
@@ -55,7 +55,7 @@ def _copy_rows(out, token, live, source, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit(
     do_not_specialize=[*COUNTS, "key_heads", "key_capacity", "value_heads", "value_capacity"],
-    do_not_specialize_on_alignment=["index"],  # a part of another tensor
+    do_not_specialize_on_alignment=["index"],  # index is a slice of another tensor
 )
 def _gather_tiers_kernel(
     keys_out,
@@ -143,7 +143,7 @@ def _gather_keys_kernel(
 
 
 def three_buffers(sources: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]:
-    """Exactly three buffers, the last `[B, H, C, D]`, and the tokens that count of the first two."""
+    """Return exactly three buffers, the last `[B, H, C, D]`, and the token counts of the first two."""
     *flat, last = sources
     last = last if last.dim() == 4 else last[None, None]
     if len(flat) > 2 or any(source.dim() != 2 or not source.is_contiguous() for source in flat):
@@ -163,12 +163,12 @@ def three_buffers(sources: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tens
 
 
 def padded_width(width: int) -> int:
-    """Columns of a tile; values may have none."""
+    """Return the columns of a tile; values may have none."""
     return next_power_of_2(max(width, 1))
 
 
 def _tile(*buffers: Tensor) -> int:
-    """Tokens that one program copies."""
+    """Return the tokens that one program copies."""
     row = max(padded_width(buffer.shape[-1]) * buffer.element_size() for buffer in buffers)
     return min(max(TILE_BYTES // row, 1), MAX_TILE_TOKENS)
 
@@ -180,13 +180,13 @@ def gather_tiers(
     positions: Tensor,
     misses: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Collect tokens and what is known of them, in one launch.
+    """Gather tokens with their positions and misses, in one launch.
 
     Args:
         sources: up to three pairs of keys `[n_i, D]` and values `[n_i, Dv]`, contiguous. The last may be `[B, H, C, D]`
-            and `[B, H, C, Dv]` with any strides but the last: slot c of row b * H + h is its token (b * H + h) * C + c.
-        address: int64 `[N]`, where each token lies in the sources' concatenation.
-        index: int64 `[n]`, which of the N to take, in that order; may repeat and skip.
+            and `[B, H, C, Dv]`, any strides except the last; slot c of row b * H + h is its token (b * H + h) * C + c.
+        address: int64 `[N]`, index of each token in the sources' concatenation.
+        index: int64 `[n]`, which of the N tokens to take, in this order; may repeat and skip tokens.
         positions: int32 `[N]`. misses: uint8 `[N]`.
 
     Returns:
@@ -231,11 +231,11 @@ def gather_tiers(
 
 
 def gather_keys(sources: Sequence[Tensor], address: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Collect tokens of one kind of buffer, keys or values.
+    """Gather tokens from buffers of one kind, keys or values.
 
     Args:
-        sources: as the keys, or the values, of `gather_tiers`. address: int64 `[n]`, into their concatenation.
-        out: what to write to, contiguous; made when None.
+        sources: the keys or the values, as in `gather_tiers`. address: int64 `[n]`, index into their concatenation.
+        out: contiguous buffer to write to; None allocates it.
 
     Returns:
         `[n, D]`.

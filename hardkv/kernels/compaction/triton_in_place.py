@@ -1,4 +1,4 @@
-"""Ragged rows compacted in place: a layer's held tokens and its dense ones, written over the held ones."""
+"""Compact ragged rows in place: write chosen held and dense tokens of a layer over its held tokens."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from hardkv.kernels.compaction.triton import padded_width, rows_at, three_buffers
 from hardkv.kernels.gpu import cdiv
 
-# Bytes of a token that one program moves, and tokens that it moves at a time: so a batch of one has some dozens of
+# Bytes per token that one program moves, and tokens that it moves at a time. A batch of one then has some dozens of
 # programs.
 PART_BYTES, COMPACT_TOKENS = 128, 128
 
@@ -49,7 +49,7 @@ def _compact_kernel(
     KEYS_FLAT: tl.constexpr,
     VALUES_FLAT: tl.constexpr,
 ):
-    """One row, some columns of its keys or of its values: from front to back, so nothing unread is overwritten."""
+    """Move some columns of one row's keys or values, from front to back, so that nothing unread is overwritten."""
     row, part = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(cu + row), tl.load(cu + row + 1)
     for first in range(begin, end, BLOCK):
@@ -80,7 +80,7 @@ def _compact_kernel(
 def _move(source, target, moved, column, D: tl.constexpr):
     mask = moved[:, None] & (column < D)[None, :]
     data = tl.load(source[:, None] + column[None, :], mask=mask)
-    tl.debug_barrier()  # the whole tile is read: a token's new place may be another's old one
+    tl.debug_barrier()  # read the whole tile first: a token's new place may be the old place of another
     tl.store(target[:, None] + column[None, :], data, mask=mask)
 
 
@@ -93,7 +93,7 @@ def compact(
     positions: Tensor,
     misses: Tensor,
 ) -> None:
-    """`hardkv.kernels.compaction.compact` in one launch."""
+    """Run `hardkv.kernels.compaction.compact` in one launch."""
     keys, values, positions_out, misses_out = tokens
     n, dim, value_dim = index.shape[0], keys.shape[1], values.shape[1]
     (_, _, last_keys), (n_first, _) = three_buffers([keys, dense[0]])

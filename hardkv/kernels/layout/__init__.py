@@ -1,4 +1,4 @@
-"""Where every held token of a layer lies, and which tier it goes to."""
+"""Compute where every held token of a layer is stored, and which tier it goes to."""
 
 import torch
 from torch import Tensor
@@ -22,18 +22,18 @@ def layout(
     sinks: int,
     pinned: int,
 ) -> tuple[Tensor, ...]:
-    """Every row's ragged tokens, then its dense ones.
+    """List every row's tokens: first its ragged ones, then its dense ones.
 
     Args:
-        rows: of the result: N tokens, ragged and dense together.
+        rows: rows of the result; N tokens, ragged and dense together.
         older: int32 `[R + 1]`, where the rows of the M ragged tokens begin and end.
-        order: int64 `[M]`, which of the ragged tokens stands at each of their places; None: as they are.
+        order: int64 `[M]`, which ragged token comes at each place; None means unchanged.
         positions: int32 `[M]`; misses: uint8 `[M]`.
         dense_positions: int32 `[B, C]`; fill: int64 `[B]`, valid dense slots. capacity: C.
-        window, sinks: newest and first tokens of a row that are protected. pinned: positions below it are too.
+        window, sinks: newest and first tokens per row to protect. pinned: positions below it are protected too.
 
     Returns:
-        Of every token, `[N]`: position (int32), misses (uint8, 0 for dense ones), address over the ragged tokens and
+        For every token, `[N]`: position (int32), misses (uint8, 0 for dense ones), address in the ragged tokens and
         then the dense slots (int64), whether it is among the newest `window` dense ones, among the newest `window` of
         its row, and whether it is protected.
     """
@@ -49,15 +49,15 @@ def layout(
 def assign(
     keep: Tensor, stays: Tensor, misses: Tensor, rows: Rows, patience: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which tier every token goes to.
+    """Assign a tier to every token.
 
     Args:
-        keep: bool `[N]`, selected tokens. stays: bool `[N]`, of these the ones that stay in the dense tier.
-        misses: uint8 `[N]`, events in a row that did not select the token before this one.
-        rows: of the tokens. patience: misses that a token survives, at most 254.
+        keep: bool `[N]`, selected tokens. stays: bool `[N]`, selected tokens that stay in the dense tier.
+        misses: uint8 `[N]`, consecutive events before this one that did not select the token.
+        rows: rows of the tokens. patience: misses that a token survives, at most 254.
 
     Returns:
-        Misses (uint8 `[N]`, counted on), tokens of the condensed and of the sparse tier (bool `[N]` each), and how many
+        Updated misses (uint8 `[N]`), tokens of the condensed and of the sparse tier (bool `[N]` each), and how many
         of them each row has, int32 `[2, R]`.
     """
     if kernels_for(keep.device, torch.float32) == "triton":

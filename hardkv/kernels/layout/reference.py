@@ -23,7 +23,7 @@ def layout_reference(
     row, offset = rows.ids, positions.shape[0]
     sequence = row // ((rows.cu_seqlens.shape[0] - 1) // fill.shape[0])
     token = torch.arange(rows.total, device=row.device) - rows.cu_seqlens[:-1].long()[row]
-    slot = token - older.diff()[row]  # of the dense tier, negative for older tokens
+    slot = token - older.diff()[row]  # slot in the dense tier, negative for older tokens
     is_dense, held = slot >= 0, slot.clamp_min(0)
     place = (older[:-1].long()[row] + token).clamp_max(max(offset - 1, 0))
     position, missed = dense_positions[sequence, held], torch.zeros_like(row, dtype=torch.uint8)

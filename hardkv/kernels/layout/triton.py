@@ -1,4 +1,4 @@
-"""Where every held token of a layer lies, and which tier it goes to: one launch each."""
+"""Compute where every held token of a layer is stored, and which tier it goes to, in one launch each."""
 
 import torch
 import triton
@@ -49,7 +49,7 @@ def _layout_kernel(
     sequence = row // heads
     fill = tl.load(fill_ptr + sequence).to(tl.int32)
 
-    slot = token - older  # of the dense tier, negative for older tokens
+    slot = token - older  # slot in the dense tier, negative for older tokens
     is_old, is_dense = live & (slot < 0), live & (slot >= 0)
     place = (older_begin + token).to(tl.int64)
     if ORDERED:

@@ -1,4 +1,4 @@
-"""How much the last queries attend to every held token: window queries x ragged keys -> one number a token."""
+"""Measure how much the last queries attend to held tokens: window queries x ragged keys -> one number per token."""
 
 from torch import Tensor
 
@@ -23,12 +23,12 @@ def window_attention(
     exclude: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention that each token of each row receives, averaged over the valid queries.
+    """Return the attention that each token of each row receives, averaged over the valid queries.
 
     Args:
-        queries: `[B, Hq, W, D]`, after RoPE. query_positions: int64 `[W]`, their columns.
+        queries: `[B, Hq, W, D]`, after RoPE. query_positions: int64 `[W]`, the queries' columns.
         query_valid: bool `[B, W]`; padded queries do not count.
-        keys: `[N, D]`; positions: int32 `[N]`; rows: their rows.
+        keys: `[N, D]`; positions: int32 `[N]`; rows: rows of the keys.
         num_kv_heads: H; row b * H + h holds head h of sequence b.
         scale, softcap: as in the model's attention.
         reduce: over the G query heads of a group: "mean" or "max" of the averaged probabilities, or "max_logits":
@@ -63,8 +63,8 @@ def pool_rows(score: Tensor, exclude: Tensor, rows: Rows, *, kernel_size: int, p
     """Smooth scores along each row.
 
     Args:
-        score: `[N]`, >= 0. exclude: bool `[N]`, tokens that count 0 and get 0. rows: of the tokens.
-        kernel_size: odd. pooling: "max" or "avg" (zeros beyond the row's ends count).
+        score: `[N]`, >= 0. exclude: bool `[N]`, tokens that count as 0 and get 0. rows: rows of the tokens.
+        kernel_size: odd. pooling: "max" or "avg" (zeros beyond the ends of the row count).
 
     Returns:
         `[N]` in score's dtype.

@@ -37,7 +37,7 @@ def window_attention_reference(
         key, position = keys[index].to(dtype), positions[index][:, None]
         counted = query_valid[bucket.rows // num_kv_heads]  # [r, W]
         share = torch.zeros(1, dtype=dtype, device=keys.device)
-        # logits of so many queries at a time are no more than the keys of all rows
+        # process this many queries at a time, so that the logits are no larger than the keys of all rows
         block = max(1, keys.numel() // (4 * group * index.numel()))
         for first in range(0, window, block):
             part = slice(first, first + block)

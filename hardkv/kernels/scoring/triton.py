@@ -1,14 +1,14 @@
-"""Window queries x ragged keys -> one number a token, in two passes over the keys with nothing of size [N, G * W].
+"""Compute one number per token from window queries and ragged keys, in two passes, without storing `[N, G * W]`.
 
-Every row is cut into chunks, and the chunks of all rows are numbered so that `R + N // chunk` programs suffice however
-uneven the rows are: row r, whose first token is s, owns the slots from `r + s // chunk` on. So the grid follows from
-shapes alone, and every program finds its row by itself: nothing is read on the host.
+Every row is cut into chunks. The chunks of all rows are numbered so that `R + N // chunk` programs suffice however
+uneven the rows are: row r, whose first token is s, owns the slots from `r + s // chunk` on. The grid then depends on
+shapes only, every program finds its own row, and nothing is read on the host.
 
-The first pass leaves the logarithm of a softmax's denominator for every (chunk, query), a small kernel combines those
-of a row, and the second pass turns logits into probabilities and sums them over the queries. Logarithms have base 2.
+The first pass stores the logarithm of the softmax denominator for every (chunk, query). A small kernel combines those
+of each row. The second pass turns logits into probabilities and sums them over the queries. Logarithms have base 2.
 
-In the kernels' names: G query heads of C columns each, in blocks of BG and BC (means take all heads as one of G * W
-columns), D the head dimension and BD the power of two above it.
+Names in the kernels: G query heads of C columns each, in blocks of BG and BC (for means, one head of G * W columns);
+columns); D is the head dimension and BD the next power of two.
 """
 
 import torch
@@ -29,13 +29,13 @@ from hardkv.kernels.scoring.triton_tiles import (
     logits_of,
 )
 
-# Rows that a program compares at once when it looks for its own.
+# Rows that a program compares at a time to find its own row.
 ROWS = tl.constexpr(1024)
 
 
 @triton.jit
 def chunk_of(slot, cu_seqlens, num_rows, chunk):
-    """The row of a slot, the row's bounds, and the chunk's first token, which lies past the row if there is no work."""
+    """Return a slot's row, the row's bounds, and the chunk's first token, which is past the row if there is no work."""
     row = -1
     for first_row in range(0, num_rows, ROWS):
         index = first_row + tl.arange(0, ROWS)
@@ -69,7 +69,7 @@ def _denominator_of_chunk(
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logarithm of the sum of exponentials of a block of columns over one chunk of a row."""
+    """Compute the logarithm of the sum of exponentials over one chunk of a row, for a block of columns."""
     blocks = tl.cdiv(C, BC)
     slot = tl.program_id(0) // blocks
     first_column = tl.program_id(0) % blocks * BC
@@ -120,7 +120,7 @@ def _denominator_of_row(
     COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """What to subtract from POWER * logit before the exponential: the denominator and the count of queries to share."""
+    """Compute the offset to subtract from POWER * logit: the log of the denominator plus the log of the query count."""
     row = tl.program_id(0)
     start = tl.load(cu_seqlens + row)
     slot = (row + start // chunk).to(tl.int64)
@@ -144,7 +144,7 @@ def _denominator_of_row(
     query_valid += row // HEADS * W
     w = tl.arange(0, BW)
     divisor = tl.maximum(tl.sum(tl.load(query_valid + w, mask=w < W, other=0).to(tl.int32)), 1) * DIVISOR
-    # queries that do not count, that see nothing (0) or that overflowed (NaN) give nothing
+    # queries that are invalid, that see nothing (0) or that overflowed (NaN) contribute nothing
     given = (tl.load(query_valid + column % W) != 0) & (total > 0)
     offset = tl.where(given, (top + tl.log2(total)) * POWER + tl.log2(divisor.to(tl.float32)), float("inf"))
     tl.store(offsets + row.to(tl.int64) * C + column, offset, mask=column < C)
@@ -152,7 +152,7 @@ def _denominator_of_row(
 
 @triton.jit
 def _load_offsets(offsets, group, column, G: tl.constexpr, C: tl.constexpr, BG, BC):
-    """Offsets of a block of a row's queries, infinite for those that do not exist."""
+    """Load the offsets of a block of a row's queries; nonexistent queries get infinity."""
     index = tl.arange(0, BG * BC)
     group += index // BC
     column += index % BC
@@ -186,18 +186,18 @@ def _received(
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Probabilities of one chunk of a row, summed over columns; of the group's heads the largest sum."""
+    """Sum the probabilities of one chunk of a row over columns; store the largest sum among the group's heads."""
     row, _, end, first = chunk_of(tl.program_id(0), cu_seqlens, num_rows, chunk)
     if first >= end:
         return
     stop = tl.minimum(first + chunk, end)
     base = queries + row.to(tl.int64) * (G * C * D)
-    # SHARED: one softmax for the group
+    # SHARED: one softmax per group
     GS: tl.constexpr = 1 if SHARED else G
     BGS: tl.constexpr = 1 if SHARED else BG
     offsets += row.to(tl.int64) * (GS * C)
     earliest = earliest_of(query_positions, W, BW)
-    # what a single block needs is loaded once
+    # load the data of a single block once
     ONE: tl.constexpr = G <= BG and C <= BC
     q = load_query_block(base, offsets, 0, 0, G, C, BG, BC, D, BD, SHARED)
     offset = _load_offsets(offsets, 0, 0, GS, C, BGS, BC)
@@ -228,23 +228,23 @@ def _received(
 
 
 def _blocks(dim: int, keys: Tensor) -> tuple[int, int, int, int]:
-    """Tokens of a tile, queries of a block, warps and pipeline stages, within 99 KB of shared memory."""
+    """Return tokens per tile, queries per block, warps and pipeline stages that fit in 99 KB of shared memory."""
     if keys.dtype == torch.float32:  # no tensor cores
         return (32, 32, 4, 2)
     if dim > 128:
         return (64, 64, 4, 2)
-    # Hopper's matrix units want wide tiles; elsewhere their operands would not fit the registers
+    # Hopper's matrix units are fastest with wide tiles; on other GPUs the operands would not fit the registers
     hopper = keys.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(keys.device)[0] == 9
     return (128 if hopper else 64, 128, 8, 2 if dim > 64 else 3)
 
 
 def _chunk(tokens: int, tile: int) -> int:
-    """Tokens of a program: enough programs for a large GPU, but no more than loading the queries is worth."""
+    """Return tokens per program: enough programs for a large GPU, but few enough to amortise loading the queries."""
     return min(max(next_power_of_2(tokens // 512), tile), 1024)
 
 
 def _cut(heads: int, columns: int, most: int) -> dict[str, int]:
-    """Blocks of at most `most` queries."""
+    """Return the sizes G, C, BG and BC, for blocks of at most `most` queries."""
     block = min(max(next_power_of_2(columns), 16), most)
     return {"G": heads, "C": columns, "BG": min(next_power_of_2(heads), most // block), "BC": block}
 
@@ -264,7 +264,7 @@ def window_attention(
     exclude: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`hardkv.kernels.scoring.window_attention` on a GPU; float16, bfloat16 or float32, all of the same type.
+    """Run `hardkv.kernels.scoring.window_attention` on a GPU; float16, bfloat16 or float32, one dtype for all inputs.
 
     Args:
         cu_seqlens: int32 `[R + 1]`.
@@ -273,7 +273,7 @@ def window_attention(
         `[N]`, float32.
 
     Raises:
-        ValueError: learned sinks of several heads with one softmax for all of them.
+        ValueError: learned sinks of several heads together with one softmax for all of them.
     """
     batch, num_heads, window, dim = queries.shape
     num_rows = batch * num_kv_heads
@@ -316,7 +316,7 @@ def window_attention(
         "num_stages": stages,
     }
     if not torch.version.hip:
-        settings["maxnreg"] = min(1024 // num_warps, 255)  # room for two programs a multiprocessor
+        settings["maxnreg"] = min(1024 // num_warps, 255)  # leave room for two programs per multiprocessor
     shared, power = reduce == "max_logits", 2 if reduce == "mean_square" else 1
     columns = window if shared else group * window
     flat, grouped = _cut(1, group * window, most_queries), _cut(group, window, most_queries)

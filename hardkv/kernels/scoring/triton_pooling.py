@@ -1,4 +1,4 @@
-"""Scores smoothed along the rows: mean or maximum over every token's neighbours."""
+"""Smooth scores along the rows: mean or maximum over every token's neighbours."""
 
 import torch
 import triton
@@ -19,7 +19,7 @@ def _pool(
     SIZE: tl.constexpr,
     AVERAGE: tl.constexpr,
 ):
-    """Mean or maximum over the neighbours of every token of one block of a row."""
+    """Compute the mean or maximum over the neighbours of every token in one block of a row."""
     _, start, end, first = chunk_of(tl.program_id(0), cu_seqlens, num_rows, BLOCK)
     if first >= end:
         return
@@ -46,11 +46,11 @@ def pool_rows(
     kernel_size: int,
     pooling: str,
 ) -> Tensor:
-    """Smooth scores along each row over the tokens that `exclude` leaves: `hardkv.kernels.scoring.pool_rows` on a GPU.
+    """Smooth scores along each row over the tokens not excluded: `hardkv.kernels.scoring.pool_rows` on a GPU.
 
     Args:
         score: float32 `[N]`, >= 0. exclude: bool `[N]`, the last tokens of their rows. cu_seqlens: int32 `[R + 1]`.
-        kernel_size: odd. pooling: "max" or "avg" (zeros beyond the row's ends count).
+        kernel_size: odd. pooling: "max" or "avg" (zeros beyond the ends of the row count).
 
     Returns:
         `[N]`, float32; 0 at excluded tokens.

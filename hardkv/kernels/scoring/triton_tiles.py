@@ -1,7 +1,7 @@
-"""What a program of the window attention loads for a tile of tokens and a block of queries, and the logits it makes.
+"""Load a tile of tokens and a block of queries for the window attention, and compute their logits.
 
-Sizes are named as in `triton`: G query heads of C columns each, in blocks of BG and BC, D the head dimension, BD the
-power of two above it.
+Sizes are named as in `triton`: G query heads of C columns each, in blocks of BG and BC; D is the head dimension, BD the
+next power of two.
 """
 
 import math
@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-# A position behind every query's, for tokens that nobody sees.
+# A position after every query, for tokens that no query sees.
 LATEST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def load_vectors(base, index, valid, D: tl.constexpr, BD: tl.constexpr):
-    """Rows of a matrix `[..., D]`, zeros where not `valid` and from D on: `[len(index), BD]`."""
+    """Load rows of a matrix `[..., D]` as `[len(index), BD]`, with zeros where not `valid` and from column D on."""
     d = tl.arange(0, BD)
     pointers = base + index.to(tl.int64)[:, None] * D + d[None, :]
     return tl.load(pointers, mask=valid[:, None] & (d < D)[None, :], other=0.0)
@@ -24,7 +24,7 @@ def load_vectors(base, index, valid, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def load_positions(positions, exclude, begin, stop, TILE: tl.constexpr):
-    """Positions of a tile of tokens; those from `stop` on and the excluded ones lie behind every query."""
+    """Load the positions of a tile of tokens; place tokens from `stop` on and excluded ones after every query."""
     index = tl.arange(0, TILE)
     mask = index < stop - begin
     position = tl.load(positions + begin + index, mask=mask, other=LATEST)
@@ -37,9 +37,9 @@ def load_positions(positions, exclude, begin, stop, TILE: tl.constexpr):
 def load_query_block(
     base, offsets, group, column, G: tl.constexpr, C: tl.constexpr, BG, BC, D: tl.constexpr, BD: tl.constexpr, SHARED
 ):
-    """A row's queries from (group, column) on, `[BG * BC, BD]`; the last ones stand in for those that do not exist.
+    """Load a row's queries from (group, column) on, `[BG * BC, BD]`; repeat the last ones where none exist.
 
-    With `offsets`, zeros for queries whose offset is infinite: whatever such queries hold, they give nothing.
+    With `offsets`, load zeros for queries whose offset is infinite, so that they contribute nothing.
     """
     index = tl.arange(0, BG * BC)
     group = tl.minimum(group + index // BC, G - 1)
@@ -53,7 +53,7 @@ def load_query_block(
 
 @triton.jit
 def causal(logits, positions, exclude, begin, stop, query_positions, column, W: tl.constexpr, AXIS: tl.constexpr):
-    """Logits of tokens from `begin` on, -inf where one's position lies behind the query's; AXIS: that of the tokens."""
+    """Set logits of tokens from `begin` on to -inf where the token comes after the query; AXIS: the tokens' axis."""
     position = load_positions(positions, exclude, begin, stop, logits.shape[AXIS])
     last = tl.load(query_positions + column % W).to(tl.int32)
     seen = tl.expand_dims(position, 1 - AXIS) <= tl.expand_dims(last, AXIS)
@@ -62,19 +62,19 @@ def causal(logits, positions, exclude, begin, stop, query_positions, column, W: 
 
 @triton.jit
 def earliest_of(query_positions, W: tl.constexpr, BW: tl.constexpr):
-    """Tokens up to this position are seen by all queries."""
+    """Return the position up to which all queries see the tokens."""
     w = tl.arange(0, BW)
     return tl.min(tl.load(query_positions + w, mask=w < W, other=LATEST)).to(tl.int32)
 
 
 @triton.jit
 def logits_of(left, right, scale, cap, PRECISION: tl.constexpr):
-    """Logits of `left [m, BD]` against `right [n, BD]`, in units of log(2), as `scale` and `cap` are."""
+    """Compute logits of `left [m, BD]` against `right [n, BD]`, in units of log(2) like `scale` and `cap`."""
     logits = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale
     if cap is not None:
         x = tl.abs(logits)
         square = x * x
-        # tanh: near 0 the quotient would cancel
+        # tanh; near 0 the quotient loses precision
         series = x * (1 - square * (0.33333333 - square * (0.13333333 - square * (0.053968254 - square * 0.021869489))))
         decay = tl.exp2(x * (-2 * LOG2_E))
         tanh = tl.where(x < 0.25, series, (1 - decay) / (1 + decay))
@@ -86,7 +86,7 @@ def logits_of(left, right, scale, cap, PRECISION: tl.constexpr):
 def group_logits(
     k, q, base, offsets, column, scale, cap, G: tl.constexpr, C: tl.constexpr, BG, BC, D: tl.constexpr, PRECISION
 ):
-    """The group's largest logit for tokens k and columns from `column` on; q: the queries, when one block holds all."""
+    """Return the group's largest logit for tokens k and columns from `column` on; q: the queries, if in one block."""
     logits = tl.full([k.shape[0], BC], -float("inf"), tl.float32)
     for group in range(0, G, BG):
         if G > BG or C > BC:

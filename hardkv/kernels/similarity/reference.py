@@ -6,30 +6,30 @@ from torch import Tensor
 from hardkv.kernels.attention import accumulation_dtype
 from hardkv.kernels.rows import Rows
 
-# How far from a row's end near-duplicates are looked for. Rows of up to so many tokens are compared completely, such as
-# those of the default budget at an event. Of longer ones an unlimited search keeps the same tokens (eval.reach,
-# docs/methods.md); the work grows with the length, not with its square.
+# How far from a row's end to look for near-duplicates. Rows of at most this many tokens are compared completely, like
+# those of the default budget at an event. For longer rows, an unlimited search keeps the same tokens (eval.reach,
+# docs/methods.md), but the limit makes the work grow with the length, not with its square.
 REACH = 1536
-# Cosines that one tile holds at a time, on a CPU (where they should stay in its cache) and elsewhere; fewer where
+# Cosines per tile, on a CPU (where they should stay in its cache) and on other devices; fewer where
 # the keys themselves are few.
 CPU_COSINES, MAX_COSINES = 1 << 19, 1 << 24
-# Newest tokens that a long row is compared with at first, as most tokens find their last match there; those left are
-# compared with so many at a time.
+# Newest tokens to compare a long row with first, because most tokens find their last match there; the rest is then
+# compared with this many at a time.
 BLOCK, WIDE = 64, 512
 
 
 def mean_cosine_reference(keys: Tensor, rows: Rows, threshold: float, eps: float, reach: int) -> Tensor:
-    """The PyTorch reference of `mean_cosine`; beside the result it holds no more than the keys do, or a row."""
+    """The PyTorch reference of `mean_cosine`; temporaries need at most the memory of the keys, or of one row."""
     dtype = accumulation_dtype(keys.dtype)
     redundancy = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
     cosines = max(1, min(CPU_COSINES if keys.device.type == "cpu" else MAX_COSINES, keys.numel() // 4))
-    # rows that go together have all their cosines in one tile
+    # all cosines of the rows in one bucket fit in one tile
     together = min(keys.shape[0] // 4, cosines // max(1, min(reach, rows.longest)))
     for bucket in rows.buckets_of(together):
         index, valid = bucket.index()
         unit = keys[index].to(dtype)
         unit /= torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(eps)  # [r, n, D]
-        unit.masked_fill_(~valid[..., None], 0.0)  # not a product: 0 * NaN is NaN
+        unit.masked_fill_(~valid[..., None], 0.0)  # do not multiply: 0 * NaN is NaN
         column = torch.bmm(unit, unit.sum(1)[..., None])[..., 0]  # [r, n]
         column -= torch.linalg.vector_norm(unit, dim=-1).square()
         _spare(column, unit, bucket.lengths, threshold, reach, cosines)
@@ -38,11 +38,11 @@ def mean_cosine_reference(keys: Tensor, rows: Rows, threshold: float, eps: float
 
 
 def _spare(column: Tensor, unit: Tensor, lengths: Tensor, threshold: float, reach: int, cosines: int) -> None:
-    """Take from the column sums, `[r, n]`, every token's cosine to its last near-duplicate.
+    """Subtract from the column sums, `[r, n]`, every token's cosine to its last near-duplicate.
 
     Args:
-        unit: `[r, n, D]`, 0 beyond a row's end. lengths: int64 `[r]`; that of a single row is n.
-        cosines: of a tile, at most, unless that is less than one token's; those of several rows fit in one.
+        unit: `[r, n, D]`, 0 after a row's end. lengths: int64 `[r]`; a single row has length n.
+        cosines: maximum per tile, but at least those of one token; the cosines of several rows must fit in one tile.
     """
     count, width, dim = unit.shape
     near = min(reach, width)
@@ -50,15 +50,15 @@ def _spare(column: Tensor, unit: Tensor, lengths: Tensor, threshold: float, reac
     back = end - torch.arange(near, device=unit.device)  # [r, near], newest first; negative before a row's start
     recent = unit.gather(1, back.clamp_min(0)[..., None].expand(-1, -1, dim))
     place = torch.arange(near, dtype=torch.int32, device=unit.device)
-    left = torch.arange(width, device=unit.device)  # tokens without a match so far, of a single row
+    left = torch.arange(width, device=unit.device)  # tokens of a single row without a match so far
     begin, block = 0, near if count > 1 else BLOCK
     while begin < near and left.numel():
-        size = min(max(block, cosines // left.numel()), near - begin)  # the more, the fewer tokens are left
+        size = min(max(block, cosines // left.numel()), near - begin)  # larger when fewer tokens are left
         rest = []
         for slot in left.split(width if count > 1 else max(1, cosines // size)):
             own = unit if slot.numel() == width else unit[:, slot]
             cosine = torch.bmm(own, recent[:, begin : begin + size].mT)  # [r, t, size]
-            itself = end - slot - begin  # [r, t], where a token meets itself
+            itself = end - slot - begin  # [r, t], where a token is compared with itself
             elsewhere, at = (itself < 0) | (itself >= size), itself.clamp(0, size - 1)[..., None]
             cosine.scatter_(2, at, cosine.gather(2, at).masked_fill(~elsewhere[..., None], -torch.inf))
             found = cosine.amax(-1) > threshold  # [r, t]

@@ -1,8 +1,8 @@
-"""Redundancy of keys within a row (R-KV), as `hardkv.kernels.similarity` defines it, without the `n x n` cosines.
+"""Measure the redundancy of keys within a row (R-KV) as in `hardkv.kernels.similarity`, without `n x n` cosines.
 
-Three launches: norms and the sums of unit vectors; the last near-duplicate of every token, by tiles from the row's end,
-which stops once every token of a tile has found its own, or where the search no longer reaches; the result. Nothing
-depends on the order programs run in: what is spared is added up in integers.
+Three launches: norms and sums of unit vectors; the last near-duplicate of every token, in tiles from the row's end;
+the result. The search stops once every token of a tile has its match, or at the end of the reach. Nothing
+depends on the order in which programs run, because the spared cosines are summed as integers.
 """
 
 import torch
@@ -13,17 +13,17 @@ from torch import Tensor
 from hardkv.kernels.gpu import cdiv, next_power_of_2
 from hardkv.kernels.similarity.reference import REACH
 
-# One program adds up the unit vectors of a chunk: that many of the longest row, but not fewer tokens than the least.
+# One program sums the unit vectors of a chunk: this many chunks in the longest row, but at least the least tokens each.
 CHUNKS = 64
 MIN_CHUNK = 128
 SUM_TILE = 32
-# Fixed point of the spared cosines, which lie within [-1, 1]: 40 binary places leave room for 4 million of them.
+# Fixed-point scale of the spared cosines, which are in [-1, 1]: 40 binary places leave room to sum 4 million of them.
 ONE = tl.constexpr(float(1 << 40))
 
 
 @triton.jit
 def _first_sum(row, start, chunk_size):
-    """Where a row's sums begin: rows share `N // chunk_size + R` places without overlap, whatever their lengths."""
+    """Return where a row's sums begin; rows of any lengths share `N // chunk_size + R` places without overlap."""
     return start // chunk_size + row
 
 
@@ -86,19 +86,19 @@ def _spare_kernel(
     i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     live = i < length
     inverse_i = tl.load(inverse_norm + i, mask=live, other=1.0)
-    # cos > threshold as key_i . key_j / |key_j| > threshold * |key_i|: one product less for every pair
+    # test cos > threshold as key_i . key_j / |key_j| > threshold * |key_i|, which saves one product per pair
     least = threshold / inverse_i
     key_i = keys + i.to(tl.int64)[:, None] * D + part[None, :]
     if BLOCK_K == BLOCK_D:
         whole_i = tl.load(key_i, mask=live[:, None] & (part < D)[None, :], other=0.0)
 
     last = tl.full([BLOCK_I], -1, dtype=tl.int32)
-    first_j = tl.maximum(length - reach, 0)  # what is reached begins here
+    first_j = tl.maximum(length - reach, 0)  # the reach begins here
     end = length
     unmatched = length
     while (end > first_j) & (unmatched > 0):
         j = end - BLOCK_J + tl.arange(0, BLOCK_J)
-        within = j >= 0  # a j before the reach, or the row, may match as it likes: the last tile has it, and it is none
+        within = j >= 0  # only the last tile has a j before the reach or the row; a match there counts as none
         inverse_j = tl.load(inverse_norm + j, mask=within, other=0.0)
         key_j = keys + j.to(tl.int64)[:, None] * D + part[None, :]
         if BLOCK_K == BLOCK_D:
@@ -112,7 +112,7 @@ def _spare_kernel(
                 part_j = tl.load(key_j + first, mask=within[:, None] & inside, other=0.0)
                 product = tl.dot(part_i, tl.trans(part_j), product, input_precision="ieee")
         match = (product * inverse_j[None, :] > least[:, None]) & (i[:, None] != j[None, :])
-        last = tl.maximum(last, tl.max(tl.where(match, j[None, :], -1), 1))  # what a later tile found stays larger
+        last = tl.maximum(last, tl.max(tl.where(match, j[None, :], -1), 1))  # matches of later tiles stay larger
         unmatched = tl.max((live & (last < 0)).to(tl.int32), 0)
         end -= BLOCK_J
 
@@ -128,7 +128,7 @@ def _spare_kernel(
     cosine = tl.sum(pair, 1)
     cosine *= inverse_i * tl.load(inverse_norm + last, mask=found, other=0.0)
     amount = (cosine * ONE).to(tl.int64)
-    # Most tokens of a tile share their last match: one addition for all of these.
+    # Most tokens of a tile share their last match, so add these at once.
     newest = tl.max(tl.where(found, last, -1), 0)
     shared = tl.sum(tl.where(found & (last == newest), amount, 0), 0)
     spared += start
@@ -186,7 +186,7 @@ def mean_cosine(
     eps: float = 1e-8,
     reach: int = REACH,
 ) -> Tensor:
-    """Mean over the row's tokens i of `cos(key_i, key_j)` for every token j; the definition stands with the reference.
+    """Return for every token j the mean of `cos(key_i, key_j)` over the row's tokens i, as `mean_cosine` defines it.
 
     Args:
         keys: `[N, D]`, contiguous, float16, bfloat16 or float32. cu_seqlens: int32 `[R + 1]`.
@@ -204,7 +204,7 @@ def mean_cosine(
     out = torch.empty(total, dtype=torch.float32, device=keys.device)
     if not (total and rows and longest):
         return out
-    block_d = max(next_power_of_2(dim), 16)  # 16 is the least that a matrix product takes
+    block_d = max(next_power_of_2(dim), 16)  # a matrix product needs at least 16
     chunk_size = max(next_power_of_2(longest) // CHUNKS, MIN_CHUNK)
     inverse_norm = torch.empty(total, dtype=torch.float32, device=keys.device)
     spared = torch.empty(total, dtype=torch.int64, device=keys.device)
@@ -212,7 +212,7 @@ def mean_cosine(
     by_chunk = (rows, cdiv(longest, chunk_size))
     sizes = {"D": dim, "BLOCK": SUM_TILE, "BLOCK_D": block_d, "num_warps": 4}
     _sums_kernel[by_chunk](keys, cu_seqlens, inverse_norm, spared, sums, eps, chunk_size, **sizes)
-    # without tensor cores operands pass through registers, which hold few columns at a time
+    # without tensor cores, operands go through registers, which hold few columns at a time
     block_i, block_k, warps = (64, 32, 4) if keys.dtype == torch.float32 else (128, block_d, 8)
     _spare_kernel[(rows, cdiv(longest, block_i))](
         keys,
