@@ -1,4 +1,4 @@
-"""Memory that shows what a kernel did not write."""
+"""Poison memory, to show what a kernel did not write."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ import torch
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What is allocated within holds NaN, or the largest integers, until it is written."""
+    """Fill memory allocated in this context with NaN, or with the largest integers."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of operators that are not deterministic, which is not asked here
+            warnings.simplefilter("ignore")  # about operators that are not deterministic, which does not matter here
             yield
     finally:
         torch.use_deterministic_algorithms(False)

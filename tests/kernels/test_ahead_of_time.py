@@ -1,7 +1,7 @@
-"""What the launchers launch compiles for GPUs that are not there, and fits them.
+"""Test that all launched kernels compile for GPUs that are not present, and fit them.
 
-A launcher gets the CPU's tensors and takes them for a GPU's. Triton specialises a kernel for its arguments and compiles
-it as for any launch; only the launch itself is left out.
+A launcher gets CPU tensors and treats them as GPU tensors. Triton specialises a kernel for its arguments and compiles
+it as for any launch; only the launch itself is skipped.
 """
 
 import importlib
@@ -35,7 +35,7 @@ from hardkv.kernels.scoring import triton_pooling as pooling_kernel  # noqa: E40
 from hardkv.kernels.similarity import triton as similarity  # noqa: E402
 from tests.kernels.scoring.test_reference import REDUCTIONS  # noqa: E402
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # Triton brings its own
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # the tools that come with Triton
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
@@ -44,15 +44,15 @@ pytestmark = [
     ),
 ]
 
-# Shared memory that a block may have.
+# Maximum shared memory per block.
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
-# Registers of a multiprocessor.
+# Registers per multiprocessor.
 REGISTERS = 1 << 16
-# A thread's variables that found no register, in bytes: a few cost little, beyond this ptxas has given up.
+# Maximum register spill per thread, in bytes: a few bytes cost little, beyond this ptxas has given up.
 SPILLED = 1 << 10
 
 DIMS = (64, 80, 96, 128, 256)
-# Every size where shared memory is scarcest, samples elsewhere; sm_89 differs from sm_86 in the last step alone.
+# All sizes where shared memory is scarcest, samples elsewhere; sm_89 differs from sm_86 only in the last step.
 SHAPES = [
     *(("sm_86", dim, dtype) for dim, dtype in zip(DIMS, cycle(["float16", "bfloat16"]), strict=False)),
     *product(["sm_86"], [64, 128, 256], ["float32"]),
@@ -77,10 +77,10 @@ def _fresh_cache(tmp_path_factory):
 
 @contextmanager
 def pretended(arch, launch):
-    """The CPU's tensors count as those of an `arch` GPU; `launch` stands in for `JITFunction.run`."""
+    """Treat CPU tensors as those of an `arch` GPU; replace `JITFunction.run` by `launch`."""
     capability = int(arch.removeprefix("sm_"))
     driver = SimpleNamespace(
-        get_current_device=lambda: arch,  # compiled kernels are kept by device
+        get_current_device=lambda: arch,  # compiled kernels are cached per device
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
     )
@@ -93,7 +93,7 @@ def pretended(arch, launch):
 
 
 def usage(kernel, file):
-    """Registers and bytes of stack of every thread."""
+    """Return registers and stack bytes per thread."""
     file.write_bytes(kernel.asm["cubin"])
     listed = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file], capture_output=True, text=True, check=True)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", listed.stdout).groups()
@@ -102,7 +102,7 @@ def usage(kernel, file):
 
 @pytest.fixture
 def check(tmp_path):
-    """Call a function, compile what it launches and compare what that needs with what `arch` has."""
+    """Call a function, compile the kernels that it launches, and check that `arch` has the resources they need."""
 
     def check(arch, launches, *case):
         kernels = []
@@ -252,9 +252,9 @@ def append_step(dim, dtype, group=8):
     )
 
 
-# Architecture, head dimension, dtype, query heads of a KV head, new tokens, options.
+# Architecture, head dimension, dtype, query heads per KV head, new tokens, options.
 ATTENTION = [
-    # up to 16 queries a row
+    # up to 16 queries per row
     *product(["sm_86"], DIMS, ["float16"], [4], [1], ["softcap+sinks"]),
     *product(["sm_86"], [64, 96, 256], ["float32"], [1], [1], ["plain"]),
     ("sm_80", 128, "bfloat16", 16, 1, "plain"),
@@ -273,7 +273,7 @@ ATTENTION = [
     ("sm_90", 64, "bfloat16", 16, 8, "plain"),
     ("sm_90", 256, "bfloat16", 16, 8, "softcap+sinks+new_mask"),
 ]
-# Architecture, head dimension, dtype, query heads of a KV head, reduction, options.
+# Architecture, head dimension, dtype, query heads per KV head, reduction, options.
 SCORING = [
     *((*shape, 4, reduce, "plain") for shape, reduce in zip(SHAPES, cycle(REDUCTIONS), strict=False)),
     *(("sm_86", 128, "bfloat16", group, "max_logits", "softcap+exclude") for group in (1, 16)),
@@ -298,7 +298,7 @@ def test_attention(check, arch, dim, dtype, group, q_len, options):
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_90"])
 def test_latent_attention(check, arch):
-    """DeepSeek's MLA: latents of 512 with rotated keys of 64 behind them, one row for all heads."""
+    """Test DeepSeek's MLA: latents of 512 followed by rotated keys of 64, one row for all heads."""
     check(arch, attend, 576, "bfloat16", 128, 1, "plain", 512)
     check(arch, add, 512, "bfloat16", 1, "plain")
     check(arch, gather_tiers, 512, "bfloat16", "strided")
@@ -351,7 +351,7 @@ def test_append(check, arch, dim, dtype, q_len, options):
 
 
 def test_no_kernel_is_left_out():
-    """What the tests above launch is all there is: the functions of every file that no other function calls."""
+    """The tests above launch every kernel: all functions that no other function calls, in every file."""
     found = pkgutil.walk_packages(hardkv.kernels.__path__, "hardkv.kernels.")
     modules = [importlib.import_module(module.name) for module in found]
     functions = {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}

@@ -1,4 +1,4 @@
-"""Which kernels run where, and what one is told when they do not."""
+"""Test which kernels run where, and the warning when they cannot run."""
 
 import warnings
 
@@ -18,12 +18,12 @@ def fresh(monkeypatch):
     backends._warn_once.cache_clear()
     backends._new_enough.cache_clear()
     yield
-    backends._new_enough.cache_clear()  # of the GPUs that were pretended
+    backends._new_enough.cache_clear()  # forget the fake GPUs
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of the given capability, as far as dispatching looks."""
+    """Fake a GPU of the given capability for the dispatch."""
 
     def pretend(capability, triton=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -65,7 +65,7 @@ def test_a_gpu_without_triton_is_told_of_once(gpu, capability, triton, dtype, re
 
 
 def test_heads_that_are_too_large_to_score(gpu):
-    """Gemma 4's, and the latents of MLA: they attend and are copied by Triton all the same."""
+    """Heads of Gemma 4 and latents of MLA are too large to score, but Triton still attends and copies them."""
     gpu((9, 0))
     assert backends.kernels_for(GPU, torch.bfloat16, 256) == "triton"
     with pytest.warns(UserWarning, match="a head_dim of 576 is larger than the 256 that scoring takes"):
@@ -102,7 +102,7 @@ def test_a_backend_that_cannot_run_here():
 
 @pytest.mark.parametrize("dim", [512, 576])
 def test_what_scores_asks_for_its_head_dim(dim, monkeypatch):
-    """Launching would fail here as it does on a GPU: test_ahead_of_time.py has what fits."""
+    """Launching would fail here as it does on a GPU; test_ahead_of_time.py tests the sizes that fit."""
     for module in (scoring, similarity):
         monkeypatch.setattr(module, "kernels_for", lambda _, dtype, head_dim: "torch" if head_dim == dim else "triton")
     keys, rows = torch.randn(12, dim), Rows(cumulative(torch.tensor([7, 5])), 12, 7)

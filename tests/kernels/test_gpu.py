@@ -1,4 +1,4 @@
-"""What the host computes at every launch."""
+"""Test the integer helpers that the host calls at every launch."""
 
 import pytest
 

@@ -46,7 +46,7 @@ def test_count_per_row(lengths, data):
 @settings(max_examples=50, deadline=None)
 @given(ROW_LENGTHS, st.integers(0, 3))
 def test_padded_index(lengths, extra):
-    """Left-aligned, for rows in any order, and safe to gather with even where invalid."""
+    """The index is left-aligned, works for rows in any order, and is safe to gather with where invalid."""
     starts, width = bounds(lengths)[:-1], max(lengths) + extra
     order = list(range(len(lengths)))[::-1]
     index, valid = padded_index(

@@ -1,4 +1,4 @@
-"""Selection against Python's sorted(): largest value, then newer position, then lower head."""
+"""Test selection against Python's sorted(): largest value, then newer position, then lower head."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float64])
 
 @st.composite
 def ragged(draw):
-    """`(rows, extra)`: rows of (value, eligible), few distinct values, and slots beyond the longest row."""
+    """Draw `(rows, extra)`: rows of (value, eligible) with few distinct values, and slots beyond the longest row."""
     token = st.tuples(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 3.0]), st.booleans())
     rows = draw(st.lists(st.lists(token, max_size=9), min_size=1, max_size=5))
     return rows, draw(st.integers(0, 3)) if any(rows) else 0
@@ -27,7 +27,7 @@ def flatten(rows, dtype):
 
 
 def best_first(row):
-    """Eligible places of a row."""
+    """Return the eligible places of a row, best first."""
     places = [place for place, (_, eligible) in enumerate(row) if eligible]
     return sorted(places, key=lambda place: (-row[place][0], -place))
 
@@ -62,7 +62,7 @@ def test_keep_best(example, data):
 
 @pytest.mark.parametrize("width", [0, 2])
 def test_sort_rows_without_tokens(width):
-    """`width` is at least the longest row; more is allowed here too."""
+    """`width` may exceed the longest row here too."""
     nothing = torch.zeros(0)
     ordered, token = sort_rows(nothing, nothing.bool(), torch.zeros(4, dtype=torch.int32), width)
     assert ordered.tolist() == [[-torch.inf] * width] * 3
@@ -77,7 +77,7 @@ class TestShareOfBest:
     @settings(max_examples=120, deadline=None)
     @given(st.data(), st.integers(1, 3), st.integers(1, 4), st.integers(0, 7), DTYPES)
     def test_oracle(self, data, batch, heads, width, dtype):
-        """Rows as `sort_rows` leaves them: descending, newer first among equals, -inf behind; +inf allowed."""
+        """Use rows sorted as by `sort_rows`: descending, newer first among equals, -inf at the end; +inf is allowed."""
         choices = st.sampled_from([-1.0, 0.0, 0.5, 2.0, float("inf")])
         values, positions, expected, totals = [], [], [], []
         for _ in range(batch):
@@ -110,7 +110,7 @@ class TestShareOfBest:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_long_plateau(self, dtype):
-        """Sorting must be stable at lengths where unstable sorts show."""
+        """Sorting must be stable, at lengths where unstable sorts fail."""
         values = torch.zeros(1, 3, 5000, dtype=dtype)
         positions = torch.arange(5000).flip(0).expand(1, 3, 5000)
         assert share_of_best(values, positions, torch.tensor([10001])).tolist() == [[3334, 3334, 3333]]

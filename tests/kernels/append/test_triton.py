@@ -1,4 +1,4 @@
-"""The Triton append against a loop over tokens: what is written, and that nothing else is."""
+"""Test the Triton append against a loop over tokens: it writes the right tokens and nothing else."""
 
 import os
 
@@ -28,7 +28,7 @@ def tokens(*shape, dtype=torch.float32):
 
 
 def buffers(batch, heads, capacity, dim, value_dim, dtype=torch.float32):
-    """Keys, values and positions of a dense tier, full of sentinels."""
+    """Return keys, values and positions of a dense tier, filled with sentinels."""
     shapes = ((batch, heads, capacity, dim), dtype), ((batch, heads, capacity, value_dim), dtype)
     return [
         torch.full(shape, SENTINEL, dtype=kind, device=DEVICE)
@@ -37,7 +37,7 @@ def buffers(batch, heads, capacity, dim, value_dim, dtype=torch.float32):
 
 
 def definition(dense, fill, keys, values, start, valid=None):
-    """Token by token; returns the new fill."""
+    """Append token by token; return the new fill."""
     batch, _, q_len, _ = keys.shape
     fill, valid = fill.tolist(), None if valid is None else valid.tolist()
     for b in range(batch):
@@ -51,7 +51,7 @@ def definition(dense, fill, keys, values, start, valid=None):
 
 
 def check(dense, fill, keys, values, start, valid=None):
-    """Against the definition; the old fill stays as it was."""
+    """Compare with the definition; the old fill must not change."""
     expected = [tensor.clone() for tensor in dense]
     new_fill = definition(expected, fill, keys, values, start, valid)
     found, own = [tensor.clone(memory_format=torch.preserve_format) for tensor in dense], fill.clone()
@@ -97,7 +97,7 @@ def test_all_flags_alike(value):
 @pytest.mark.parametrize("with_valid", [False, True])
 @pytest.mark.parametrize("heads", [1, 5])
 def test_many_programs_for_a_sequence(monkeypatch, with_valid, heads):
-    """Tiles of tokens and blocks of heads: the fill is right although others still read the old one."""
+    """With several tiles of tokens and blocks of heads, the fill is right although others still read the old one."""
     fill, valid = torch.tensor([5, 0], device=DEVICE), flags(2, 11)
     keys, values = tokens(2, heads, 11, 16), tokens(2, heads, 11, 16)
     for size in (1, 256):
@@ -106,14 +106,14 @@ def test_many_programs_for_a_sequence(monkeypatch, with_valid, heads):
 
 
 def test_flags_before_a_far_tile():
-    """More of them than are counted at a time."""
+    """Use more flags than a program counts at a time."""
     q_len = 2500
     dense, valid = buffers(1, 1, q_len + 3, 3, 3), flags(1, q_len)
     check(dense, torch.tensor([3], device=DEVICE), tokens(1, 1, q_len, 3), tokens(1, 1, q_len, 3), 0, valid)
 
 
 def test_strided_inputs():
-    """A projection's keys and values, flags out of a longer mask, and buffers that are part of larger ones."""
+    """Use keys and values from a projection, flags sliced from a longer mask, and buffers sliced from larger ones."""
     keys, values = tokens(2, 5, 3, 64).transpose(1, 2), tokens(2, 5, 3, 96)[..., 8:88].transpose(1, 2)
     valid = flags(5, 9).T[4:6, :]
     whole = buffers(2, 4, 20, 64, 80)
@@ -128,7 +128,7 @@ def test_strided_inputs():
 
 
 def test_tokens_without_a_slot_are_dropped():
-    """Not written into the next head or sequence."""
+    """Check that they are not written into the next head or sequence."""
     dense = buffers(2, 2, 4, 8, 8)
     expected = [tensor.clone() for tensor in dense]
     keys, values, fill = tokens(2, 2, 3, 8), tokens(2, 2, 3, 8), torch.tensor([3, 1], device=DEVICE)
@@ -160,7 +160,7 @@ def test_any_shape(shape, dims, dtype, size, with_valid, start, data):
 
 
 def test_one_call_after_another():
-    """A prompt and some steps: the fill carries over."""
+    """Append a prompt and then some steps; the fill carries over."""
     dense, fill = buffers(2, 2, 16, 64, 80), torch.tensor([0, 2], device=DEVICE)
     expected, wanted, start = [tensor.clone() for tensor in dense], fill.clone(), 0
     for q_len in (6, 1, 1, 3):
@@ -207,7 +207,7 @@ def test_more_elements_than_int32_counts():
 
 
 class TestStep:
-    """`append_step` against a loop over sequences, and the reference too; values of latents have no width."""
+    """Test `append_step` and its reference against a loop over sequences; values of latents have width 0."""
 
     @settings(max_examples=12, deadline=None)
     @given(

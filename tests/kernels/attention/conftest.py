@@ -1,4 +1,4 @@
-"""Which FlashAttention packages are installed, as far as hardkv looks: none, or fakes."""
+"""Replace the FlashAttention packages that hardkv finds by none, or by fakes."""
 
 import sys
 from types import ModuleType
@@ -12,7 +12,7 @@ from tests.kernels.attention.fake_packages import FAKES
 
 @pytest.fixture
 def install(monkeypatch):
-    """`install(package, contents)` puts a module where the package is looked for; nothing is installed at first."""
+    """Return `install(package, contents)`, which installs a fake module; no package is installed at first."""
 
     def put(package, contents):
         module = ModuleType(PACKAGES[package].module)
@@ -30,7 +30,7 @@ def install(monkeypatch):
 
 @pytest.fixture(params=FAKES)
 def fake(request, install):
-    """The only package installed: its name, and its calls' bounds on the queries of a sequence."""
+    """Install one fake package; return its name, and the bounds on queries per sequence of its calls."""
     package, calls = request.param.split()[0], []
     install(package, FAKES[request.param](calls))
     return package, calls

@@ -13,13 +13,13 @@ INF, NAN = float("inf"), float("nan")
 
 
 class Contract(NamedTuple):
-    """What every fake checks and does, and in what the packages differ."""
+    """Hold the checks and behaviour that all fakes share, and the differences between the packages."""
 
-    unseen_out: float  # written for queries that see no key
+    unseen_out: float  # the output for queries that see no key
     unseen_lse: float
     any_value_dim: bool = False
-    tile: int = 0  # values behind a sequence's end that are multiplied by 0, not skipped
-    swaps: bool = False  # takes a single query of several heads for several queries of one head, as FlashAttention-2
+    tile: int = 0  # values after a sequence's end are multiplied by 0, not skipped
+    swaps: bool = False  # treats one query with several heads as several queries with one head, like FlashAttention-2
 
 
 FLASH_2 = Contract(unseen_out=0.0, unseen_lse=INF, swaps=True)
@@ -28,7 +28,7 @@ FLASH_4 = Contract(unseen_out=NAN, unseen_lse=NAN, any_value_dim=True, tile=128)
 
 
 def check(contract, q, k, v, cu_q, cu_k, max_q, max_k):
-    """What the packages' sources check, or rely on without checking."""
+    """Check what the packages' sources check, or assume without checking."""
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert k.dtype == v.dtype == q.dtype
     assert q.dim() == k.dim() == v.dim() == 3
@@ -52,12 +52,12 @@ def check(contract, q, k, v, cu_q, cu_k, max_q, max_k):
 
 
 def fake_attention(contract, q, k, v, cu_q, cu_k, max_q, max_k, *, scale, causal, softcap):
-    """`out [total_q, G, Dv]` and `lse [G, total_q]`, one sequence after the other."""
-    with _disable_current_modes():  # what happens on a device
+    """Compute `out [total_q, G, Dv]` and `lse [G, total_q]`, one sequence after another."""
+    with _disable_current_modes():  # this would happen on a device
         check(contract, q, k, v, cu_q, cu_k, max_q, max_k)
         batch, (_, heads, head_dim), kv_heads = cu_q.shape[0] - 1, q.shape, k.shape[1]
         if contract.swaps and max_q == 1 and heads > kv_heads:
-            q.reshape(batch, kv_heads, heads // kv_heads, head_dim)  # a sequence without a query does not fit
+            q.reshape(batch, kv_heads, heads // kv_heads, head_dim)  # fails for a sequence without a query
         out = torch.full((*q.shape[:2], v.shape[2]), contract.unseen_out, dtype=q.dtype)
         lse = torch.full((heads, q.shape[0]), contract.unseen_lse)
         starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
@@ -112,7 +112,7 @@ def flash_attn_3(calls):
 
 
 def flash_attn_3_early(calls, returns_lse=True):
-    """Before July 2025, with the lse always, or from then to August 2025, without."""
+    """Fake versions before July 2025, which always return the lse, or from July to August 2025, which never do."""
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
@@ -153,7 +153,7 @@ class AuxRequest(NamedTuple):
 
 
 def torch_varlen(calls):
-    """PyTorch 2.12 and later."""
+    """Fake PyTorch 2.12 and later."""
 
     def varlen_attn(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
@@ -170,7 +170,7 @@ def torch_varlen(calls):
 
 
 def torch_varlen_2_11(calls):
-    """Without `enable_gqa`; fewer heads of k and v are taken as they come."""
+    """Fake PyTorch 2.11, which has no `enable_gqa` and accepts fewer heads of k and v without it."""
 
     def varlen_attn(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)

@@ -1,4 +1,4 @@
-"""Which package attends: the first that is installed and can, and what one is told when none does."""
+"""Test which package attends (the first installed one that supports the inputs), and the message when none does."""
 
 import sys
 import warnings
@@ -33,14 +33,14 @@ class TestInstalled:
             assert installed() == ("torch_varlen",)
 
     def test_namespace_that_another_package_left(self, install):
-        """FlashAttention-4 is installed as `flash_attn.cute`; there is a `flash_attn` then, with nothing in it."""
+        """FlashAttention-4 is installed as `flash_attn.cute`, which leaves an empty `flash_attn` namespace."""
         install("flash_attn_2", {})
         install("flash_attn_4", flash_attn_4([]))
         assert installed() == ("flash_attn_4",)
 
     @pytest.mark.parametrize("package", ["flash_attn_2", "flash_attn_4", "torch_varlen"])
     def test_version_before_those_supported(self, install, package):
-        """FlashAttention-2 without softcap, a preview of FlashAttention-4 without lse, PyTorch 2.10."""
+        """Try FlashAttention-2 without softcap, a preview of FlashAttention-4 without lse, and PyTorch 2.10."""
         install(package, {PACKAGES[package].function: lambda q, k, v, causal=False: None})
         assert installed() == ()
 

@@ -1,4 +1,4 @@
-"""Attention over the tiers against one softmax over all tokens a query sees, in float64."""
+"""Test attention over the tiers against one softmax over all tokens that a query sees, in float64."""
 
 from dataclasses import dataclass, replace
 
@@ -15,10 +15,10 @@ from hardkv.kernels.rows import Rows
 
 @dataclass(frozen=True)
 class Case:
-    """A condensed tier of ragged rows, a dense tier with a fill per sequence, and new queries."""
+    """Hold a condensed tier of ragged rows, a dense tier with a fill per sequence, and new queries."""
 
     query: np.ndarray  # [B, Hq, q, D]
-    lengths: list  # condensed tokens of every row
+    lengths: list  # condensed tokens per row
     keys: np.ndarray  # [N, D]
     values: np.ndarray  # [N, Dv]
     dense_keys: np.ndarray  # [B, H, C, D]
@@ -52,7 +52,7 @@ class Case:
         )
 
     def expected(self):
-        """out and lse by loops."""
+        """Compute out and lse with loops."""
         batch, num_heads, q_len, _ = self.query.shape
         num_kv_heads = self.dense_keys.shape[1]
         out = np.zeros((batch, num_heads, q_len, self.values.shape[-1]))
@@ -78,18 +78,18 @@ class Case:
         return torch.tensor(out), torch.tensor(lse)
 
     def sees(self, b, i, position):
-        """Whether new query i sees a dense token at `position`."""
+        """Return whether new query i sees a dense token at `position`."""
         if position < self.start or self.new_mask is None:
             return position <= self.start + i
         return bool(self.new_mask[b, i, position - self.start])
 
 
 def make_case(seed, lengths, batch, *, group=2, q_len=1, capacity=6, old=None, padding=0.0, **options):
-    """`old`: dense tokens before this call, per sequence; `padding`: share of new tokens that were not stored."""
+    """Make a case; `old`: dense tokens before this call, per sequence; `padding`: share of new tokens not stored."""
     rng = np.random.default_rng(seed)
     heads, start, dim, value_dim = len(lengths) // batch, 50, 4, 3
     old = rng.integers(0, capacity + 1, size=batch) if old is None else np.array(old)
-    positions = rng.integers(0, 100, size=(batch, capacity + q_len))  # garbage behind the fill
+    positions = rng.integers(0, 100, size=(batch, capacity + q_len))  # garbage after the filled slots
     fill = np.zeros(batch, dtype=np.int64)
     for b in range(batch):
         new = [start + i for i in range(q_len) if rng.random() >= padding]
@@ -111,7 +111,7 @@ def make_case(seed, lengths, batch, *, group=2, q_len=1, capacity=6, old=None, p
 
 
 def draw_case(data, make, *, batch, longest, group, q_len):
-    """A case of `make` with anything that can vary, by hypothesis, up to the given sizes."""
+    """Draw a case of `make` by hypothesis, varying everything up to the given sizes."""
     batch, heads = data.draw(st.integers(1, batch)), data.draw(st.integers(1, 2))
     lengths = data.draw(st.lists(st.integers(0, longest), min_size=batch * heads, max_size=batch * heads))
     group, q_len = data.draw(st.integers(1, group)), data.draw(st.integers(1, q_len))
@@ -162,7 +162,7 @@ class TestTieredAttention:
         assert_matches(empty)
 
     def test_queries_that_see_nothing(self):
-        """Nothing condensed, nothing in the dense tier: 0 and -inf, and the other sequence is as ever."""
+        """Without condensed and dense tokens the result is 0 and -inf; the other sequence does not change."""
         case = make_case(3, [0, 0, 5, 2], batch=2, old=[0, 4], padding=0.0)
         case.fill[0] = 0
         out, lse = case.run()
@@ -178,7 +178,7 @@ class TestTieredAttention:
         assert lse[0, :, 0].tolist() == [0.5, -1.0, 2.0, 0.0]
 
     def test_causal_among_the_new_tokens(self):
-        """The first of several new tokens does not see the later ones: it equals a call of its own."""
+        """The first of several new tokens does not see the later ones, so it equals a separate call."""
         case = make_case(5, [3, 6], batch=1, q_len=4, old=[2])
         whole, _ = case.run()
         for i in range(4):
@@ -186,7 +186,7 @@ class TestTieredAttention:
             torch.testing.assert_close(alone.run()[0][:, :, 0], whole[:, :, i], rtol=1e-12, atol=1e-12)
 
     def test_order_of_tokens_and_tier_do_not_matter(self):
-        """A token counts the same in either tier."""
+        """A token counts the same in both tiers."""
         case = make_case(6, [4, 4], batch=1, old=[5])
         both = case.run()[0]
         keys = np.concatenate([case.keys.reshape(2, 4, -1), case.dense_keys[:, :, :5][0]], 1)
@@ -205,7 +205,7 @@ class TestTieredAttention:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_dtypes(self, dtype):
-        """Output in the query's dtype, lse in float32 or better, as close as the inputs' rounding allows."""
+        """The output has the query's dtype and lse at least float32, both as close as the inputs' rounding allows."""
         case = make_case(7, [9, 0, 1, 30], batch=2, q_len=3, softcap=30.0, sinks=np.zeros(4))
         names = ["query", "keys", "values", "dense_keys", "dense_values"]
         rounded = {name: torch.tensor(getattr(case, name)).to(dtype).double().numpy() for name in names}
@@ -219,7 +219,7 @@ class TestTieredAttention:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_logits_beyond_half_precision(self, dtype):
-        """Dot products that overflow float16."""
+        """Use dot products that overflow float16."""
         case = make_case(8, [9, 0, 1, 12], batch=2, q_len=2)
         names = ["query", "keys", "dense_keys"]
         case = replace(case, **{name: np.round(100 * getattr(case, name)) * 8 for name in names})
@@ -231,7 +231,7 @@ class TestTieredAttention:
 
     @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
     def test_slots_behind_the_fill_are_never_read(self, garbage):
-        """They hold whatever the allocator or a padded token left there."""
+        """These slots may hold leftovers of the allocator or of a padded token."""
         case = make_case(9, [3, 0, 5, 1], batch=2, q_len=2, old=[1, 4])
         clean = case.run()
         for b in range(2):
@@ -242,7 +242,7 @@ class TestTieredAttention:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_a_row_that_overflowed_does_not_reach_the_others(self, value):
-        """Rows of one bucket have different lengths; padding may not carry row 0's numbers over."""
+        """Rows of one bucket have different lengths; padding must not carry row 0's numbers into other rows."""
         case = make_case(10, [7, 5, 6, 4], batch=2)
         clean = case.run()
         case.keys[0], case.values[0] = value, value
@@ -278,7 +278,7 @@ class TestTieredAttention:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most elements of any tensor made while active."""
+    """Record the size of the largest tensor created while active, in elements."""
 
     def __init__(self):
         super().__init__()
@@ -293,7 +293,7 @@ class LargestTensor(TorchDispatchMode):
 
 class TestAttend:
     def test_blocks_bound_the_logits(self, monkeypatch):
-        """rows * G * n logits a query, 64 queries: 32768, by blocks no more than keys or queries, nor the limit."""
+        """64 queries with rows * G * n logits each make 32768; blocks stay within the limit, the keys or queries."""
         allowed = torch.ones(2, 1, 1, 128, dtype=torch.bool)
 
         def largest(dim):
@@ -338,7 +338,7 @@ class TestMerge:
     @settings(max_examples=60, deadline=None)
     @given(st.integers(0, 2**32), st.lists(st.integers(0, 5), min_size=1, max_size=4))
     def test_parts_equal_the_whole(self, seed, sizes):
-        """Disjoint token sets, some empty, in any split."""
+        """Merge disjoint token sets, some empty, in any split."""
         rng = np.random.default_rng(seed)
         logits, values = [20 * rng.normal(size=n) for n in sizes], [rng.normal(size=(n, 3)) for n in sizes]
         parts = []
@@ -367,7 +367,7 @@ class TestMerge:
 
 class TestDenseAllowed:
     def test_fill_and_causality(self):
-        """Columns 3, 5 are old, 7, 8 new; sequence 1 holds column 4 and the second new token only."""
+        """Columns 3 and 5 are old, 7 and 8 new; sequence 1 holds only column 4 and the second new token."""
         positions = torch.tensor([[3, 5, 7, 8, 0], [4, 8, 1, 2, 6]], dtype=torch.int32)
         allowed = dense_allowed(positions, torch.tensor([4, 2]), 7, 2, None)
         assert allowed.int().tolist() == [

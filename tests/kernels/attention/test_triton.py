@@ -1,4 +1,4 @@
-"""The Triton kernel against one softmax over all tokens a query sees, in float64."""
+"""Test the Triton kernel against one softmax over all tokens that a query sees, in float64."""
 
 import os
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.kernels.poison import poisoned  # noqa: E402
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-3}
-# The interpreter multiplies bfloat16 as if it were integers.
+# The interpreter multiplies bfloat16 numbers as integers.
 DTYPES = [dtype for dtype in TOLERANCE if GPU or dtype != torch.bfloat16]
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def rounded(case, dtype):
-    """The case with inputs that `dtype` can hold."""
+    """Return the case with its inputs rounded to `dtype`."""
 
     def near(array):
         return torch.tensor(array).to(dtype).double().numpy()
@@ -89,7 +89,7 @@ def assert_matches(case, dtype=torch.float32, programs=5, **options):
 
 
 def make_case(seed, lengths, batch, *, dim=16, value_dim=None, **options):
-    """A reference case with a head dimension of one's own."""
+    """Make a reference case with the given head dimension."""
     case = reference.make_case(seed, lengths, batch, **options)
     rng = np.random.default_rng(seed)
 
@@ -177,7 +177,7 @@ class TestSchedule:
     @settings(max_examples=50, deadline=None)
     @given(st.data(), st.integers(1, 8), st.integers(0, 40), st.integers(1, 40))
     def test_recut_in_place_is_as_made_anew(self, data, rows, capacity, programs):
-        """For rows that have as many programs; and the addresses stay."""
+        """Recutting for rows with as many programs equals a new schedule, and keeps the addresses."""
         lengths = [data.draw(st.lists(st.integers(0, 300), min_size=rows, max_size=rows)) for _ in range(2)]
         before, after = (cumulative(torch.tensor(each, device=DEVICE)) for each in lengths)
         schedule = Schedule.make(before, 300 * rows, capacity, programs)

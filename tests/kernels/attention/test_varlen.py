@@ -1,8 +1,8 @@
-"""Variable-length FlashAttention over both tiers, against one softmax over all tokens a query sees, in float64.
+"""Test variable-length FlashAttention over both tiers against one float64 softmax over all tokens that a query sees.
 
-Everything but the last class runs on the CPU, against the fakes of `fake_packages`. FlashAttention-2 and
-FlashAttention-3 are tested by these only, since the project has no machine with either; PyTorch's own and
-FlashAttention-4 are also run on a GPU where there is one.
+All classes but the last run on the CPU with the fakes of `fake_packages`. FlashAttention-2 and
+FlashAttention-3 are tested only with these, because the project has no machine with either; PyTorch's own and
+FlashAttention-4 also run on a GPU where there is one.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 3e-3}  # relative, of the whol
 
 
 def widened(case, dim=8, value_dim=8, dtype=torch.float16):
-    """The case with head dimensions that the packages take, and numbers that `dtype` can hold."""
+    """Return the case with head dimensions that the packages accept, and numbers rounded to `dtype`."""
     rng = np.random.default_rng(0)
 
     def draw(like, width):
@@ -45,13 +45,13 @@ def widened(case, dim=8, value_dim=8, dtype=torch.float16):
 
 @cache
 def fixed_case(lengths, group, q_len):
-    """A case and what is expected of it: the same for every fake."""
+    """Return a case and its expected result, the same for every fake."""
     case = widened(make_case(len(lengths) * group + q_len, lengths, batch=2, group=group, q_len=q_len))
     return case, case.expected()
 
 
 def run(case, dtype=torch.float16, spare=0, mask=None, arrange=lambda *dense: dense, **options):
-    """`spare`: how far the bounds given for lengths and fill are from the truth. `arrange`: of dense keys, values."""
+    """Run attention; `spare`: slack in the bounds on lengths and fill; `arrange`: layout of dense keys and values."""
 
     def tensor(array):
         return torch.tensor(array, dtype=dtype)
@@ -91,7 +91,7 @@ def assert_matches(case, dtype=torch.float16, expected=None, **options):
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails when a tensor's content decides what the host does next."""
+    """Fail when the host reads a tensor's content."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select")
 
@@ -101,7 +101,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 class TestContract:
-    """Of every package; FlashAttention-2 and -3 are tested here alone."""
+    """Test the contract of every package; FlashAttention-2 and -3 are tested only here."""
 
     @pytest.mark.parametrize("q_len", [1, 2, 4])
     @pytest.mark.parametrize("group", [1, 2, 3])
@@ -118,7 +118,7 @@ class TestContract:
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_random(self, fake, data):
-        """Any fills, padding, masks, sinks, softcap where there is one."""
+        """Use any fills, padding, masks and sinks, and softcap where the package has it."""
         batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
         lengths = data.draw(st.lists(st.integers(0, 9), min_size=batch * heads, max_size=batch * heads))
         group, q_len = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
@@ -149,7 +149,7 @@ class TestContract:
     @pytest.mark.parametrize("q_len", [1, 3])
     @pytest.mark.parametrize("garbage", [NAN, INF])
     def test_slots_behind_the_fill_may_hold_anything(self, fake, garbage, q_len):
-        """FlashAttention-3 and -4 would multiply values there by 0, and 0 * NaN is NaN."""
+        """FlashAttention-3 and -4 multiply values there by 0, and 0 * NaN is NaN."""
         case = widened(make_case(3, [3, 0, 5, 1], batch=2, q_len=q_len, old=[1, 4]))
         expected = case.expected()
         for b in range(2):
@@ -164,7 +164,7 @@ class TestContract:
     @pytest.mark.parametrize("which", ["keys", "values", "both"])
     @pytest.mark.parametrize("q_len", [1, 3])
     def test_dense_tier_that_is_not_contiguous(self, fake, which, q_len):
-        """Laid out as a model lays out its keys, or part of a buffer."""
+        """Use the memory layout of a model's keys, or a slice of a buffer."""
 
         def arrange(keys, values):
             inside = keys.transpose(1, 2).contiguous().transpose(1, 2)
@@ -175,7 +175,7 @@ class TestContract:
 
     @pytest.mark.parametrize("width", ["bound", "capacity"])
     def test_mask_says_nothing_of_slots_behind_the_fill(self, fake, width):
-        """They are not seen, whatever it says; and it may be as wide as the fill's bound, or as the whole tier."""
+        """Queries never see these slots; the mask may be as wide as the fill's bound or as the tier."""
         q_len = 3
         new_mask = np.random.default_rng(0).random((2, q_len, q_len)) < 0.6
         case = widened(make_case(14, [3, 0, 5, 1], batch=2, q_len=q_len, old=[1, 4], new_mask=new_mask))
@@ -189,7 +189,7 @@ class TestContract:
     @pytest.mark.parametrize("q_len", [1, 2])
     @pytest.mark.parametrize("sinks", [None, np.array([0.5, -1.0, 2.0, 0.0])], ids=["no sinks", "sinks"])
     def test_nothing_stored(self, fake, sinks, q_len):
-        """No row has a token, and the dense tier has no slots: 0, and -inf or the sink."""
+        """Without any token or dense slot, the result is 0, and lse is -inf or the sink."""
         case = widened(make_case(6, [0, 0, 0, 0], batch=2, capacity=0, old=[0, 0], q_len=q_len, sinks=sinks))
         case.fill[:] = 0
         out, lse = run(case, padded=True)
@@ -199,13 +199,13 @@ class TestContract:
         assert torch.equal(lse, expected[None, :, None].expand(2, -1, q_len))
 
     def test_one_sequence_without_dense_tokens(self, fake):
-        """Its gap is its whole buffer."""
+        """The gap of this sequence is its whole buffer."""
         case = widened(make_case(7, [4, 0, 2, 3], batch=2, old=[0, 5]))
         case.fill[0] = 0
         assert_matches(case, padded=True)
 
     def test_fewer_tokens_than_new_queries(self, fake):
-        """Not what `padded=False` promises, but the first queries see nothing then, as the packages define it."""
+        """`padded=False` rules this out, but the first queries then see nothing, as the packages define."""
         case = widened(make_case(8, [0, 0], batch=1, q_len=3, old=[0]))
         case.fill[0] = 2
         out, lse = run(case)
@@ -218,14 +218,14 @@ class TestContract:
         [
             ({"q_len": 1}, [1, 2]),  # one query of two heads, then two queries of one head
             ({"q_len": 3}, [3, 3]),
-            ({"q_len": 1, "padding": 0.5}, [1, 2]),  # a single query sees all there is
+            ({"q_len": 1, "padding": 0.5}, [1, 2]),  # a single query sees everything
             ({"q_len": 3, "padding": 0.5}, [3]),
             ({"q_len": 3, "new_mask": np.ones((2, 3, 3), dtype=bool)}, [3]),
         ],
         ids=["one", "three", "one, padded", "three, padded", "masked"],
     )
     def test_what_the_package_computes(self, fake, options, calls):
-        """Both tiers, but the dense one only where it is causal as the package means it."""
+        """The package computes both tiers, but the dense tier only where its mask is causal in the package's sense."""
         case = widened(make_case(9, [3, 0, 5, 1], batch=2, old=[2, 4], **options))
         assert_matches(case, padded="padding" in options)
         assert fake[1] == calls
@@ -252,7 +252,7 @@ class TestContract:
 
 
 def test_values_of_another_width(install):
-    """FlashAttention-4 alone takes them."""
+    """Only FlashAttention-4 accepts them."""
     install("flash_attn_4", flash_attn_4([]))
     assert_matches(widened(make_case(12, [3, 0, 5, 1], batch=2, q_len=2), dim=24, value_dim=16))
 
@@ -270,7 +270,7 @@ def test_flash_attn_3_without_lse(install):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("package", PACKAGES)
 class TestOnTheGPU:
-    """Every package that is really installed, in bf16, against the reference in float64."""
+    """Test every package that is really installed, in bf16, against the reference in float64."""
 
     LENGTHS = (0, 1, 17, 128, 3000, 64, 0, 700)  # of two sequences
 
@@ -280,7 +280,7 @@ class TestOnTheGPU:
             pytest.skip(f"{package} is not installed")
 
     def inputs(self, seed, *, group=4, q_len=1, dim=64, capacity=320, fill=(250, 37), dtype=torch.bfloat16):
-        """What `varlen_attention` takes, up to its keywords; the new tokens are the last of the dense tier."""
+        """Return the positional arguments of `varlen_attention`; the new tokens are the last of the dense tier."""
         generator = torch.Generator("cuda").manual_seed(seed)
 
         def draw(*shape):
@@ -337,7 +337,7 @@ class TestOnTheGPU:
             torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
 
     def test_new_tokens_only(self, package):
-        """No condensed row yet, and a dense tier that the new tokens fill."""
+        """Attend with no condensed row, and a dense tier that the new tokens fill."""
         inputs = list(self.inputs(3, q_len=40, capacity=40, fill=(40, 40)))
         inputs[1:5] = inputs[1][:0], inputs[2][:0], torch.zeros_like(inputs[3]), 0
         self.assert_matches(package, inputs)
@@ -346,7 +346,7 @@ class TestOnTheGPU:
     def test_no_length_is_read_on_the_host(self, package, q_len):
         inputs = self.inputs(4, q_len=q_len)
         options = {"bound": 250, "start": 5000 - q_len, "scale": 0.125, "package": package}
-        varlen_attention(*inputs, **options)  # what a package does at its first call, such as compiling, is its own
+        varlen_attention(*inputs, **options)  # ignore what a package does at its first call, such as compiling
         torch.cuda.set_sync_debug_mode("error")
         try:
             varlen_attention(*inputs, **options)

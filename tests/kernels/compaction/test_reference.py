@@ -33,7 +33,7 @@ def test_by_address_over_the_concatenation(sizes, shape, dtype, data):
 
 @pytest.mark.parametrize("sizes", [[4], [4, 0], [0, 4], [2, 2]], ids=str)
 def test_result_is_new_and_exactly_sized(sizes):
-    """No view of a source: the sources' memory can be freed, and writing to them changes nothing."""
+    """The result is no view of a source: the sources can be freed, and writing to them does not change it."""
     sources = [torch.ones(size, 8) for size in sizes]
     gathered = gather_tokens(sources, torch.arange(3))
     for source in sources:

@@ -1,4 +1,4 @@
-"""The Triton gather against indexing the concatenation: copies are equal to the bit."""
+"""Test the Triton gather against indexing the concatenation: copies are equal bit by bit."""
 
 import os
 
@@ -29,12 +29,12 @@ def tokens(*shape, dtype=torch.float32):
 
 
 def dense(layout, batch, heads, capacity, dim, dtype=torch.float32):
-    """A dense buffer `[B, H, C, D]`, or `[n, D]`, as models and tiers lay them out."""
+    """Make a dense buffer `[B, H, C, D]`, or `[n, D]`, with the memory layouts of models and tiers."""
     if layout == "flat":
         return tokens(batch * heads * capacity, dim, dtype=dtype)
     if layout == "contiguous":
         return tokens(batch, heads, capacity, dim, dtype=dtype)
-    if layout == "transposed":  # what a projection's output looks like
+    if layout == "transposed":  # the layout of a projection's output
         return tokens(batch, capacity, heads, dim, dtype=dtype).transpose(1, 2)
     if layout == "sliced":
         return tokens(batch, heads, capacity + 3, dim, dtype=dtype)[:, :, 2:-1]
@@ -46,7 +46,7 @@ def concatenated(buffers):
 
 
 def guarded(shape, dtype, sentinel=77):
-    """A contiguous tensor between two stretches of sentinels, and a check that these are whole."""
+    """Make a contiguous tensor between two stretches of sentinels, and a check that these are unchanged."""
     size = shape.numel()
     whole = torch.full((size + 128,), sentinel, dtype=dtype, device=DEVICE)
 
@@ -57,7 +57,7 @@ def guarded(shape, dtype, sentinel=77):
 
 
 def check(keys, values, address, index):
-    """Both functions against indexing, into poisoned memory and into memory that is given."""
+    """Compare both functions with indexing; they write into poisoned memory and into given memory."""
     total = address.shape[0]
     positions = torch.randint(0, 1 << 30, (total,), dtype=torch.int32, device=DEVICE)
     misses = torch.randint(0, 256, (total,), device=DEVICE).to(torch.uint8)
@@ -78,7 +78,7 @@ def check(keys, values, address, index):
 
 
 def shuffled(total, count):
-    """An address for each of `total` tokens, and which `count` of them to take."""
+    """Draw an address for each of `total` tokens, and which `count` of them to take."""
     return torch.randperm(total, device=DEVICE), torch.randint(0, total, (count,), device=DEVICE)
 
 
@@ -113,7 +113,7 @@ def test_any_source_may_be_empty_or_absent(sizes, layout):
 
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 1000])
 def test_counts_around_a_tile(count):
-    """One giant gather of few tokens included."""
+    """Include one gather of few tokens from a giant buffer."""
     check(
         [tokens(20, 64), dense("transposed", 1, 2, 5, 64)],
         [tokens(20, 64), dense("flat", 1, 2, 5, 64)],
@@ -122,7 +122,7 @@ def test_counts_around_a_tile(count):
 
 
 def test_bits_of_special_values_survive():
-    """NaN with a payload, infinities, negative zero and subnormal numbers: a copy is a copy."""
+    """Copies preserve NaN with a payload, infinities, negative zero and subnormal numbers."""
     bits = torch.tensor([0x7FC1, 0xFF81 - 0x10000, 0x7F80, -0x8000, 1, 0x3F80], dtype=torch.int16, device=DEVICE)
     keys = bits.view(torch.bfloat16)[:, None].expand(-1, 8).contiguous()
     found = gather_keys([keys], torch.arange(6, device=DEVICE))
@@ -211,7 +211,7 @@ def test_more_elements_than_int32_counts():
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_in_a_captured_graph():
-    """What the inputs hold at replay counts, not what they held at capture."""
+    """A replay uses the inputs' contents at replay, not at capture."""
     keys, values = (
         [tokens(99, 128), dense("transposed", 2, 4, 10, 128)],
         [tokens(99, 128), dense("flat", 2, 4, 10, 128)],
@@ -243,7 +243,7 @@ def test_in_a_captured_graph():
     st.randoms(use_true_random=False),
 )
 def test_compacting_rows_over_themselves(batch, heads, length, capacity, layout, dims, random):
-    """Every row keeps as many tokens as it had, of its own and its dense slots'; any of them, in order."""
+    """Every row keeps its length, with any tokens of its own and of its dense slots, in order."""
     rows = batch * heads
     held = [tokens(rows * length, dim) for dim in dims]
     held += [torch.randint(0, 99, (rows * length,), dtype=dtype, device=DEVICE) for dtype in (torch.int32, torch.uint8)]
@@ -269,7 +269,7 @@ def test_compacting_rows_over_themselves(batch, heads, length, capacity, layout,
 @pytest.mark.skipif(not GPU, reason="needs many programs at once")
 @pytest.mark.parametrize("rows", [(32, 8), (1, 8)])
 def test_compacting_much(rows):
-    """As many tokens as a program cannot hold, most of which move a little or not at all."""
+    """Use more tokens than a program can hold; most of them move a little or not at all."""
     length, capacity, dim = 2000, 160, 128
     number = rows[0] * rows[1]
     held = [tokens(number * length, dim, dtype=torch.bfloat16) for _ in range(2)]

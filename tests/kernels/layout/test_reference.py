@@ -1,4 +1,4 @@
-"""Where held tokens lie, against a loop over rows."""
+"""Test where held tokens are stored, against a loop over rows."""
 
 import random
 
@@ -11,7 +11,7 @@ from hardkv.kernels.rows import Rows, cumulative
 
 
 def make_case(data):
-    """Arguments of `layout`, and what it must return, by loops."""
+    """Make arguments of `layout`, and its expected result, with loops."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
     batch, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     capacity = data.draw(st.integers(1, 9))
@@ -70,7 +70,7 @@ def test_against_a_loop(data):
 
 
 def assert_assigns(function, data, device="cpu"):
-    """`assign` against a loop."""
+    """Compare `assign` with a loop."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
     counts = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=6))
     patience = data.draw(st.sampled_from([0, 2, 254]))

@@ -1,4 +1,4 @@
-"""The Triton kernel against a loop over rows."""
+"""Test the Triton kernel against a loop over rows."""
 
 import os
 

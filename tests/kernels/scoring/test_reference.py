@@ -1,4 +1,4 @@
-"""Attention received from the window's queries, against float64 loops."""
+"""Test the attention received from the window's queries against float64 loops."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ REDUCTIONS = ["mean", "max", "max_logits", "mean_square"]
 
 
 def make_case(seed, lengths, *, batch=1, group=2, queries=3, dim=3, columns=None):
-    """Arrays of one call; rows hold random ascending columns, some queries are invalid."""
+    """Make the arrays of one call; rows hold random ascending columns, and some queries are invalid."""
     rng = np.random.default_rng(seed)
     columns = max(lengths) + 4 if columns is None else columns
     held = [np.sort(rng.choice(columns, size=length, replace=False)) for length in lengths]
@@ -109,7 +109,7 @@ def test_ragged(reduce, seed, lengths, group, queries, exclude, softcap):
     softcap=st.sampled_from([None, 1.5]),
 )
 def test_learned_sinks(reduce, seed, lengths, group, exclude, softcap):
-    """One logit a query head that takes its part of every softmax and receives nothing."""
+    """A sink is one logit per query head that takes its part of every softmax and receives nothing."""
     case = make_case(seed, lengths * 2, batch=2, group=group)
     found = run(case, reduce, exclude=exclude, softcap=softcap, sinks=True)
     reference = expected(case, reduce, exclude=exclude, softcap=softcap, sinks=True)
@@ -119,13 +119,13 @@ def test_learned_sinks(reduce, seed, lengths, group, exclude, softcap):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("reduce", ["mean", "mean_square"])
 def test_sinks_of_every_size(reduce, dtype):
-    """A sink far below every logit is none; far above, it takes everything."""
+    """A sink far below every logit has no effect; a sink far above takes everything."""
     case = make_case(6, [7, 5, 6, 4], batch=2)
     case["sinks"][:] = -1e4
     torch.testing.assert_close(run(case, reduce, sinks=True, dtype=dtype), run(case, reduce, dtype=dtype))
     case["sinks"][:] = 1e4
     assert torch.all(run(case, reduce, sinks=True, dtype=dtype) == 0)
-    case["sinks"][:4] = [1e4, 1e4, -1e4, -1e4]  # of both heads of the first KV head only
+    case["sinks"][:4] = [1e4, 1e4, -1e4, -1e4]  # only both query heads of the first KV head
     mixed = run(case, reduce, sinks=True, dtype=dtype)
     first = torch.tensor([True] * 7 + [False] * 5 + [True] * 6 + [False] * 4)
     assert torch.all(mixed[first] == 0)
@@ -145,7 +145,7 @@ def test_excluded_tokens_receive_nothing_and_take_nothing(reduce):
     found = run(case, reduce, exclude=True)
     assert torch.all(found[torch.tensor(case["exclude"])] == 0)
     without = case["keys"].copy()
-    without[case["exclude"]] = 1e6  # whatever they are
+    without[case["exclude"]] = 1e6  # their values do not matter
     torch.testing.assert_close(run({**case, "keys": without}, reduce, exclude=True), found, rtol=0, atol=0)
 
 

@@ -1,4 +1,4 @@
-"""Triton's scores of the window's queries and their smoothing, against float64 loops."""
+"""Test Triton's scores from the window's queries, and their smoothing, against float64 loops."""
 
 import os
 
@@ -20,11 +20,11 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 3e-3}
 LENGTHS = [0, 1, 150, 7, 70, 3]  # of two sequences
-# G, W, D and dtype; the interpreter multiplies bfloat16 as if it were integers
+# G, W, D and dtype; the interpreter multiplies bfloat16 numbers as integers
 SHAPES = [
     (1, 32, 64, torch.float16),
     (2, 3, 3, torch.float32),
-    (2, 40, 16, torch.float32),  # several blocks of columns, whatever the reduction
+    (2, 40, 16, torch.float32),  # several blocks of columns with every reduction
     (3, 5, 80, torch.float32),
     (4, 9, 96, torch.float16),
     (16, 9, 64, torch.float16),
@@ -39,13 +39,13 @@ pytestmark = [
     pytest.mark.skipif(
         not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
     ),
-    # the interpreter's NumPy speaks of log(0), a query that sees nothing, and of rows that overflowed
+    # the interpreter's NumPy warns of log(0) (a query that sees nothing) and of rows that overflowed
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
 ]
 
 
 def make_case(seed, lengths, *, dim=3, dtype=torch.float32, **shape):
-    """A case of the reference's tests, with logits of the same size for every `dim` and inputs that `dtype` holds."""
+    """Make a case of the reference's tests, with equally large logits for every `dim` and inputs rounded to `dtype`."""
     case = reference.make_case(seed, lengths, dim=dim, **shape)
     for name, size in (("queries", dim**-0.25), ("keys", dim**-0.25), ("sinks", 1)):
         case[name] = torch.tensor(case[name] * size).to(dtype).double().numpy()
@@ -53,7 +53,7 @@ def make_case(seed, lengths, *, dim=3, dtype=torch.float32, **shape):
 
 
 def run(case, reduce, *, exclude=False, softcap=None, sinks=False, dtype=torch.float32):
-    """The kernels' scores, in memory that was poisoned."""
+    """Return the kernels' scores, computed in poisoned memory."""
 
     def tensor(array, dtype=None):
         return torch.tensor(array, dtype=dtype, device=DEVICE)
@@ -117,7 +117,7 @@ def test_learned_sinks(reduce, options):
 
 
 def test_sinks_of_every_size():
-    """A sink far below every logit is none; far above, it takes everything."""
+    """A sink far below every logit has no effect; a sink far above takes everything."""
     case = make_case(4, [7, 5], batch=1, group=2)
     case["sinks"][:] = [1e4, 1e4, -1e4, -1e4]
     found = run(case, "mean", sinks=True)
@@ -128,7 +128,7 @@ def test_sinks_of_every_size():
 def test_sinks_of_heads_that_share_a_softmax():
     with pytest.raises(ValueError, match="sinks .* leave out sinks or choose another reduce"):
         run(make_case(4, [7, 5]), "max_logits", sinks=True)
-    check(make_case(4, [7, 5], group=1), "max_logits", sinks=True)  # one head shares with nobody
+    check(make_case(4, [7, 5], group=1), "max_logits", sinks=True)  # one head, so nothing is shared
 
 
 @pytest.mark.parametrize("reduce", reference.REDUCTIONS)
@@ -140,7 +140,7 @@ def test_lengths(reduce, lengths):
 @pytest.mark.parametrize("chunk", [32, 128])
 @pytest.mark.parametrize("reduce", reference.REDUCTIONS)
 def test_chunks(monkeypatch, reduce, chunk):
-    """A row is cut into many chunks, or a chunk into many tiles; the queries lie far from each other."""
+    """Cut a row into many chunks, or a chunk into many tiles; the queries are far from each other."""
     monkeypatch.setattr(module, "_chunk", lambda tokens, tile: max(chunk, tile))
     case = make_case(6, [3, 0, 290, 1, 0, 64], batch=2, group=3, queries=4, dim=16)
     case["query_positions"] = np.array([50, 150, 200, 293])
@@ -227,7 +227,7 @@ def test_pool_of_more_rows_than_a_program_compares_at_once():
 
 
 def random_rows(seed, lengths, *, num_kv_heads, group, window=32, dim=128, dtype=torch.bfloat16):
-    """Arguments of a call on the GPU; a row's tokens are spread over twice its length."""
+    """Make the arguments of a call on the GPU; a row's tokens are spread over twice its length."""
     generator = torch.Generator("cuda").manual_seed(seed)
     batch, total, longest = len(lengths) // num_kv_heads, sum(lengths), max(lengths)
 
@@ -248,7 +248,7 @@ def random_rows(seed, lengths, *, num_kv_heads, group, window=32, dim=128, dtype
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("reduce", reference.REDUCTIONS)
 def test_real_shape(reduce):
-    """256 rows of 2176 tokens on average, one of them much longer, against the reference in float32."""
+    """Compare with the float32 reference: 256 rows of 2176 tokens on average, one of them much longer."""
     lengths = np.random.default_rng(0).integers(544, 3808, 256)
     lengths[77] = 60_000
     arguments, rows = random_rows(11, lengths.tolist(), num_kv_heads=8, group=4)
@@ -290,7 +290,7 @@ def test_more_elements_than_int32_counts():
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("reduce", reference.REDUCTIONS)
 def test_in_a_captured_graph(reduce):
-    """What the inputs and the rows' bounds hold at replay counts."""
+    """A replay uses the contents of the inputs and the row bounds at replay."""
     arguments, rows = random_rows(13, [300, 0, 200, 1012], num_kv_heads=2, group=4)
     others, bounds = random_rows(14, [1200, 12, 300, 0], num_kv_heads=2, group=4)
     exclude = torch.rand(rows.total, device="cuda") < 0.1

@@ -1,4 +1,4 @@
-"""R-KV's redundancy against its n x n definition, in float64 loops."""
+"""Test R-KV's redundancy against its n x n definition, in float64 loops."""
 
 from contextlib import contextmanager
 
@@ -25,7 +25,7 @@ def expected(rows, threshold=0.5, reach=REACH):
 
 
 def definition(keys, threshold, reach):
-    """c_ij with a zero diagonal; per i the last j above the threshold is zeroed, if in reach; mean over i."""
+    """Take c_ij with a zero diagonal; per i zero the last j above the threshold, if in reach; average over i."""
     n = len(keys)
     cosine = [[0.0] * n for _ in range(n)]
     for i in range(n):
@@ -42,7 +42,7 @@ def definition(keys, threshold, reach):
 
 
 def random_rows(seed, lengths, dim=3):
-    """Low-dimensional keys, so that many are similar."""
+    """Draw low-dimensional keys, so that many are similar."""
     rng = np.random.default_rng(seed)
     return [rng.normal(size=(length, dim)) * rng.lognormal(size=(length, 1)) for length in lengths]
 
@@ -73,7 +73,7 @@ def tiles(cosines, block):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 200), st.integers(1, 8), st.integers(1, 15))
 def test_any_tiles_and_reach(seed, cosines, block, reach):
-    """Rows alone and together, blocks that grow, tokens that are left at the end."""
+    """Search rows alone and together, with growing blocks and with tokens left unmatched at the end."""
     rows = random_rows(seed, [13, 9, 0, 1, 12, 10])
     with tiles(cosines, block):
         torch.testing.assert_close(run(rows, reach=reach), expected(rows, reach=reach), rtol=0, atol=1e-9)
@@ -89,7 +89,7 @@ def test_long_rows(reach, threshold):
 
 
 def test_what_is_out_of_reach_is_not_spared():
-    """Ten keys, of which 2 and 5 are the same: nothing in reach of 4, so both are blamed by their twins."""
+    """Ten keys, 2 and 5 identical: neither is in a reach of 4, so each counts as a duplicate of the other."""
     keys = np.eye(10)
     keys[5] = keys[2]
     for reach, blamed in ((4, [0.1, 0.1]), (5, [0.1, 0.0]), (8, [0.0, 0.0])):
@@ -97,7 +97,7 @@ def test_what_is_out_of_reach_is_not_spared():
 
 
 def test_the_default_reach_covers_what_budgets_leave():
-    """Exact up to 1,536 tokens per row: the default budget, an interval and some."""
+    """The result is exact up to 1,536 tokens per row: the default budget, an interval and some more."""
     assert REACH == 1536
 
 
@@ -107,7 +107,7 @@ def test_hundreds_of_tokens_to_nine_digits():
 
 
 def test_newest_of_identical_keys_is_spared():
-    """Six keys, three the same at 0, 2, 5: token 5 is blamed by neither twin, token 2 only by token 0."""
+    """Six keys, 0, 2 and 5 identical: token 5 is spared by both duplicates, token 2 is penalised only by token 0."""
     keys = np.eye(6)
     keys[[2, 5]] = keys[0]
     # 0 and 2 spare 5; 5 spares 2
@@ -115,7 +115,7 @@ def test_newest_of_identical_keys_is_spared():
 
 
 def test_without_similar_keys_nothing_is_spared():
-    """In particular not token 0."""
+    """In particular, token 0 is not spared."""
     angle = np.deg2rad([0, 80, 160])
     keys = np.stack([np.cos(angle), np.sin(angle)], 1)
     cosine = keys @ keys.T - np.eye(3)
@@ -123,7 +123,7 @@ def test_without_similar_keys_nothing_is_spared():
 
 
 def test_threshold_is_exclusive():
-    """A cosine of exactly the threshold is no near-duplicate."""
+    """A cosine exactly at the threshold is no near-duplicate."""
     keys = np.array([[1.0, 0.0], [1.0, 0.0]])
     assert run([keys], threshold=1.0).tolist() == [0.5, 0.5]
     assert run([keys], threshold=0.999).tolist() == [0.0, 0.0]
@@ -158,7 +158,7 @@ def test_a_row_that_overflowed_does_not_reach_the_others():
 
 
 def largest_made(rows, **options):
-    """Elements of the largest tensor that is made on the way."""
+    """Return the number of elements of the largest tensor made during the call."""
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -176,7 +176,7 @@ def largest_made(rows, **options):
 
 @pytest.mark.parametrize("lengths", [[600], [600, 500, 600], [60] * 10, [1] * 600], ids=str)
 def test_tiles_are_no_larger_than_the_keys(lengths):
-    """However many cosines a tile might hold."""
+    """This holds for any limit on cosines per tile."""
     rows = random_rows(5, lengths, dim=16)
     assert largest_made(rows) <= 16 * sum(lengths)
 

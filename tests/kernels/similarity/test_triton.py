@@ -1,4 +1,4 @@
-"""R-KV's redundancy as Triton kernels, against its definition in float64."""
+"""Test R-KV's redundancy in Triton against its definition in float64."""
 
 import os
 
@@ -19,7 +19,7 @@ from tests.kernels.poison import poisoned
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 3e-3}
-# The interpreter multiplies bfloat16 as if it were integers.
+# The interpreter multiplies bfloat16 numbers as integers.
 DTYPES = [dtype for dtype in TOLERANCE if GPU or dtype != torch.bfloat16]
 LENGTHS = [[0], [1], [2], [0, 1, 0], [63, 64, 65], [0, 130, 1, 127, 128, 129, 0], [1] * 9]
 
@@ -29,9 +29,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def random_rows(seed, lengths, dim, dtype=torch.float32, directions=40):
-    """Keys `[N, D]` around a few directions each way, so that no cosine comes near 0.5, and their `cu_seqlens`.
+    """Draw keys `[N, D]` around a few directions and their opposites, so that no cosine is near 0.5, and `cu_seqlens`.
 
-    Some directions are rare: the last match of a key may be far, or missing.
+    Some directions are rare, so the last match of a key may be far, or missing.
     """
     rng = np.random.default_rng(seed)
     total, directions = sum(lengths), min(directions, dim)
@@ -44,7 +44,7 @@ def random_rows(seed, lengths, dim, dtype=torch.float32, directions=40):
 
 
 def definition(keys, cu_seqlens, threshold=0.5, reach=REACH, margin=1e-4):
-    """c_ij with a zero diagonal; per i the last j above the threshold is zeroed, if it is in reach; mean over i."""
+    """Take c_ij with a zero diagonal; per i zero the last j above the threshold, if in reach; average over i."""
     result = torch.empty(keys.shape[0], dtype=torch.float64, device=keys.device)
     for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         n = stop - start
@@ -61,7 +61,7 @@ def definition(keys, cu_seqlens, threshold=0.5, reach=REACH, margin=1e-4):
 
 
 def run(keys, cu_seqlens, longest=None, **options):
-    """Into poisoned memory, of which everything has to be written."""
+    """Run in poisoned memory, which must be overwritten completely."""
     longest = int(cu_seqlens.diff().max()) if longest is None else longest
     with poisoned():
         return mean_cosine(keys, cu_seqlens, longest, **options)
@@ -87,7 +87,7 @@ def test_lengths_around_a_tile(lengths, dtype):
 
 @pytest.mark.parametrize("directions", [1, 3, 64])
 def test_giant_row(directions):
-    """Searches that end at once, after some tiles, and at the row's front; sums from many programs."""
+    """Searches end at once, after some tiles, or at the row's front; sums come from many programs."""
     check(*random_rows(2, [1, 1100, 0], 64, directions=directions))
 
 
@@ -98,18 +98,18 @@ def test_longest_is_only_a_bound(longest):
 
 @pytest.mark.parametrize("threshold", [0.5, 0.3, -0.5, 1.5])
 def test_thresholds(threshold):
-    """Also one that opposite keys alone miss, and one that nothing exceeds."""
+    """Include a threshold that only opposite keys miss, and one that nothing exceeds."""
     check(*random_rows(4, [90, 70], 24), threshold=threshold)
 
 
 @pytest.mark.parametrize("reach", [1, 63, 64, 65, 128, 200, 299, 300, 1000])
 def test_reach(reach):
-    """Around a tile, and around the longest row; other rows are shorter than it."""
+    """Use reaches around a tile and around the longest row; other rows are shorter than the reach."""
     check(*random_rows(13, [300, 0, 1, 130, 64], 24, directions=12), reach=reach)
 
 
 def test_what_is_out_of_reach_is_not_spared():
-    """Ten keys, of which 2 and 5 are the same: nothing in reach of 4, so both are blamed by their twins."""
+    """Ten keys, 2 and 5 identical: neither is in a reach of 4, so each counts as a duplicate of the other."""
     keys = torch.eye(10, device=DEVICE)
     keys[5] = keys[2].clone()
     cu_seqlens = torch.tensor([0, 10], dtype=torch.int32, device=DEVICE)
@@ -119,7 +119,7 @@ def test_what_is_out_of_reach_is_not_spared():
 
 
 def test_threshold_is_exclusive():
-    """A cosine of exactly the threshold is no near-duplicate."""
+    """A cosine exactly at the threshold is no near-duplicate."""
     keys = torch.tensor([[1.0, 0.0], [1.0, 0.0]], device=DEVICE)
     cu_seqlens = torch.tensor([0, 2], dtype=torch.int32, device=DEVICE)
     assert run(keys, cu_seqlens, threshold=1.0).tolist() == [0.5, 0.5]
@@ -127,7 +127,7 @@ def test_threshold_is_exclusive():
 
 
 def test_newest_of_identical_keys_is_spared():
-    """Six keys, three the same at 0, 2, 5: token 5 is blamed by neither twin, token 2 only by token 0."""
+    """Six keys, 0, 2 and 5 identical: token 5 is spared by both duplicates, token 2 is penalised only by token 0."""
     keys = torch.eye(6, device=DEVICE)
     keys[[2, 5]] = keys[0].clone()
     cu_seqlens = torch.tensor([0, 6], dtype=torch.int32, device=DEVICE)
@@ -154,7 +154,7 @@ def test_a_row_that_overflowed_does_not_reach_the_others():
 
 
 def test_the_same_bits_every_time():
-    """What is spared is added up in integers, in whatever order programs get there."""
+    """Spared cosines are summed as integers, so the order of the programs does not matter."""
     keys, cu_seqlens = random_rows(7, [300, 150], 16)
     first = run(keys, cu_seqlens)
     for _ in range(3):
@@ -187,7 +187,7 @@ def test_no_tokens(rows):
     st.integers(1, 45),
 )
 def test_any_rows(seed, lengths, dim, dtype, surplus, chunk, reach):
-    """And however many programs share a row's sum, and however far the search reaches."""
+    """Use any rows, any number of programs per sum, and any reach."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MIN_CHUNK", chunk)
         check(*random_rows(seed, lengths, dim, dtype), max(lengths) + surplus, reach=reach)
@@ -225,7 +225,7 @@ def test_more_elements_than_int32_counts():
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_in_a_captured_graph():
-    """What keys and row bounds hold at replay counts, within the bound on the longest row."""
+    """A replay uses the contents of keys and row bounds at replay, within the bound on the longest row."""
     keys, cu_seqlens = random_rows(11, [300, 200, 12], 128, torch.bfloat16)
     mean_cosine(keys, cu_seqlens, 400)
     graph = torch.cuda.CUDAGraph()
