@@ -1,1 +1,1 @@
-"""The documentation: pages, and the programs that write their tables and pictures."""
+"""Hold the documentation pages, and the programs that write their tables and pictures."""

@@ -1,7 +1,7 @@
-"""Brings the repository's own pages into the site: README as its home, CHANGELOG, CONTRIBUTING, and eval/results.
+"""Add the repository's own pages to the site: README as the home page, CHANGELOG, CONTRIBUTING, and eval/results.
 
-Links are written as the repository needs them, so that every page reads well there too. In the site they are turned to
-the page that the file became; a link to a file that is no page becomes plain text.
+Links are written for the repository, so that every page also works there. In the site, each link is changed to
+the page that the file became; a link to a file without a page becomes plain text.
 """
 
 import posixpath
@@ -18,19 +18,19 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def in_site(path: str) -> str:
-    """Where a file of the repository stands in the site."""
+    """Return the path in the site for a file of the repository."""
     return PAGES.get(path, path.removeprefix("docs/"))
 
 
 def in_repository(page: str) -> str:
-    """The inverse of `in_site`."""
+    """Return the path in the repository for a path in the site: the inverse of `in_site`."""
     if page.startswith("eval/"):
         return page
     return next((path for path, name in PAGES.items() if name == page), f"docs/{page}")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add what lies outside of docs/."""
+    """Add the pages outside docs/."""
     results = [path for path in sorted((ROOT / "eval/results").iterdir()) if path.suffix in (".md", ".png")]
     for path in [*(ROOT / name for name in PAGES), *results]:
         name = path.relative_to(ROOT).as_posix()
@@ -39,7 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, files: Files, **kwargs: Any) -> str:
-    """Turn links to the repository's files to the site's pages, code blocks left alone."""
+    """Change links to repository files into links to pages of the site; leave code blocks unchanged."""
     here = page.file.src_uri
     folder = posixpath.dirname(in_repository(here))
 

