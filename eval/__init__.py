@@ -1,1 +1,1 @@
-"""Accuracy and speed of hardkv, measured: command-line programs, `python -m eval.NAME --help`."""
+"""Measure accuracy and speed of hardkv: command-line programs, `python -m eval.NAME --help`."""

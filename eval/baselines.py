@@ -9,21 +9,21 @@ from hardkv.kernels.selection import share_of_best
 from hardkv.selectors import Budget, Risk, RiskCurves
 from hardkv.selectors.ranking import Ranking
 
-# Tokens beyond sinks and window that a head keeps at least.
+# Minimum number of tokens per head beyond sinks and window.
 STREAMING = 16
-# Tokens beyond which attention counts as important to a head.
+# Attention beyond this many tokens counts as important to a head.
 LOCAL = 64
 
 
 def importance(curves: RiskCurves) -> Tensor:
-    """What each head loses when it keeps only its best 64 tokens, float64 `[L, H]`: how much it looks back."""
+    """Return each head's loss when it keeps only its best 64 tokens, float64 `[L, H]`: how much it looks back."""
     at = int((curves.counts <= LOCAL).sum()) - 1
     return curves.loss[..., at].double()
 
 
 @dataclass(frozen=True)
 class _PerHead(Budget):
-    """Counts of every head from a rule of one's own, clipped to what a sequence has."""
+    """Compute counts per head by a subclass's rule, and clip them to the tokens of a sequence."""
 
     n: int
     curves: RiskCurves = field(repr=False)
@@ -34,7 +34,7 @@ class _PerHead(Budget):
         return [replace(self, layer=layer) for layer in range(num_layers)]
 
     def totals(self, length: int, num_protected: int) -> Tensor:
-        """Public counts of all heads, `[L, H]`."""
+        """Return the public counts of all heads, `[L, H]`."""
         raise NotImplementedError
 
     def counts(self, ranking: Ranking) -> Tensor:
@@ -48,10 +48,10 @@ class _PerHead(Budget):
 
 @dataclass(frozen=True)
 class HeadKV(_PerHead):
-    """In the style of HeadKV (https://arxiv.org/abs/2410.19258): an even base, the rest in proportion to importance.
+    """Share a budget like HeadKV (https://arxiv.org/abs/2410.19258): an even base, the rest proportional to importance.
 
-    Importance is measured here as `importance(curves)`, not by a retrieval test. What a sequence is too short for goes
-    to the other heads; totals are exact but for what rounding down leaves.
+    Importance is `importance(curves)` here, not a retrieval test. Tokens that a sequence is too short for go
+    to the other heads; totals are exact except for rounding down.
     """
 
     def totals(self, length: int, num_protected: int) -> Tensor:
@@ -60,7 +60,7 @@ class HeadKV(_PerHead):
         total = (self.n - base) * share.numel()
         room = max(length - base, 0)
         low, high = 0.0, float(room) / float(share[share > 0].min()) if bool((share > 0).any()) else 0.0
-        for _ in range(120):  # the factor at which the clipped counts sum to the total
+        for _ in range(120):  # find the factor at which the clipped counts sum to the total
             middle = (low + high) / 2
             fits = (share * middle).clamp_max(room).sum() <= total
             low, high = (middle, high) if fits else (low, middle)
@@ -69,10 +69,11 @@ class HeadKV(_PerHead):
 
 @dataclass(frozen=True)
 class DuoAttention(_PerHead):
-    """In the style of DuoAttention (https://arxiv.org/abs/2410.10819): some heads keep all, the rest stream.
+    """Share a budget like DuoAttention (https://arxiv.org/abs/2410.10819): some heads keep all, the rest stream.
 
-    As many of the most important heads (by `importance(curves)`, not by trained gates) keep everything as make the mean
-    over a text of the curves' length, counted from a quarter of it on, n; the others keep sinks, window and 16 tokens.
+    The most important heads (by `importance(curves)`, not by trained gates) keep everything; the others keep sinks,
+    window and 16 tokens. The number of full heads is such that the mean over a text of the curves' length, counted from
+    a quarter of it on, is n.
     """
 
     def totals(self, length: int, num_protected: int) -> Tensor:
@@ -87,7 +88,7 @@ class DuoAttention(_PerHead):
 
 @dataclass(frozen=True)
 class LayerShares(_PerHead):
-    """Risk's share of every layer, evenly within it."""
+    """Give every layer its share under Risk, split evenly between its heads."""
 
     def totals(self, length: int, num_protected: int) -> Tensor:
         counts = Risk(self.n).allocation(self.curves, length, num_protected)
@@ -98,7 +99,7 @@ class LayerShares(_PerHead):
 
 @dataclass(frozen=True)
 class Mixed(_PerHead):
-    """Risk's counts for a part of the budget, and Adaptive Top-p for the rest, over what Risk leaves in the layer."""
+    """Use Risk's counts for a part of the budget, and Adaptive Top-p for the rest, over the tokens that Risk leaves."""
 
     dynamic: float = 0.0
     uses_temperature = True

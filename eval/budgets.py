@@ -1,10 +1,10 @@
-"""How to share a budget between heads: what every way costs, at equal bytes, on texts it has not seen.
+"""Compare ways to share a budget between heads: their loss at equal bytes on unseen texts.
 
     python -m eval.budgets run --out eval/results/budgets.json            # hours on a CPU, minutes on a GPU
     python -m eval.budgets report eval/results/budgets.json               # tables, and the picture beside the JSON
 
-`run` adds to the JSON what is missing in it, so it can be interrupted, and limited with --sections. The measure is the
-NLL above the dense cache's, teacher-forced through HardKVCache, an event every 128 tokens, counted from a quarter of
+`run` adds the missing records to the JSON, so it can be interrupted, and limited with --sections. The measure is the
+NLL above the dense cache's, teacher-forced through HardKVCache, one event per 128 tokens, counted from a quarter of
 each text on; and the KL divergence of the next-token distribution. Calibration texts come with hardkv; the sets
 `choose` and `report` are in eval/texts.
 """
@@ -38,7 +38,7 @@ INTERVAL = 128
 
 
 def make_budget(entry: Entry, calibration: Calibration | None) -> Any:
-    """The budget of an entry."""
+    """Return the budget of an entry."""
     name, n = entry.label.split(",")[0], entry.n
     if name in ("TopK", "AdaKV", "Pyramid", "Adaptive"):
         return {"TopK": TopK, "AdaKV": AdaKV, "Pyramid": Pyramid, "Adaptive": Adaptive}[name](n)
@@ -57,7 +57,7 @@ def make_budget(entry: Entry, calibration: Calibration | None) -> Any:
 
 
 def make_cache(model: Any, entry: Entry, calibration: Calibration | None) -> HardKVCache:
-    """A new cache of an entry."""
+    """Create a new cache for an entry."""
     budget = make_budget(entry, calibration)
     uses = isinstance(budget, Risk) or "calibrated" in entry.label
     return HardKVCache(
@@ -71,7 +71,7 @@ def make_cache(model: Any, entry: Entry, calibration: Calibration | None) -> Har
 
 
 def read_texts(tokenizer: Any, name: str, length: int) -> tuple[list[str], Tensor]:
-    """Names and token ids `[B, length]` of a set of texts."""
+    """Return names and token ids `[B, length]` of a set of texts."""
     names, rows = [], []
     for path in sorted((TEXTS / name).glob("*.txt")):
         names.append(path.stem)
@@ -80,14 +80,14 @@ def read_texts(tokenizer: Any, name: str, length: int) -> tuple[list[str], Tenso
 
 
 class Worker:
-    """A process with the model in memory."""
+    """Hold the model in a process."""
 
     def __init__(self, model_name: str | None, folder: Path):
         self.model, self.tokenizer = load(model_name)
         self.folder = folder
 
     def calibration(self, source: Source, ids: Tensor | None = None) -> Calibration:
-        """From the folder, or made now and kept there; that of a text's own beginning (`ids [1, n]`) is not kept."""
+        """Load a calibration, or make and store it; do not store one of a text's own beginning (`ids [1, n]`)."""
         if ids is not None:
             return calibrate(self.model, [ids[:, : source.length]], scorer=source.scorer, progress=False)
         path = self.folder / source.file
@@ -95,13 +95,13 @@ class Worker:
             return Calibration.load(path)
         shipped = default_texts()
         names = [name for name in shipped if source.texts == "all" or source.texts in name]
-        names.sort(key=lambda name: name.split("-")[1])  # one of each kind first
+        names.sort(key=lambda name: name.split("-")[1])  # put one of each kind first
         texts = [shipped[name] for name in names[: source.count]]
         options: dict[str, Any] = {"scorer": source.scorer, "interval": INTERVAL, "progress": False}
         tokens = [
             torch.tensor([self.tokenizer(text, truncation=True, max_length=source.length).input_ids]) for text in texts
         ]
-        if source.measure == "gradient":  # of each text by itself
+        if source.measure == "gradient":  # each text separately
             parts = [
                 calibrate(
                     self.model, [ids], measure=measures.gradient(self.model, ids.to(self.model.device)), **options
@@ -121,7 +121,7 @@ class Worker:
         return calibration
 
     def run(self, entries: list[Entry]) -> list[dict[str, Any]]:
-        """The records of entries of one group."""
+        """Return the records for the entries of one group."""
         names, ids = read_texts(self.tokenizer, *entries[0].group)
         ids = ids.to(self.model.device)
         own = any(entry.source is not None and entry.source.texts == "self" for entry in entries)
@@ -174,7 +174,7 @@ def _run(entries: list[Entry]) -> list[dict[str, Any]]:
 
 
 def run(out: Path, sections: list[str], scorers: list[str], model_name: str | None, jobs: int, together: int) -> None:
-    """Run what is missing in `out`, `jobs` processes side by side, `together` caches in one pass over the texts."""
+    """Run the entries missing in `out`, with `jobs` processes, and `together` caches in one pass over the texts."""
     found = json.loads(out.read_text()) if out.exists() else {"model": model_label(model_name), "records": []}
     records = found["records"]
     if found["model"] != model_label(model_name):
@@ -192,7 +192,7 @@ def run(out: Path, sections: list[str], scorers: list[str], model_name: str | No
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=settings) as pool:
         for made in as_completed([pool.submit(_calibrate, s) for s in sorted(sources, key=lambda s: -s.length)]):
             print("calibrated", made.result(), flush=True)
-        # the longest first
+        # run the longest first
         for number, future in enumerate(
             as_completed([pool.submit(_run, batch) for batch in sorted(batches, key=lambda b: -b[0].length)]), 1
         ):
@@ -202,17 +202,17 @@ def run(out: Path, sections: list[str], scorers: list[str], model_name: str | No
 
 
 def model_label(name: str | None) -> str:
-    """What a JSON calls its model."""
+    """Return the name of the model for the JSON."""
     return Path(name).stem if name else DEFAULT_MODEL
 
 
 def _key(record: dict[str, Any]) -> str:
-    """`Entry.key` of what a record measured."""
+    """Return the `Entry.key` of a record."""
     return json.dumps({name: record[name] for name in Entry.__dataclass_fields__}, sort_keys=True)
 
 
 def write(out: Path, records: list[dict[str, Any]], model_name: str | None) -> None:
-    """The JSON, in the plan's order, whole or not at all."""
+    """Write the JSON atomically, in the order of the plan."""
     head = {"model": model_label(model_name)}
     order = {entry.key: place for place, entry in enumerate(plan(SECTIONS))}
     records = sorted(records, key=lambda record: order.get(_key(record), len(order)))

@@ -1,4 +1,4 @@
-"""What the study of budgets runs: every cache, by sections that each answer one question."""
+"""Plan the study of budgets: list its caches by sections, each of which answers one question."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -12,11 +12,11 @@ SCORERS = ("attention", "snapkv", "rkv")
 
 @dataclass(frozen=True)
 class Source:
-    """What a calibration is made from."""
+    """Describe the texts that a calibration uses."""
 
     scorer: str = "attention"
-    texts: str = "all"  # part of the names of the shipped texts; "all"
-    count: int = 6  # texts at most
+    texts: str = "all"  # substring of the names of shipped texts, or "all"
+    count: int = 6  # maximum number of texts
     length: int = 2048
     measure: str = "squared attention"
 
@@ -27,11 +27,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """One cache on one set of texts."""
+    """Describe one cache on one set of texts."""
 
     section: str
     label: str
-    n: int  # tokens a head, or thousandths of mass for TopP
+    n: int  # tokens per head, or thousandths of mass for TopP
     texts: str = "choose"
     length: int = 2048
     scorer: str = "attention"
@@ -45,12 +45,12 @@ class Entry:
 
     @property
     def group(self) -> tuple[str, int]:
-        """What can run in one pass over the texts."""
+        """Return the key of entries that can run in one pass over the texts."""
         return self.texts, self.length
 
 
 def seeded(entry: Entry, seed: int) -> Entry:
-    """Calibrated on one half of the shipped texts, one of each kind."""
+    """Return entries calibrated on one half of the shipped texts, one of each kind."""
     length = entry.source.length if entry.source is not None else entry.length
     return replace(entry, seed=seed, source=Source(entry.scorer, f"-{seed + 1}-", 3, length))
 
@@ -164,7 +164,7 @@ def _shares() -> list[Entry]:
     ]
 
 
-# Every section of the study: the function that lists its caches.
+# Every section of the study, and the function that lists its caches.
 SECTIONS: dict[str, Callable[[], list[Entry]]] = {
     "main": _main,
     "long": _long,
@@ -180,5 +180,5 @@ SECTIONS: dict[str, Callable[[], list[Entry]]] = {
 
 
 def plan(sections: Iterable[str]) -> list[Entry]:
-    """Every cache of these sections."""
+    """Return every cache of these sections."""
     return [entry for section in sections for entry in SECTIONS[section]()]

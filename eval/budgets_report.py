@@ -1,4 +1,4 @@
-"""Tables and picture of what `python -m eval.budgets run` measured."""
+"""Write tables and picture from the measurements of `python -m eval.budgets run`."""
 
 import json
 from collections import defaultdict
@@ -14,12 +14,12 @@ from hardkv.extras import require
 from hardkv.files import write_text
 from hardkv.viz.figures import MARKERS, save_figure
 
-# Drawn in this order; the others stand in the tables only.
+# The picture shows these in this order; the others appear only in the tables.
 DRAWN = ("TopK", "AdaKV", "Pyramid", "Adaptive", "TopP, calibrated", "DuoAttention style", "HeadKV style", "Risk")
 
 
 class Study:
-    """The records, by what they are compared with: section, texts, length and scorer, then label, then n."""
+    """Group the records that are compared: by section, texts, length and scorer, then label, then n."""
 
     def __init__(self, records: list[dict[str, Any]]):
         self.cells: dict[tuple, dict[str, dict[int, list[dict[str, Any]]]]] = defaultdict(
@@ -30,7 +30,7 @@ class Study:
             self.cells[group][label(record)][record["n"]].append(record)
 
     def excess(self, group: tuple, name: str, n: int) -> np.ndarray | None:
-        """Excess NLL of every text, mean over seeds; of TopP interpolated at the bytes of TopK(n)."""
+        """Return the excess NLL of every text, mean over seeds; for TopP, interpolated at the bytes of TopK(n)."""
         cell = self.cells[group].get(name)
         if cell is None:
             return None
@@ -48,14 +48,14 @@ class Study:
         return below * (1 - share) + above * share
 
     def topk(self, group: tuple, n: int) -> dict[str, Any] | None:
-        """TopK's record of the same texts, length, scorer and n, from any section."""
+        """Return TopK's record for the same texts, length, scorer and n, from any section."""
         for other, labels in self.cells.items():
             if other[1:] == group[1:] and n in labels.get("TopK", {}):
                 return labels["TopK"][n][0]
         return None
 
     def ratio(self, group: tuple, name: str, n: int) -> tuple[float, float, float, float] | None:
-        """Mean excess NLL, then as a fraction of TopK's: value and 95 % interval over texts (paired bootstrap)."""
+        """Return mean excess NLL, and its ratio to TopK's: value and 95 % interval over texts (paired bootstrap)."""
         ours, base = self.excess(group, name, n), self.topk(group, n)
         if ours is None or base is None:
             return None
@@ -65,7 +65,7 @@ class Study:
 
 
 def label(record: dict[str, Any]) -> str:
-    """What a table calls a record."""
+    """Return the label of a record in tables."""
     name, options = record["label"], record["options"]
     if options.get("scope") == "layer" and record["section"] != "shares":
         name += ", per layer"
@@ -73,7 +73,7 @@ def label(record: dict[str, Any]) -> str:
 
 
 def tables(study: Study) -> str:
-    """Markdown: a table for every section, set of texts, length and scorer."""
+    """Return Markdown: one table per section, set of texts, length and scorer."""
     lines = []
     for group, labels in study.cells.items():
         section, texts, length, scorer = group
@@ -95,7 +95,7 @@ def tables(study: Study) -> str:
 
 
 def patience(study: Study) -> str:
-    """What patience costs and gains at the bytes it really holds."""
+    """Show the cost and gain of patience at the bytes that it really holds."""
     rows = []
     for group, labels in study.cells.items():
         if group[0] == "patience":
@@ -108,7 +108,7 @@ def patience(study: Study) -> str:
 
 
 def draw(study: Study, path: Path) -> None:
-    """Excess NLL against n, a panel for every scorer and length of the set `report`."""
+    """Draw excess NLL against n, with one panel per scorer and length of the set `report`."""
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
 
@@ -153,7 +153,7 @@ def draw(study: Study, path: Path) -> None:
 
 
 def draw_settings(study: Study, path: Path) -> None:
-    """Excess NLL as a fraction of TopK's for every setting tried on the set `choose`, a panel a section, at one n."""
+    """Draw excess NLL as a fraction of TopK's for every setting tried on `choose`, one panel per section, at one n."""
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
 
@@ -180,7 +180,7 @@ def draw_settings(study: Study, path: Path) -> None:
 
 
 def report(path: Path) -> None:
-    """Print the tables; write them and the pictures beside the JSON."""
+    """Print the tables; write tables and pictures beside the JSON."""
     data = json.loads(path.read_text())
     study = Study(data["records"])
     machines = "; ".join(sorted({record["machine"] for record in data["records"]}))

@@ -1,23 +1,23 @@
-"""Comparison at equal bytes: figures between two measured sizes, linear in the logarithm of bytes."""
+"""Compare at equal bytes: interpolate figures between two measured sizes, linearly in the logarithm of bytes."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# Within so much of TopK's bytes a method used as many; up to so much beyond its budgets it is still compared.
+# Relative difference within which two methods use equal bytes, and the most beyond TopK's budgets still compared.
 SAME_BYTES = 0.01
 NEAR_BYTES = 0.05
 
 
 def between(sizes: Sequence[float], nbytes: float) -> tuple[int, float] | None:
-    """Find where so many bytes lie among sizes.
+    """Find the position of `nbytes` among sizes.
 
     Args:
         sizes: bytes, ascending.
 
     Returns:
-        The index of the size below, and the share of the figure at the next size: with share s the figure at `nbytes`
-        is (1 - s) times the one below plus s times the next. None where all sizes are larger, or all smaller.
+        The index of the size below, and the share s of the figure at the next size: the figure at `nbytes`
+        is (1 - s) times the figure below plus s times the next one. None if all sizes are larger, or all smaller.
     """
     for below in range(len(sizes) - 1):
         low, high = sizes[below : below + 2]

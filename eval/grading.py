@@ -1,6 +1,6 @@
-"""Is the final answer of a text right? Mathematics by math-verify, strings exactly.
+"""Grade the final answer of a text: mathematics with math-verify, strings exactly.
 
-math-verify is imported by the functions that need it: needles and the reasoner are graded without.
+Only the functions that need math-verify import it; needles and the reasoner are graded without it.
 """
 
 import re
@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 BOXED = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
-# Escaped braces, as of sets, delimit nothing.
+# Escaped braces, as in sets, are no delimiters.
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-# A text that holds LaTeX between dollars is parsed as a text; anything else as one expression.
+# A text with LaTeX between dollars is parsed as text; anything else is parsed as one expression.
 INLINE = re.compile(r"(?<!\\)\$|\\\(|\\\[")
 
 
 def final_answer(text: str) -> str | None:
-    r"""What stands in the last complete \boxed{...} of a text, after its reasoning (`</think>`) if that is marked."""
+    r"""Return the content of the last complete \boxed{...} of a text, after its reasoning (`</think>`) if marked."""
     text = text.rpartition("</think>")[2]
     for start in reversed([match.end() for match in BOXED.finditer(text)]):
         depth = 1
@@ -27,14 +27,14 @@ def final_answer(text: str) -> str | None:
 
 
 def grade(prediction_text: str, gold: str) -> bool:
-    r"""Whether a text's final answer equals the gold one.
+    r"""Return whether a text's final answer equals the gold answer.
 
-    The answer is the last \boxed{...}; without one, what math-verify (https://github.com/huggingface/Math-Verify)
-    finds in the last line. Both sides are parsed once, and the parsed values compared, so that 025 is 25, 1/2 is 0.5,
-    and sets have no order. What cannot be parsed counts when it is the same string but for spaces.
+    The answer is the last \boxed{...}, else what math-verify (https://github.com/huggingface/Math-Verify)
+    finds in the last line. Both sides are parsed once and their values compared, so that 025 is 25, 1/2 is 0.5,
+    and sets have no order. An answer that cannot be parsed is right if it is the same string except for spaces.
 
     Args:
-        prediction_text: what a model wrote.
+        prediction_text: the text that a model wrote.
         gold: an expression (`025`, `\frac{1}{2}`, `\text{Evelyn}`), or a sentence with LaTeX between dollars, whose
             last formula counts.
     """
@@ -53,14 +53,14 @@ def grade(prediction_text: str, gold: str) -> bool:
 
 @dataclass
 class GoldCheck:
-    """What a self-check found: answers by problem id."""
+    """Hold the results of a self-check: answers by problem id."""
 
-    failed: dict[str, str] = field(default_factory=dict)  # not even right when written as they stand
-    exact_only: dict[str, str] = field(default_factory=dict)  # math-verify does not understand them
+    failed: dict[str, str] = field(default_factory=dict)  # wrong even when written exactly like the gold answer
+    exact_only: dict[str, str] = field(default_factory=dict)  # math-verify cannot parse them
 
 
 def check_golds(golds: Iterable[tuple[str, str]]) -> GoldCheck:
-    """Grade every gold answer by itself.
+    """Grade every gold answer against itself.
 
     Args:
         golds: (problem id, gold answer).
@@ -78,13 +78,13 @@ def check_golds(golds: Iterable[tuple[str, str]]) -> GoldCheck:
 
 
 def contains_all(prediction_text: str, gold: str) -> bool:
-    """Whether every number of `gold` (with spaces between them) stands in the text, digit by digit."""
+    """Return whether the text contains every number of `gold` (separated by spaces), digit by digit."""
     found = set(re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3}\b)", "", prediction_text)))
     return bool(gold.split()) and set(gold.split()) <= found
 
 
 def boxed_exactly(prediction_text: str, gold: str) -> bool:
-    r"""Whether the last \boxed{...} of the text holds just that."""
+    r"""Return whether the last \boxed{...} of the text holds exactly the gold answer."""
     return final_answer(prediction_text) == gold
 
 

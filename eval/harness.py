@@ -1,4 +1,4 @@
-"""The harness: answers the problems of a task with every configuration, and keeps every finished sample."""
+"""Answer the problems of a task with every configuration, and store every finished sample."""
 
 import argparse
 from dataclasses import asdict, dataclass
@@ -16,13 +16,13 @@ from eval.store import Store
 from eval.tasks import Task, load_problems
 from hardkv import Calibration, HardKVConfig, calibrate
 
-# Problems whose dense answers a calibration is made from, where problems are generated.
+# Number of generated problems whose dense answers a calibration uses.
 CALIBRATION_PROBLEMS = 6
 
 
 @dataclass
 class Harness:
-    """One run: what all configurations have in common."""
+    """Hold the state of one run that all configurations share."""
 
     args: argparse.Namespace
     state: Any  # accelerate's PartialState
@@ -35,11 +35,11 @@ class Harness:
 
     @property
     def options(self) -> dict[str, int]:
-        """What every HardKVCache gets."""
+        """Return the options of every HardKVCache."""
         return cache_options(self.args)
 
     def run(self, configuration: Configuration, settings: HardKVConfig | None) -> None:
-        """Everything of one configuration that its file lacks, or until it is told apart from the full cache."""
+        """Run the missing samples of one configuration, or until it differs clearly from the full cache."""
         label, args = configuration.label, self.args
         prompts = {problem.id: self.encode(problem) for problem in self.problems}
         done = {(record["id"], record["sample"]) for record in self.store.records(label)}
@@ -52,7 +52,7 @@ class Harness:
             for start in range(0, len(missing), size):
                 if may_stop and self.is_separated(label):
                     break
-                # prompts of like length in one batch need little padding; rounds stay in the problems' order
+                # prompts of similar length in one batch need little padding; rounds keep the order of the problems
                 part = sorted(missing[start : start + size], key=lambda item: len(prompts[item[0].id]))
                 batches = [part[at : at + args.batch_size] for at in range(0, len(part), args.batch_size)]
                 for batch in batches[self.state.process_index :: self.state.num_processes]:
@@ -62,7 +62,7 @@ class Harness:
                 self.merge(label)
 
     def answer(self, batch: list[tuple[Problem, int]], prompts: dict[str, list[int]], cache: Any) -> list[dict]:
-        """The records of one batch."""
+        """Return the records of one batch."""
         seeds = [seed_of(self.args.seed, problem.id, sample) for problem, sample in batch]
         limit = self.args.max_new_tokens
         with tqdm(total=limit, desc="tokens", leave=False, disable=not self.is_main) as bar:
@@ -82,7 +82,7 @@ class Harness:
         ]
 
     def record(self, problem: Problem, sample: int, seed: int, answer: Answer) -> dict[str, Any]:
-        """One line of a JSONL."""
+        """Return one line of a JSONL file."""
         text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
         figures = asdict(answer)
         figures["new_tokens"] = len(figures.pop("tokens"))
@@ -96,7 +96,7 @@ class Harness:
         } | figures
 
     def settings(self, configuration: Configuration) -> HardKVConfig | None:
-        """What its HardKVCache is made with; None for the full cache."""
+        """Return the arguments of the configuration's HardKVCache; None for the full cache."""
         if configuration.method == "full":
             return None
         n = configuration.tokens(self.full_length() if configuration.is_fraction else None)
@@ -110,10 +110,10 @@ class Harness:
         return configuration.settings(n, self.options, calibration)
 
     def full_length(self) -> float:
-        """Mean tokens, prompt and answer, with the full cache.
+        """Return the mean tokens of prompt and answer with the full cache.
 
         Raises:
-            ValueError: it has not run in this folder.
+            ValueError: the full cache has not run in this folder.
         """
         records = self.store.records("full")
         if not records:
@@ -121,7 +121,7 @@ class Harness:
         return float(np.mean([record["prompt_tokens"] + record["new_tokens"] for record in records]))
 
     def calibration(self, scorer: str) -> Calibration:
-        """The one that was given, or that this folder keeps, or made now."""
+        """Return the given calibration, the one stored in this folder, or a new one."""
         if self.args.calibration is not None:
             return Calibration.load(str(self.args.calibration).replace("{scorer}", scorer))
         path = self.store.folder / "calibrations" / f"{scorer}.safetensors"
@@ -138,7 +138,7 @@ class Harness:
         return Calibration.load(path)
 
     def own_answers(self) -> list[torch.Tensor]:
-        """Other problems of a generated task with the model's answers to them, ids `[n]`."""
+        """Return other problems of a generated task with the model's answers, ids `[n]`."""
         others = load_problems(
             self.args.task, **problem_options(self.args, self.tokenizer, self.args.seed + 1, CALIBRATION_PROBLEMS)
         )
@@ -155,7 +155,7 @@ class Harness:
         return [torch.tensor(prompt + answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def encode(self, problem: Problem) -> list[int]:
-        """Token ids of a problem as the model is asked it."""
+        """Return the token ids of a problem's prompt."""
         text = f"{problem.text}\n\n{self.task.instruction}" if self.task.instruction else problem.text
         if self.tokenizer.chat_template is None:
             return self.tokenizer(f"{text}\n").input_ids
@@ -163,7 +163,7 @@ class Harness:
         return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def is_separated(self, label: str) -> bool:
-        """Whether it differs from the full cache beyond doubt, by what is merged: all processes decide alike."""
+        """Return whether it clearly differs from the full cache; merged results make all processes decide alike."""
         full = by_problem(self.store.records("full"))
         if not separated(by_problem(self.store.records(label)), full):
             return False
@@ -171,7 +171,7 @@ class Harness:
         return True
 
     def merge(self, label: str) -> None:
-        """Put all processes' results together."""
+        """Merge the results of all processes."""
         self.state.wait_for_everyone()
         if self.is_main:
             self.store.merge(label)
@@ -204,7 +204,7 @@ def problem_options(args: argparse.Namespace, tokenizer: Any, seed: int, limit: 
 
 
 def too_weak(harness: Harness) -> float | None:
-    """The full cache's accuracy where it is too low to learn anything from; None otherwise, or if it has not run."""
+    """Return the full cache's accuracy if it is too low to compare anything; None otherwise, or if it has not run."""
     accuracy = by_problem(harness.store.records("full"))
     mean = float(np.mean(list(accuracy.values()))) if accuracy else 1.0
     return mean if mean < harness.args.least_dense else None

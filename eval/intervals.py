@@ -1,6 +1,6 @@
-"""Figures over problems or texts with their bootstrap intervals, and paired differences.
+"""Compute figures over problems or texts with bootstrap intervals, and paired differences.
 
-The percentile bootstrap of Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+This is the percentile bootstrap of Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 """
 
 from collections import defaultdict
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 10_000
-# `separated` decides after every round: a strict level keeps chance from stopping a configuration that is as good.
+# `separated` decides after every round, so a strict level keeps chance from stopping an equally good configuration.
 FAR = 0.999
 FEWEST = 20
 
 
 def by_problem(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Share of right samples of every problem, by id."""
+    """Return the share of right samples per problem, by id."""
     found = defaultdict(list)
     for record in records:
         found[record["id"]].append(float(record["correct"]))
@@ -24,12 +24,12 @@ def by_problem(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def bootstrap(figure: Callable[[np.ndarray], np.ndarray], count: int, level: float = 0.95) -> tuple[float, float]:
-    """The ends of a figure's percentile interval.
+    """Return the ends of a figure's percentile interval.
 
     Args:
-        figure: computes it, float `[resamples]`, for the places that each resample picks, int64 `[resamples, count]`.
-        count: of problems or texts that are resampled.
-        level: of the interval.
+        figure: function from the places that each resample picks, int64 `[resamples, count]`, to float `[resamples]`.
+        count: number of problems or texts to resample.
+        level: confidence level of the interval.
     """
     picks = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
     low, high = np.quantile(figure(picks), [(1 - level) / 2, (1 + level) / 2])
@@ -37,17 +37,17 @@ def bootstrap(figure: Callable[[np.ndarray], np.ndarray], count: int, level: flo
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> dict[str, float]:
-    """Mean of a figure over problems, with its percentile bootstrap interval; the interval of equal values is a point.
+    """Return the mean over problems with its percentile bootstrap interval; equal values give an interval of one point.
 
     Args:
-        values: float `[problems]`, not empty. level: of the interval.
+        values: float `[problems]`, not empty. level: confidence level of the interval.
     """
     low, high = bootstrap(lambda picks: values[picks].mean(1), len(values), level)
     return {"mean": float(values.mean()), "low": low, "high": high}
 
 
 def paired(ours: Mapping[str, float], others: Mapping[str, float], level: float = 0.95) -> dict[str, float] | None:
-    """Mean difference, ours minus theirs, over the problems that both have, with its interval; None without any."""
+    """Return the mean difference, ours minus theirs, over shared problems, with its interval; None without any."""
     both = [name for name in ours if name in others]
     if not both:
         return None
@@ -56,7 +56,7 @@ def paired(ours: Mapping[str, float], others: Mapping[str, float], level: float 
 
 
 def separated(ours: Mapping[str, float], others: Mapping[str, float]) -> bool:
-    """Whether the paired interval at level `FAR`, over at least `FEWEST` problems, excludes 0."""
+    """Return whether the paired interval at level `FAR`, over at least `FEWEST` problems, excludes 0."""
     difference = paired(ours, others, FAR)
     return (
         difference is not None

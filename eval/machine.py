@@ -1,4 +1,4 @@
-"""What results were measured on and with, in the forms that their JSON files hold."""
+"""Describe the hardware and software of measurements, in the forms that the JSON files use."""
 
 import os
 import platform
@@ -12,18 +12,18 @@ import hardkv
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name, or "CPU"."""
+    """Return a GPU's name, or "CPU"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def one_line() -> str:
-    """The current GPU, or how many cores the CPU has, and the versions of torch and transformers."""
+    """Return the current GPU or the number of CPU cores, and the versions of torch and transformers."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def with_versions(device: torch.device) -> dict[str, str]:
-    """A device's name, and the versions of Python, torch and transformers."""
+    """Return a device's name, and the versions of Python, torch and transformers."""
     return {
         "machine": device_name(device),
         "python": platform.python_version(),
@@ -33,13 +33,13 @@ def with_versions(device: torch.device) -> dict[str, str]:
 
 
 def gpu(device: torch.device) -> dict[str, str]:
-    """A GPU's name, and the versions of hardkv and of the packages that it decodes with."""
+    """Return a GPU's name, and the versions of hardkv and of the packages for decoding."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "triton")}
     return {"gpu": torch.cuda.get_device_name(device), "hardkv": hardkv.__version__, **versions}
 
 
 def cpu() -> dict[str, Any]:
-    """The CPU's architecture, the threads that torch uses, the cores there are, and torch's version."""
+    """Return the CPU's architecture, torch's number of threads, the number of cores, and torch's version."""
     return {
         "cpu": platform.machine(),
         "threads": torch.get_num_threads(),

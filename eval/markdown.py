@@ -1,19 +1,19 @@
-"""Tables of Markdown pages."""
+"""Format tables of Markdown pages."""
 
 from collections.abc import Iterable, Sequence
 
 
 def line(cells: Iterable[str]) -> str:
-    """One line of a table."""
+    """Return one line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def table(head: str, rows: Iterable[Sequence[str]], rule: str = " --- ") -> list[str]:
-    """The lines of a table.
+    """Return the lines of a table.
 
     Args:
-        head: the line of headings, as `line` writes it.
-        rows: the cells of every line below.
-        rule: a cell of the line between them.
+        head: the line of headings, as returned by `line`.
+        rows: the cells of each following line.
+        rule: one cell of the line between headings and rows.
     """
     return [head, f"|{rule}" * (head.count("|") - 1) + "|", *map(line, rows)]

@@ -1,7 +1,8 @@
-"""Other measures of what eviction costs, to be compared with `hardkv.calibration.survey.squared_attention`.
+"""Measure the cost of eviction in other ways, to compare with `hardkv.calibration.survey.squared_attention`.
 
-Each is a function of a `Step`, as `hardkv.calibrate(measure=...)` takes it, and returns the loss between two counts,
-float64 `[R, K - 1]`. They need a Llama-like model: `model.model.layers[i].self_attn.o_proj`. One sequence at a time.
+Each measure is a function of a `Step`, as for `hardkv.calibrate(measure=...)`, and returns the loss between two counts,
+float64 `[R, K - 1]`. They need a Llama-like model with `model.model.layers[i].self_attn.o_proj`, and
+one sequence at a time.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ Measure = Callable[[Step], Tensor]
 
 @dataclass
 class _Parts:
-    """Attention of a step's queries, written out; H KV heads, G query heads each, q queries, n tokens."""
+    """Hold the attention of a step's queries; H KV heads, G query heads per KV head, q queries, n tokens."""
 
     probability: Tensor  # [H, G, q, n]
     values: Tensor  # [H, n, D]
@@ -39,27 +40,27 @@ class _Parts:
         return cls(probability, values, torch.einsum("hgqn,hnd->hgqd", probability, values), step.order)
 
     def ordered(self, per_query: Tensor) -> Tensor:
-        """`[H, G, q, n]` of the candidates, in their order: `[H, G, q, C]`."""
+        """Gather the candidates from `[H, G, q, n]`, in their order: `[H, G, q, C]`."""
         return per_query.gather(3, self.order[:, None, None].expand(*per_query.shape[:3], -1))
 
 
 def _between(per_token: Tensor, edges: Tensor) -> Tensor:
-    """Sums of `[H, C]` between edges."""
+    """Sum `[H, C]` between edges."""
     return F.pad(per_token.double().cumsum(1), (1, 0))[:, edges].diff(dim=1)
 
 
 def squared_value(step: Step) -> Tensor:
-    """Squared attention times the squared norm of the value it brings."""
+    """Return the squared attention times the squared norm of the attended value."""
     parts = _Parts.of(step)
     weight = parts.probability.square().mean((1, 2)) * parts.values.square().sum(-1)
     return _between(weight.gather(1, step.order), step.edges)
 
 
 def output_error(model: Any, relative: bool) -> Measure:
-    """Squared error of the attention output after `o_proj`, the rest of the attention renormalised.
+    """Return the squared error of the attention output after `o_proj`, with the remaining attention renormalised.
 
     Args:
-        relative: over the squared norm of the head's part of the output.
+        relative: divide by the squared norm of the head's part of the output.
     """
 
     def measure(step: Step) -> Tensor:
@@ -85,12 +86,12 @@ def output_error(model: Any, relative: bool) -> Measure:
 
 
 def gradient(model: Any, ids: Tensor) -> Measure:
-    """Squared first-order effect of each token on the loss of the text: `(P_j * g . (v_j - o))^2`, mean over queries.
+    """Return each token's squared first-order effect on the text's loss: `(P_j * g . (v_j - o))^2`, mean over queries.
 
-    g is the gradient of the text's negative log-likelihood by the head's output o: one backward pass of the model.
+    g is the gradient of the text's negative log-likelihood with respect to the head's output o, from one backward pass.
 
     Args:
-        ids: the text that the steps come from, `[1, n]`.
+        ids: the text of the steps, `[1, n]`.
     """
     outputs: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""The caches that the harness compares: a name on the command line -> a new cache."""
+"""Create the caches that the harness compares, from names on the command line."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.selectors import AdaKV, Adaptive, Budget, Pyramid, Risk, TopK, TopP
 
-# By the mean number of tokens kept a head.
+# Budgets by the mean number of tokens kept per head.
 BY_COUNT: dict[str, type[Budget]] = {
     "topk": TopK,
     "adakv": AdaKV,
@@ -19,18 +19,18 @@ BY_COUNT: dict[str, type[Budget]] = {
     "adaptive-calibrated": Adaptive,
     "risk": Risk,
 }
-# By the attention mass kept: bytes follow the text.
+# Budgets by the attention mass kept; the bytes depend on the text.
 BY_MASS = ("topp", "topp-calibrated")
 METHODS = ("full", *BY_COUNT, *BY_MASS)
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One cache of the comparison.
+    """Describe one cache of the comparison.
 
     Args:
-        method: one of `METHODS`. scorer: what ranks tokens, None for the full cache.
-        budget: as it was asked for: tokens a head ("1024"), a fraction of the full cache's mean length ("1/8"), or a
+        method: one of `METHODS`. scorer: ranks the tokens; None for the full cache.
+        budget: as requested: tokens per head ("1024"), a fraction of the full cache's mean length ("1/8"), or a
             mass ("p0.95"); None for the full cache.
     """
 
@@ -40,7 +40,7 @@ class Configuration:
 
     @property
     def label(self) -> str:
-        """What its file and its rows in tables are called."""
+        """Return the name of the configuration's file and of its table rows."""
         parts = (self.method, self.scorer, self.budget and self.budget.replace("/", "_"))
         return "-".join(part for part in parts if part)
 
@@ -53,10 +53,10 @@ class Configuration:
         return self.budget is not None and "/" in self.budget
 
     def tokens(self, full_length: float | None) -> int | None:
-        """Mean tokens a head of a budget by count; None of the others.
+        """Return the mean tokens per head of a budget by count; None for other budgets.
 
         Args:
-            full_length: mean tokens, prompt and answer, of a sequence with the full cache; for fractions.
+            full_length: mean tokens per sequence, prompt and answer, with the full cache; used for fractions.
         """
         if self.budget is None or self.method in BY_MASS:
             return None
@@ -66,13 +66,13 @@ class Configuration:
         return round(Fraction(self.budget) * Fraction(full_length))
 
     def settings(self, n: int | None, options: Mapping[str, Any], calibration: Calibration | None) -> HardKVConfig:
-        """Arguments of its HardKVCache.
+        """Return the arguments of the configuration's HardKVCache.
 
         Args:
-            n: what `tokens` said. options: window, sinks and interval. calibration: needed by some methods only.
+            n: the result of `tokens`. options: window, sinks and interval. calibration: only some methods need it.
 
         Raises:
-            ValueError: a budget that the options leave no room for, or a calibration that does not fit.
+            ValueError: the budget is too small for the options, or the calibration does not fit.
         """
         assert self.scorer is not None
         assert self.budget is not None
@@ -84,7 +84,7 @@ class Configuration:
 
 
 def new_cache(model: Any, settings: HardKVConfig | None) -> DynamicCache:
-    """An empty cache: HardKVCache, or with None the full one."""
+    """Create an empty cache: HardKVCache, or the full cache for None."""
     if settings is None:
         return DynamicCache(config=model.config)
     return HardKVCache(config=model.config, **vars(settings))
@@ -93,10 +93,10 @@ def new_cache(model: Any, settings: HardKVConfig | None) -> DynamicCache:
 def grid(
     methods: list[str], scorers: list[str], budgets: list[str], masses: list[float], options: Mapping[str, Any]
 ) -> list[Configuration]:
-    """All configurations, the full cache first.
+    """Return all configurations, the full cache first.
 
     Raises:
-        ValueError: unknown methods, or a budget that says nothing or leaves no room beside window and sinks.
+        ValueError: a method is unknown, or a budget is unreadable or leaves no room beside window and sinks.
     """
     unknown = sorted(set(methods) - set(METHODS))
     if unknown:

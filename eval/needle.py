@@ -1,6 +1,6 @@
-"""Needles in a haystack: facts hidden in a long text, asked for at its end. Generated, nothing is downloaded.
+"""Generate needles in a haystack: facts hidden in a long text, with a question at its end. Nothing is downloaded.
 
-After https://github.com/gkamradt/LLMTest_NeedleInAHaystack and, for several needles, RULER
+This follows https://github.com/gkamradt/LLMTest_NeedleInAHaystack and, for several needles, RULER
 (https://arxiv.org/abs/2404.06654).
 """
 
@@ -21,15 +21,15 @@ DIGITS = 5
 
 
 def needles(count: int, length: int, facts: int, asked: int, seed: int, tokenizer: Any) -> list[Problem]:
-    """Problems whose text has about `length` tokens (a sentence fewer at most) and hides `facts` numbers.
+    """Generate problems whose text has about `length` tokens (at most one sentence fewer) and hides `facts` numbers.
 
     Args:
-        count: problems. length: tokens of a problem's text, by `tokenizer`, chat template not counted.
-        facts: numbers hidden in each. asked: how many of them the question is about.
-        seed: of the generator; the first n problems of a seed are the same for every count.
+        count: number of problems. length: tokens per text, counted by `tokenizer` without the chat template.
+        facts: numbers hidden per text. asked: how many of them the question asks for.
+        seed: seed of the generator; the first n problems of a seed are the same for every count.
 
     Raises:
-        ValueError: the facts do not fit, or the texts that come with the harness are shorter than that.
+        ValueError: the facts do not fit, or the texts that come with the harness are too short.
     """
     if not 1 <= asked <= facts <= len(CITIES):
         raise ValueError(f"--asked {asked} of --needles {facts}: 1 to all of at most {len(CITIES)} needles")

@@ -1,10 +1,10 @@
-"""What `rkv` loses by looking for near-duplicates among a row's newest tokens only: `kernels.similarity.REACH`.
+"""Measure how much `rkv` loses by searching near-duplicates only among a row's newest `REACH` tokens.
 
     python -m eval.reach    # SmolLM2 on texts of 6,144 tokens; a quarter of an hour on two CPU cores
 
-A prompt runs through the model once; its event is then made for every reach, and the text goes on for some hundred
-tokens, whose loss counts. Beside it: how many of the keys have their last near-duplicate within the reach, and how
-many of the kept tokens are those that an unlimited search keeps.
+A prompt runs through the model once. Its event then runs once per reach, and the text continues for a few hundred
+tokens, whose loss counts. The program also counts the keys whose last near-duplicate is within the reach, and
+the kept tokens that an unlimited search keeps too.
 """
 
 import argparse
@@ -36,18 +36,18 @@ EVERYTHING = 1 << 30
 
 @dataclass(frozen=True)
 class Reaching(RKV):
-    """RKV with a search for near-duplicates among the newest `reach` tokens of a row."""
+    """RKV that searches near-duplicates among the newest `reach` tokens of a row."""
 
     reach: int = similarity.REACH
 
     def score(self, observation: Observation) -> Tensor:
-        """Log-scores `[N]`."""
+        """Return log-scores `[N]`."""
         with mock.patch.object(rkv, "mean_cosine", partial(similarity.mean_cosine, reach=self.reach)):
             return super().score(observation)
 
 
 def within(observation: Observation, threshold: float) -> Tensor:
-    """How far from the row's end every key's last near-duplicate lies, in tokens; 0 for keys without one. `[N]`."""
+    """Return each key's distance from the row's end to its last near-duplicate, in tokens, 0 without one. `[N]`."""
     (length,) = set(observation.lengths.tolist())
     distance = []
     for keys in observation.keys.split(length):
@@ -62,7 +62,7 @@ def within(observation: Observation, threshold: float) -> Tensor:
 
 @torch.inference_mode()
 def measure(model: Any, ids: Tensor, prompt: int, budget: int) -> list[dict[str, Any]]:
-    """One record per reach, of one text; ids int64 `[1, n]`."""
+    """Return one record per reach for one text; ids int64 `[1, n]`."""
     name = argument_of(model)
 
     def loss(cache: Any) -> float:
@@ -75,14 +75,14 @@ def measure(model: Any, ids: Tensor, prompt: int, budget: int) -> list[dict[str,
     del dense
     scorer = Reaching()
     full = HardKVCache(config=model.config, scorer=scorer, budget=budget, interval=ids.shape[1])
-    full.activate_past_recording()  # holds the prompt's event
+    full.activate_past_recording()  # hold the prompt's event back
     model(input_ids=ids[:, :prompt], **{name: full}, logits_to_keep=1)
     far = [within(full.observe(idx), scorer.threshold) for idx in range(len(full.layers))]
     exact, records = None, []
     for reach in (EVERYTHING, *REACHES):
         cache = copy.deepcopy(full)
-        cache.settings.scorer = Reaching(reach=reach)  # the layers' settings are the cache's
-        cache.crop(0)  # the event
+        cache.settings.scorer = Reaching(reach=reach)  # the layers share the settings of the cache
+        cache.crop(0)  # run the event
         kept = [[set(head.tolist()) for head in cache.kept(idx)[0]] for idx in range(len(cache.layers))]
         exact = exact or kept
         pairs = [
@@ -106,7 +106,7 @@ def measure(model: Any, ids: Tensor, prompt: int, budget: int) -> list[dict[str,
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.reach", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=file_to_write, default=file_to_write(OUT))
     parser.add_argument("--prompt", type=int, default=6144, metavar="TOKENS")

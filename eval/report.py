@@ -1,4 +1,4 @@
-"""Tables and picture of what `python -m eval.run` wrote: python -m eval.report OUT [--to eval/results/NAME]."""
+"""Write tables and picture of a run of `python -m eval.run`: python -m eval.report OUT [--to eval/results/NAME]."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from hardkv.viz.figures import MARKERS, save_figure
 
 
 def markdown(summary: Mapping[str, Any], picture: str) -> str:
-    """The report's text."""
+    """Return the text of the report."""
     settings, rows = summary["settings"], summary["configurations"]
     return "\n".join(
         [
@@ -80,7 +80,7 @@ def _conditions(summary: Mapping[str, Any]) -> list[str]:
 
 
 def too_hard(summary: Mapping[str, Any]) -> str | None:
-    """That the full cache itself fails, so that nothing was compared; None where it does not."""
+    """Return a note that the full cache itself fails, so that nothing was compared; None otherwise."""
     least = summary["settings"]["least_dense"]
     for row in summary["configurations"]:
         if row["method"] == "full" and row["accuracy"]["mean"] < least:
@@ -89,7 +89,7 @@ def too_hard(summary: Mapping[str, Any]) -> str | None:
 
 
 def calibrated(summary: Mapping[str, Any]) -> str | None:
-    """What calibrations were made on; None if no method has one."""
+    """Return a note on the data of the calibrations; None if no method has one."""
     if not any(Configuration(row["method"]).needs_calibration for row in summary["configurations"]):
         return None
     source = summary["settings"]["calibration"]
@@ -98,7 +98,7 @@ def calibrated(summary: Mapping[str, Any]) -> str | None:
 
 
 def budget_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Methods by budgets, the form in which the field's papers show them."""
+    """Return a table of methods by budgets, as papers in the field show it."""
     columns = list(dict.fromkeys(row["budget"] for row in rows if row["budget"] and row["budget"][0] != "p"))
     columns.sort(key=lambda budget: min(row["bytes_mean"] for row in rows if row["budget"] == budget))
     names = list(dict.fromkeys(_name(row) for row in rows if row["budget"] in (None, *columns)))
@@ -114,7 +114,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def percent(value: Mapping[str, float] | None, sign: str = "") -> str:
-    """`{"mean", "low", "high"}` in percent."""
+    """Format `{"mean", "low", "high"}` in percent."""
     if value is None:
         return ""
     return f"{value['mean'] * 100:{sign}.1f} [{value['low'] * 100:{sign}.1f}, {value['high'] * 100:{sign}.1f}]"
@@ -125,7 +125,7 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def more_bytes(row: Mapping[str, Any] | None) -> str:
-    """What a method adds to its figure when it used more bytes than what it is compared with."""
+    """Return the note on a figure when the method used more bytes than the one compared with."""
     more = 0.0 if row is None else row.get("more_bytes", 0.0)
     return f" **+{more:.0%} bytes**" if more > SAME_BYTES else ""
 
@@ -161,7 +161,7 @@ def _detail_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """Accuracy against mean bytes: a panel a scorer, a line a method; the full cache is the band."""
+    """Draw accuracy against mean bytes: one panel per scorer, one line per method; the band is the full cache."""
     require("eval", "matplotlib")
     import matplotlib.pyplot as plt
 
@@ -195,7 +195,7 @@ def _panel(axis: Any, full: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    # all but grey, which is the full cache
+    # all colours but grey, which marks the full cache
     colours = [colour for place, colour in enumerate(plt.get_cmap("tab10").colors) if place != 7]
     for row in full:
         axis.axhspan(100 * row["accuracy"]["low"], 100 * row["accuracy"]["high"], color="0.92", zorder=0)
@@ -224,10 +224,10 @@ def _panel(axis: Any, full: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
 
 
 def report(folder: Path, to: Path | None = None) -> str:
-    """Write JSON, Markdown and picture; the Markdown.
+    """Write JSON, Markdown and picture; return the Markdown.
 
     Args:
-        folder: what `python -m eval.run --out` wrote. to: path of the three files without suffix, by default
+        folder: the output of `python -m eval.run --out`. to: path of the three files without suffix, by default
             `folder/report`.
     """
     to = to or folder / "report"

@@ -1,7 +1,7 @@
-"""docs/results.md from the committed results: python -m eval.results_page.
+"""Write docs/results.md from the committed results: python -m eval.results_page.
 
-Reads every report of `python -m eval.run` in eval/results (`python -m eval.report OUT --to eval/results/NAME`) and the
-study of budgets, budgets.json. What helps and what does not is read off the intervals, not written by hand.
+Read every report of `python -m eval.run` in eval/results (`python -m eval.report OUT --to eval/results/NAME`) and the
+study of budgets, budgets.json. The intervals decide what helps and what does not; no verdict is written by hand.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from hardkv.files import file_to_write, write_text
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results"
 PAGE = ROOT / "docs" / "results.md"
-# Of the study of budgets: what was compared on texts that nothing was chosen by.
+# Sections of the study of budgets that compare on texts never used to choose settings.
 SECTIONS = ("main", "long")
-# Accuracies this near to nothing, or to everything, cannot differ.
+# Accuracies this close to 0 or to 1 cannot differ.
 EDGE = 0.05
 
-# For a page with results of the committed reasoner.
+# Note for a page with results of the committed reasoner.
 REASONER = """\
 - The reasoner with other lengths, windows and intervals. We did not run the empty cells of its tables; most lie below
   budgets at which a method already solves next to nothing. These commands make the calibrations and results of the
@@ -60,53 +60,53 @@ python -m eval.results_page
 
 
 def verdict(difference: Mapping[str, float]) -> str:
-    """`helps`, `does not` or `open`, by whether the interval of a gain excludes 0."""
+    """Return `helps`, `does not` or `open`, depending on whether the interval of a gain excludes 0."""
     if difference["low"] > 0:
         return "helps"
     return "does not" if difference["high"] < 0 else "open"
 
 
 def common(verdicts: Iterable[str]) -> str:
-    """The verdict that all budgets share; `open` if they differ."""
+    """Return the verdict that all budgets share; `open` if they differ."""
     found = set(verdicts)
     return found.pop() if len(found) == 1 else "open"
 
 
 def can_differ(row: Mapping[str, Any]) -> bool:
-    """Whether a method and TopK do not both fail nearly always, or both succeed, at the bytes they are compared at."""
+    """Return False if, at the compared bytes, a method and TopK both nearly always fail, or both nearly never."""
     ours = row["accuracy"]["mean"]
     both = (ours, ours - row["versus_topk"]["mean"])
     return max(both) >= EDGE and min(both) <= 1 - EDGE
 
 
 def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """Reports of the harness, by name."""
+    """Return the reports of the harness, by name."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     return {name: data for name, data in found.items() if data.get("kind") == "harness"}
 
 
 def harness_findings(reports: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
-    """(verdict, sentence) of every method that was compared with TopK at equal bytes.
+    """Return (verdict, sentence) for every method compared with TopK at equal bytes.
 
-    The verdict is over all its budgets at which the two could differ.
+    The verdict covers all budgets at which the two can differ.
     """
     for name, report in reports.items():
         methods: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
         for row in report["configurations"]:
             difference = row.get("versus_topk")
-            # a method that won with more bytes has shown nothing
+            # a win with more bytes shows nothing
             if difference is not None and not (difference["low"] > 0 and more_bytes(difference)):
                 methods[row["method"], row["scorer"]].append(row)
         for (method, scorer), rows in methods.items():
             cells = ", ".join(f"{percent(row['versus_topk'], '+')} at {row['budget']}" for row in rows)
             said = f"`{method}` ({scorer}) in [{name}](#{name}): {cells}, in points of accuracy above `topk`"
-            # of few problems the bootstrap is too sure
+            # with few problems the bootstrap interval is too narrow
             enough = all(row["versus_topk"]["problems"] >= FEWEST for row in rows)
             yield common(verdict(row["versus_topk"]) for row in rows if can_differ(row)) if enough else "open", said
 
 
 def study_findings(study: Study) -> Iterable[tuple[str, str]]:
-    """(verdict, sentence) of every way to share a budget, over all budgets of one scorer and length."""
+    """Return (verdict, sentence) for every way to share a budget, over all budgets of one scorer and length."""
     for group, labels in study.cells.items():
         section, _, length, scorer = group
         if section not in SECTIONS:
@@ -117,7 +117,7 @@ def study_findings(study: Study) -> Iterable[tuple[str, str]]:
                 continue
             found = {n: study.ratio(group, name, n) for n in counts}
             ratios = {n: ratio[1:] for n, ratio in found.items() if ratio is not None}
-            # the loss above the dense cache's, so less is better
+            # the loss above the dense cache's, so lower is better
             gains = [verdict({"low": 1 - high, "high": 1 - low}) for _, low, high in ratios.values()]
             cells = ", ".join(f"{ratio:.2f} [{low:.2f}, {high:.2f}] at {n}" for n, (ratio, low, high) in ratios.items())
             said = f"{name} ({scorer}, {length:,} tokens): {cells} of `TopK`'s loss"
@@ -125,7 +125,7 @@ def study_findings(study: Study) -> Iterable[tuple[str, str]]:
 
 
 def page(reports: Mapping[str, Mapping[str, Any]], study: Study, model: str) -> str:
-    """The page's Markdown; `model` is the study's."""
+    """Return the Markdown of the page; `model` is the model of the study."""
     findings = [*harness_findings(reports), *study_findings(study)]
     lines = [
         "# Results",

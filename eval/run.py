@@ -1,11 +1,11 @@
-r"""Accuracy, length, memory and speed of answers with full and compressed caches.
+r"""Measure accuracy, length, memory and speed of answers with full and compressed caches.
 
     python -m eval.run --model Qwen/Qwen3-8B --task aime24 --method full,topk,risk --budget 1024,2048,4096 --samples 8
     accelerate launch -m eval.run ...                      # a copy of the model on every GPU, each problem once
     python -m eval.run ... --device-map auto               # one model over several GPUs
 
-Every finished sample is a line in OUT/CONFIGURATION.jsonl; the same command goes on where it stopped, and adds what
-more methods, budgets, samples or a higher --limit ask for. The report comes at the end, or by `python -m eval.report`.
+Every finished sample is a line in OUT/CONFIGURATION.jsonl. The same command continues where it stopped, and adds the
+samples for more methods or budgets, or a higher --limit. It ends with the report, as does `python -m eval.report`.
 """
 
 import argparse
@@ -33,15 +33,15 @@ from hardkv.loading import DEFAULT_MODEL, load
 from hardkv.selectors import SCORERS
 
 REASONER = Path(__file__).parent / "reasoner" / "model"
-# What a calibration is made from: other problems with their dense answers, or the texts that come with hardkv.
+# Data for a calibration: other problems with their dense answers, or the texts that come with hardkv.
 CALIBRATE_ON = ("problems", "texts")
 
 
 def self_check(problems: list[Problem], say: Callable[[str], None]) -> None:
-    """Grade every gold answer by itself.
+    """Grade every gold answer against itself.
 
     Raises:
-        ValueError: some are wrong even so, with which.
+        ValueError: some are graded wrong; the message names them.
     """
     check = check_golds((problem.id, problem.answer) for problem in problems)
     if check.failed:
@@ -60,9 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         require("eval", *packages(args))
     except MissingPackageError as error:
         raise SystemExit(f"eval.run: {error}") from error
-    from accelerate import PartialState  # of the extra
+    from accelerate import PartialState  # from the extra
 
-    # a process may wait hours for another's last answers, longer than torch.distributed's default allows
+    # a process may wait hours for another's last answers, longer than the default of torch.distributed
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     transformers.logging.set_verbosity_error()
     try:
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def packages(args: argparse.Namespace) -> list[str]:
-    """The optional ones that a command imports sooner or later."""
+    """Return the optional packages that a command will import."""
     needed = ["accelerate", "matplotlib"]
     if TASKS[args.task].source is not None:
         needed += ["math_verify"]
@@ -94,7 +94,7 @@ def packages(args: argparse.Namespace) -> list[str]:
 
 
 def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list[Configuration]]":
-    """Everything that can be wrong with a command, before hours of work; no harness for --self-check alone."""
+    """Check everything that can be wrong before hours of work; return None instead of a harness for --self-check."""
     task = TASKS[args.task]
 
     def say(text: str) -> None:
@@ -131,11 +131,11 @@ def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list
 
 
 def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[str, Any]:
-    """What all results in one folder share, as JSON."""
+    """Return the settings that all results in one folder share, as JSON."""
     names = ["model", "task", "seed", "max_new_tokens", "window", "sinks", "interval", "least_dense"]
     names += {"needle": ["length", "needles", "asked"], "reasoner": ["difficulty"]}.get(args.task, ["data"])
     settings = {name: getattr(args, name) for name in names}
-    # of a local model its folder's name: results are read elsewhere
+    # for a local model store only the folder's name, because results are read elsewhere
     name = args.model or DEFAULT_MODEL
     settings["model"] = Path(name).absolute().name if Path(name).exists() else name
     if Path(name).absolute() == REASONER:
@@ -149,7 +149,7 @@ def run_settings(args: argparse.Namespace, parameters: dict[str, Any]) -> dict[s
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, checked as far as it can be without a model."""
+    """Parse the command line, and check it as far as possible without a model."""
     parser = argparse.ArgumentParser(prog="python -m eval.run", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     defaults = HardKVConfig.__dataclass_fields__
@@ -223,7 +223,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.model = args.model or str(REASONER)
     if args.calibrate_on == "problems" and task.source is not None:
         parser.error(f"--calibrate-on problems: {args.task} has no other ones; use texts, or --calibration FILE")
-    # other texts are beyond the reasoner's words
+    # the reasoner's vocabulary cannot encode other texts
     args.calibrate_on = args.calibrate_on or ("problems" if args.task == "reasoner" else "texts")
     if args.device_map is not None and args.model is None:
         parser.error("--device-map needs --model")

@@ -1,4 +1,4 @@
-"""One batch of answers, with what its cache held; every answer is the same whatever else is in its batch."""
+"""Sample one batch of answers, and measure its cache; an answer does not depend on the rest of its batch."""
 
 import hashlib
 import time
@@ -23,23 +23,23 @@ from transformers import (
 from hardkv import HardKVCache
 from hardkv.cache.argument import CACHE
 
-# Steps between two looks at what the cache holds; always the same ones, whatever ends when.
+# Steps between two measurements of the cache; they do not depend on when sequences end.
 LOOK_EVERY = 16
 
 
 @dataclass
 class Answer:
-    """What one sequence of a batch came to; bytes are its share of the batch's.
+    """The result of one sequence of a batch; bytes are its share of the batch's bytes.
 
     Args:
-        tokens: generated ids, the one that ends the answer included. truncated: no such end within the longest allowed.
-        prompt_tokens: without padding. seconds: of the whole batch, prompt included.
-        tokens_per_second: of the whole batch, all its live sequences together.
-        held_mean, held_peak: bytes of the cache's tensors, over every 16th step in which the sequence was alive.
-        allocated_mean, allocated_peak: bytes that PyTorch's CUDA allocator gave out beyond what it had before the
+        tokens: generated ids, including the one that ends the answer. truncated: the answer did not end in time.
+        prompt_tokens: without padding. seconds: time of the whole batch, prompt included.
+        tokens_per_second: of the whole batch, summed over its live sequences.
+        held_mean, held_peak: bytes of the cache's tensors, over every 16th step while the sequence was alive.
+        allocated_mean, allocated_peak: bytes that PyTorch's CUDA allocator added during the
             batch (activations included); None without CUDA. Mean over steps, peak of the whole batch.
-        tokens_per_head: mean over steps of the tokens attention reads, `[layers][kv_heads]`; of a full cache `[1][1]`.
-        rows: sequences of the batch.
+        tokens_per_head: mean over steps of the tokens attention reads, `[layers][kv_heads]`; `[1][1]` for a full cache.
+        rows: number of sequences in the batch.
     """
 
     tokens: list[int]
@@ -56,15 +56,15 @@ class Answer:
 
 
 def seed_of(seed: int, problem: str, sample: int) -> int:
-    """The seed of one sample of one problem, whatever is run beside it."""
+    """Return the seed of one sample of one problem; it does not depend on the rest of the run."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{problem}/{sample}".encode()).digest()[:6], "big")
 
 
 def sampling_parameters(model: Any, greedy: bool) -> dict[str, Any]:
-    """How tokens are drawn, by the model's generation config; without values where it is greedy.
+    """Return the sampling parameters of the model's generation config; none for greedy decoding.
 
     Raises:
-        ValueError: it asks for something that cannot be drawn sequence by sequence.
+        ValueError: the config needs sampling that cannot be done per sequence.
     """
     config = model.generation_config
     if greedy or not config.do_sample:
@@ -81,18 +81,18 @@ def _active(config: Any, name: str) -> bool:
 
 
 class SeededSampling(LogitsProcessor):
-    """Draws every sequence's token from its own stream of numbers, and leaves no other choice.
+    """Draw each sequence's token from its own stream of random numbers, and mask all other tokens.
 
-    `generate` draws a batch's tokens from one stream, so that a sequence's depend on the others'. The next number of a
+    `generate` draws a batch's tokens from one stream, so that sequences depend on each other. Here the next number of a
     sequence's stream picks the token at that quantile of the distribution (inverse transform sampling).
 
     Args:
-        seeds: one a sequence. prompt: columns of the prompts. steps: most tokens that will be drawn.
-        parameters: temperature, top_k, top_p, min_p; None or absent leaves a step out.
+        seeds: one per sequence. prompt: columns of the prompts. steps: maximum number of tokens to draw.
+        parameters: temperature, top_k, top_p, min_p; None or absent skips a step.
     """
 
     def __init__(self, seeds: Sequence[int], prompt: int, steps: int, parameters: dict[str, Any], device: Any):
-        # drawn on the CPU: the same numbers on every device
+        # drawn on the CPU, so that every device gets the same numbers
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
         numbers = [torch.rand(steps, generator=stream, dtype=torch.float64) for stream in streams]
         self.numbers = torch.stack(numbers).to(device)  # [B, steps]
@@ -108,7 +108,7 @@ class SeededSampling(LogitsProcessor):
             self.warpers.append(MinPLogitsWarper(min_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores `[B, V]` -> 0 at the drawn token, -inf elsewhere."""
+        """Replace scores `[B, V]` by 0 at the drawn token and -inf elsewhere."""
         mass = self.warpers(input_ids, scores).double().softmax(-1).cumsum(-1)
         number = self.numbers[:, input_ids.shape[1] - self.prompt, None].to(mass.device) * mass[:, -1:]
         token = torch.searchsorted(mass, number, right=True).clamp_max(scores.shape[-1] - 1)
@@ -116,11 +116,11 @@ class SeededSampling(LogitsProcessor):
 
 
 class Meter(StoppingCriteria):
-    """Looks at the cache while `generate` runs; stops nothing.
+    """Measure the cache while `generate` runs; never stop it.
 
     Args:
-        cache: the batch's. lengths: tokens of every prompt, `[B]`. devices: CUDA devices of the model.
-        on_step: called with the tokens generated so far.
+        cache: cache of the batch. lengths: tokens per prompt, `[B]`. devices: CUDA devices of the model.
+        on_step: called with the number of tokens generated so far.
     """
 
     def __init__(
@@ -139,15 +139,15 @@ class Meter(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def look(self) -> None:
-        """Note what is held now."""
+        """Record the bytes and tokens held now."""
         if isinstance(self.cache, HardKVCache):
             tokens = self.cache.lengths()
-        else:  # of the last token there are no keys yet
+        else:  # the last token has no keys yet
             tokens = (self.lengths + self.steps - 1)[None, :, None]
         self.looks.append((self.steps, held_bytes(self.cache), allocated(self.devices) - self.baseline, tokens))
 
     def of_row(self, row: int, steps: int) -> tuple[float, float, float, list[list[float]]]:
-        """Mean and peak of the bytes held, mean of the bytes allocated, and mean tokens a head, while a row lived."""
+        """Return mean and peak bytes held, mean bytes allocated, and mean tokens per head, while a row was alive."""
         looks = [look for look in self.looks if look[0] <= steps]
         held = torch.tensor([look[1] for look in looks], dtype=torch.float64) / len(self.lengths)
         given = torch.tensor([look[2] for look in looks], dtype=torch.float64) / len(self.lengths)
@@ -157,7 +157,7 @@ class Meter(StoppingCriteria):
 
 
 def held_bytes(cache: DynamicCache) -> int:
-    """Bytes of the tensors in a cache."""
+    """Return the bytes of the tensors in a cache."""
     if isinstance(cache, HardKVCache):
         return cache.nbytes()
     values = [value for layer in cache.layers for value in vars(layer).values()]
@@ -166,12 +166,12 @@ def held_bytes(cache: DynamicCache) -> int:
 
 
 def allocated(devices: Sequence[Any]) -> int:
-    """Bytes that this process holds on CUDA devices."""
+    """Return the bytes that this process holds on CUDA devices."""
     return sum(torch.cuda.memory_allocated(device) for device in devices)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
-    """Input ids and attention mask, int64 `[B, longest]`."""
+    """Return input ids and attention mask, int64 `[B, longest]`."""
     longest = max(len(ids) for ids in prompts)
     padding = [longest - len(ids) for ids in prompts]
     ids = [[pad] * gap + list(ids) for gap, ids in zip(padding, prompts, strict=True)]
@@ -180,7 +180,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[st
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end an answer, by the generation config or else the tokenizer."""
+    """Return the ids that end an answer, from the generation config or else the tokenizer."""
     ids = model.generation_config.eos_token_id
     ids = tokenizer.eos_token_id if ids is None else ids
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
@@ -201,8 +201,8 @@ def answer_batch(
     """Answer a batch of prompts with a new cache.
 
     Args:
-        prompts: token ids of each. seeds: one a prompt. parameters: of `sampling_parameters`.
-        max_new_tokens: longest answer. on_step: told the number of tokens generated so far, every step.
+        prompts: token ids per prompt. seeds: one per prompt. parameters: from `sampling_parameters`.
+        max_new_tokens: longest answer. on_step: called at every step with the number of tokens generated so far.
     """
     end = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or [0])[0]
@@ -220,7 +220,7 @@ def answer_batch(
         **inputs,
         **{CACHE: cache},
         max_new_tokens=max_new_tokens,
-        do_sample=False,  # the processor above has drawn
+        do_sample=False,  # the processor above has already drawn
         temperature=None,
         top_p=None,
         top_k=None,

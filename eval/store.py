@@ -1,4 +1,4 @@
-"""The output folder of the harness: settings, and one JSONL a configuration that an interrupted run adds to."""
+"""Manage the output folder of the harness: settings, and one JSONL per configuration, which later runs continue."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 from hardkv.files import write_text
 
 SETTINGS = "run.json"
-# What may change between two runs into one folder: the results beside it stay comparable.
+# Settings that may change between two runs into one folder; the results stay comparable.
 FREE = ("machines", "budgets")
 
 
 class Store:
-    """One output folder, seen by process `rank`; only rank 0 writes what is not a part of its own.
+    """One output folder, seen by process `rank`; other ranks write only their own part files.
 
     Every process appends finished samples to `LABEL.RANK.part`; `merge` moves them into `LABEL.jsonl`.
     """
@@ -21,15 +21,15 @@ class Store:
         self.folder, self.rank = folder, rank
 
     def open(self, settings: dict[str, Any]) -> None:
-        """Begin a run, or go on with one of the same settings; keys of `FREE` may differ and are kept up.
+        """Begin a run, or continue one with the same settings; keys of `FREE` may differ and are updated.
 
         Raises:
-            ValueError: the folder holds results of other settings.
-            OSError: nothing can be written there.
+            ValueError: the folder holds results for other settings.
+            OSError: the folder is not writable.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         found = self.settings() if (self.folder / SETTINGS).exists() else settings
-        # as JSON has them
+        # as JSON stores them
         new = json.loads(json.dumps(settings))
         different = [name for name in new if name not in FREE and new[name] != found.get(name)]
         if different:
@@ -41,10 +41,10 @@ class Store:
             self.merge(label)
 
     def settings(self) -> dict[str, Any]:
-        """What `open` wrote.
+        """Return the settings that `open` wrote.
 
         Raises:
-            FileNotFoundError: nothing was run into this folder.
+            FileNotFoundError: the folder holds no run.
         """
         path = self.folder / SETTINGS
         if not path.exists():
@@ -52,7 +52,7 @@ class Store:
         return json.loads(path.read_text())
 
     def budget(self, text: str, tokens: int) -> int:
-        """The tokens that a fraction stands for in this folder: what it first stood for."""
+        """Return the tokens that a fraction means in this folder; the first use decides."""
         settings = self.settings()
         if text not in settings["budgets"]:
             settings["budgets"][text] = tokens
@@ -60,20 +60,20 @@ class Store:
         return settings["budgets"][text]
 
     def labels(self) -> list[str]:
-        """Configurations with results."""
+        """Return the configurations with results."""
         return sorted(path.stem for path in self.folder.glob("*.jsonl"))
 
     def records(self, label: str) -> list[dict[str, Any]]:
-        """Merged samples of a configuration, in the order of problems and samples' ids."""
+        """Return the merged samples of a configuration, in the order of problem and sample ids."""
         return _read(self.folder / f"{label}.jsonl")
 
     def append(self, label: str, records: list[dict[str, Any]]) -> None:
-        """Keep this process's finished samples."""
+        """Store this process's finished samples."""
         with (self.folder / f"{label}.{self.rank}.part").open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
     def merge(self, label: str) -> None:
-        """Move all processes' samples into `LABEL.jsonl`, each once."""
+        """Move all processes' samples into `LABEL.jsonl`, each sample once."""
         whole = self.folder / f"{label}.jsonl"
         parts = sorted(path for path in self.folder.glob("*.part") if _label(path) == label)
         records = {(record["id"], record["sample"]): record for path in [whole, *parts] for record in _read(path)}
@@ -97,6 +97,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:  # the line that an interrupted process was writing: its sample is run again
+        except json.JSONDecodeError:  # an interrupted process was writing this line; its sample runs again
             break
     return records

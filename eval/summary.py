@@ -1,4 +1,4 @@
-"""What a run found: figures of every configuration, from its finished samples."""
+"""Summarise a run: figures of every configuration, from its finished samples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def summarise(store: Store) -> dict[str, Any]:
-    """Everything the tables show, as JSON.
+    """Return everything that the tables show, as JSON.
 
     Raises:
-        FileNotFoundError: the folder holds no run. ValueError: a run without results.
+        FileNotFoundError: the folder holds no run. ValueError: the run has no results.
     """
     settings = store.settings()
     every = {label: records for label in store.labels() if (records := store.records(label))}
@@ -63,7 +63,7 @@ def _summary(label: str, records: Records, budgets: Mapping[str, int]) -> dict[s
         "truncated": _mean(records, "truncated"),
         "bytes_mean": _mean(records, "held_mean"),
         "bytes_peak": max(record["held_peak"] for record in records),
-        # not compared: workspaces of libraries count for whatever a process ran first
+        # do not compare it: workspaces of libraries count for the first run of a process
         "allocated_mean": _mean(records, "allocated_mean") if on_gpu else None,
         "tokens_per_head": {"mean": float(heads.mean()), "min": float(heads.min()), "max": float(heads.max())}
         | {"heads": np.round(heads, 1).tolist()},
@@ -73,7 +73,7 @@ def _summary(label: str, records: Records, budgets: Mapping[str, int]) -> dict[s
 
 
 def split(label: str) -> tuple[str, str | None, str | None]:
-    """Method, scorer and budget of `Configuration.label`."""
+    """Split a `Configuration.label` into method, scorer and budget."""
     method = max((name for name in METHODS if label.split("-")[0] == name or label.startswith(f"{name}-")), key=len)
     rest = label.removeprefix(method).removeprefix("-")
     scorer, _, budget = rest.rpartition("-")
@@ -87,7 +87,7 @@ def _mean(records: Records, name: str) -> float:
 def _at_bytes(
     uniform: Sequence[Mapping[str, Any]], accuracies: Mapping[str, Any], nbytes: float
 ) -> tuple[float, dict[str, float]]:
-    """TopK's accuracy on every problem at so many bytes, or as near as it comes, and at how many."""
+    """Return TopK's accuracy per problem at these bytes, or at the nearest available bytes, and the bytes used."""
     points = sorted(((row["bytes_mean"], accuracies[row["label"]]) for row in uniform), key=lambda point: point[0])
     nearest = min(points, key=lambda point: abs(point[0] - nbytes), default=(nbytes, {}))
     if abs(nearest[0] / nbytes - 1) <= SAME_BYTES:

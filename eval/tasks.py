@@ -1,4 +1,4 @@
-r"""The tasks of the harness: problems with gold answers, how they are asked, and how answers are graded."""
+r"""Define the tasks of the harness: problems with gold answers, their prompts, and their grading."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from eval.reasoner import problems as reasoner
 from hardkv.rows import as_question, as_text, json_lines
 from hardkv.selectors.checks import check_count
 
-# Fields by which data sets call the same thing; the first that a row has counts.
+# Alternative field names in data sets; the first one present in a row counts.
 PROBLEM_FIELDS = ("problem", "question", "problem_statement", "prompt")
 ANSWER_FIELDS = ("answer", "golden_answer", "final_answer", "expected_answer")
 ID_FIELDS = ("id", "unique_id", "uuid", "problem_idx", "ID")
@@ -24,15 +24,15 @@ REASON = r"Please reason step by step, and put your final answer within \boxed{}
 
 @dataclass(frozen=True)
 class Task:
-    """How a set of problems is asked and graded.
+    """Describe how to ask and grade a set of problems.
 
     Args:
-        source: hub data set, configuration (None: the default) and split; None for generated problems.
-        instruction: what follows every problem's text.
-        grade: (text, gold) -> right or not. boxed: whether a truncated text counts only with a boxed answer.
-        max_new_tokens: longest answer unless another is asked for.
-        sampled: by the model's generation config; otherwise greedy.
-        least_dense: accuracy of the full cache below which nothing can be learnt about other caches.
+        source: data set of the Hub, configuration (None: the default) and split; None for generated problems.
+        instruction: text after every problem.
+        grade: (text, gold) -> whether right. boxed: whether a truncated text counts only with a boxed answer.
+        max_new_tokens: default for the longest answer.
+        sampled: whether to sample by the model's generation config; otherwise greedy.
+        least_dense: minimum accuracy of the full cache for comparing other caches.
     """
 
     source: tuple[str, str | None, str] | None = None
@@ -44,7 +44,7 @@ class Task:
     least_dense: float = 0.0
 
     def correct(self, text: str, gold: str, truncated: bool) -> bool:
-        """Whether a generated text is right; numbers in the middle of a reasoning that was cut off are no answer."""
+        """Return whether a generated text is right; numbers in the middle of truncated reasoning are no answer."""
         if truncated and self.boxed and r"\boxed" not in text:
             return False
         return self.grade(text, gold)
@@ -73,17 +73,17 @@ def load_problems(
     asked: int | None = None,
     difficulty: int | None = None,
 ) -> list[Problem]:
-    """The problems of a task.
+    """Load the problems of a task.
 
     Args:
-        name: key of `TASKS`. data: JSON, JSONL or parquet file with the problems instead of the hub's.
-        seed: data sets are shuffled by it, so that the first `limit` are no special ones; generators start from it.
-        limit: problems, 1 at least; None is all, and 100 of those that are generated.
-        tokenizer, length, facts, asked: of needles; asked=None is all of them.
-        difficulty: of reasoner problems, None is the generator's own.
+        name: key of `TASKS`. data: JSON, JSONL or parquet file with problems, in place of the Hub's.
+        seed: seed for shuffling data sets, so that the first `limit` are a random choice, and for generators.
+        limit: number of problems, at least 1; None means all, or 100 generated ones.
+        tokenizer, length, facts, asked: arguments for needles; asked=None asks for all facts.
+        difficulty: difficulty of reasoner problems; None means the generator's default.
 
     Raises:
-        ValueError: a row without problem or answer, no rows, or a value out of range. OSError: no such data.
+        ValueError: a row lacks problem or answer, there are no rows, or a value is out of range. OSError: no such data.
     """
     if limit is not None:
         limit = check_count("--limit", limit, 1)
@@ -107,14 +107,14 @@ def load_problems(
 
 
 def normalise(rows: Mapping[str, dict[str, Any]]) -> list[Problem]:
-    """Problems of a data set's rows, whatever it calls its fields; ids are made texts, and numbered if there are none.
+    """Convert rows of a data set, with any known field names, to problems; ids become text, or numbers if missing.
 
     Args:
-        rows: by the place at which they stand, for messages.
+        rows: rows by their place in the file, for messages.
 
     Raises:
-        ValueError: no rows, a row whose problem or answer is missing or no text (numbers and one user's message
-            become one), or two rows with one id.
+        ValueError: no rows, a row whose problem or answer is missing or is not text (numbers and one user message
+            become text), or two rows with the same id.
     """
     problems = []
     for number, (place, row) in enumerate(rows.items()):
@@ -124,7 +124,7 @@ def normalise(rows: Mapping[str, dict[str, Any]]) -> list[Problem]:
         if not (text and answer):
             names = ANSWER_FIELDS if text else PROBLEM_FIELDS
             raise ValueError(f"{place} has none of the fields {', '.join(names)}: it has {', '.join(map(str, row))}")
-        if "####" in answer:  # GSM8K: the solution, then the answer without its thousands' commas
+        if "####" in answer:  # GSM8K: take the answer after the solution, without thousands separators
             answer = re.sub(r"(?<=\d),(?=\d{3})", "", answer.rpartition("####")[2])
         problems.append(Problem(_field(row, ID_FIELDS, place, as_text) or str(number), text.strip(), answer.strip()))
     if not problems:
@@ -136,10 +136,10 @@ def normalise(rows: Mapping[str, dict[str, Any]]) -> list[Problem]:
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows of a local file by their places: parquet, or JSON with a list, an object with one under "data", or lines.
+    """Read rows of a local file by place: parquet, JSON with a list or an object with one under "data", or JSON lines.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or something else in it.
+        FileNotFoundError, ValueError: there is no such file, or it has another content.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--data {path}: there is no such file")
@@ -147,7 +147,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
         from pyarrow import parquet
 
         return _numbered(parquet.read_table(path).to_pylist())
-    # not by `datasets`, which wants a column to be of one type, and ids need not be
+    # do not use `datasets`, which needs one type per column, because ids may have several
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -184,7 +184,7 @@ def _has_image(row: dict[str, Any]) -> bool:
 
 
 def _field(row: dict[str, Any], names: tuple[str, ...], place: str, read: Callable[[Any], str]) -> str:
-    """The text of the first field that a row has and that is not blank; empty if there is none."""
+    """Return the text of the first field that is present and not blank; empty if there is none."""
     for name in names:
         if row.get(name) is not None:
             try:

@@ -1,4 +1,4 @@
-"""What compression costs a model on a given text: its loss token by token, dense and through compressed caches."""
+"""Measure the cost of compression on a given text: the loss per token, dense and with compressed caches."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from hardkv.cache.argument import argument_of
 
 @dataclass
 class Result:
-    """One cache on a batch of B texts; every figure is a mean over the counted tokens."""
+    """Hold the results of one cache on B texts; every figure is a mean over the counted tokens."""
 
-    nll: list[float]  # [B], nats a token
+    nll: list[float]  # [B], nats per token
     dense_nll: list[float]
-    kl: list[float]  # [B], of the dense next-token distribution against the compressed one, nats
-    agreement: list[float]  # [B], how often both would choose the same next token
-    nbytes: float  # mean over events of what all sequences hold
+    kl: list[float]  # [B], KL divergence of the dense next-token distribution from the compressed one, nats
+    agreement: list[float]  # [B], how often both choose the same next token
+    nbytes: float  # bytes that all sequences hold, mean over events
     dense_nbytes: float
 
     @property
     def excess(self) -> list[float]:
-        """NLL above the dense cache's, `[B]`."""
+        """Return the NLL above the dense cache's, `[B]`."""
         return [ours - dense for ours, dense in zip(self.nll, self.dense_nll, strict=True)]
 
 
@@ -38,14 +38,14 @@ def teacher_forced(
     step: int = 128,
     count_from: float = 1 / 4,
 ) -> dict[str, Result]:
-    """Run texts through a model in steps, with a dense cache and with each compressed one, and compare.
+    """Run texts through a model in steps, with a dense cache and with each compressed cache, and compare.
 
-    Every step is one forward of `step` tokens, so with `interval=step` a cache compresses after each. Tokens count
-    from `count_from` of the text on.
+    Every step is one forward of `step` tokens, so with `interval=step` a cache compresses after each step. Tokens count
+    from position `count_from` on.
 
     Args:
         ids: int64 `[B, n]`, no padding.
-        caches: by name, functions that make a new cache.
+        caches: functions that make a new cache, by name.
     """
     batch, length = ids.shape
     dense, ours = DynamicCache(config=model.config), {name: make() for name, make in caches.items()}
@@ -72,14 +72,14 @@ def teacher_forced(
 
 
 def _log_softmax(model: Any, chunk: Tensor, cache: Any, whole: bool) -> Tensor:
-    """Float32 log-probabilities of the next tokens, `[B, q, V]`, or of the last one only."""
+    """Return float32 log-probabilities of the next tokens, `[B, q, V]`, or of the last one only."""
     keep = 0 if whole else 1
     logits = model(input_ids=chunk, **{argument_of(model): cache}, use_cache=True, logits_to_keep=keep).logits
     return logits.float().log_softmax(-1)
 
 
 def _compare(reference: Tensor, log_q: Tensor, target: Tensor) -> Tensor:
-    """Sums over tokens, float64 `[4, B]`: NLL, dense NLL, KL, agreement."""
+    """Return sums over tokens, float64 `[4, B]`: NLL, dense NLL, KL, agreement."""
     picked = [-log_p.gather(-1, target[..., None])[..., 0].double().sum(1) for log_p in (log_q, reference)]
     kl = (reference.exp() * (reference - log_q)).sum(-1).double().sum(1)
     same = (reference.argmax(-1) == log_q.argmax(-1)).double().sum(1)

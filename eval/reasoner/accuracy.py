@@ -1,4 +1,4 @@
-"""Dense accuracy of a trained reasoner: `python -m eval.reasoner.accuracy`, which writes `accuracy.json` beside it."""
+"""Measure the dense accuracy of a trained reasoner: `python -m eval.reasoner.accuracy` writes its `accuracy.json`."""
 
 import argparse
 import json
@@ -23,9 +23,9 @@ BATCH = 16  # problems
 
 @torch.no_grad()
 def exact(model: Any, tokenizer: Any, puzzles: Sequence[Puzzle]) -> Tensor:
-    """Bool `[puzzles]`: whether every token of the solution, end of text included, is the most likely one.
+    """Return bool `[puzzles]`: whether every token of the solution, end of text included, is the most likely one.
 
-    That is what makes greedy decoding write exactly this solution, found in one forward instead of thousands.
+    Greedy decoding then writes exactly this solution, but this check needs one forward instead of thousands.
     """
     length = PROMPT_ROOM + LINE_TOKENS * max(puzzle.lines for puzzle in puzzles)
     ids, labels = (tensor.to(model.device) for tensor in encode(tokenizer, puzzles, length))
@@ -35,7 +35,7 @@ def exact(model: Any, tokenizer: Any, puzzles: Sequence[Puzzle]) -> Tensor:
 
 @torch.no_grad()
 def generated(model: Any, tokenizer: Any, puzzles: Sequence[Puzzle]) -> Tensor:
-    """Bool `[puzzles]`: whether greedy `generate` writes the whole solution, token by token, and stops."""
+    """Return bool `[puzzles]`: whether greedy `generate` writes the whole solution, token by token, and stops."""
     prompts = [f"{puzzle.statement}\n" for puzzle in puzzles]
     inputs = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
     room = LINE_TOKENS * max(puzzle.lines for puzzle in puzzles) + 8
@@ -47,7 +47,7 @@ def generated(model: Any, tokenizer: Any, puzzles: Sequence[Puzzle]) -> Tensor:
 
 
 def evaluate(model: Any, tokenizer: Any, difficulties: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """`exact` on test problems: count and correct, by difficulty and kind."""
+    """Run `exact` on test problems; return total and correct counts by difficulty and kind."""
     rows = []
     for lines in tqdm(difficulties, unit="difficulty"):
         rng = random.Random(f"evaluate-{lines}")
@@ -62,7 +62,7 @@ def evaluate(model: Any, tokenizer: Any, difficulties: Sequence[int], count: int
 
 
 def measure(folder: Path, difficulties: Sequence[int], count: int) -> dict[str, Any]:
-    """What `accuracy.json` holds: `exact` of `count` problems a difficulty, `generated` of the shortest ones."""
+    """Return the content of `accuracy.json`: `exact` on `count` problems per difficulty, `generated` on short ones."""
     model, tokenizer = load(folder)
     rows = evaluate(model, tokenizer, difficulties, count)
     rng = random.Random("generated")

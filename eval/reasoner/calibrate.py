@@ -1,4 +1,4 @@
-"""Calibrates the reasoner on solved training problems: `python -m eval.reasoner.calibrate`, minutes on a CPU."""
+"""Calibrate the reasoner on solved training problems: `python -m eval.reasoner.calibrate`, minutes on a CPU."""
 
 import argparse
 import random
@@ -16,7 +16,7 @@ MODEL = Path(__file__).parent / "model"
 
 
 def calibrate_reasoner(folder: Path, scorer: str, interval: int, lines: int, count: int, seed: int = 0) -> Calibration:
-    """Measured on `count` solved training problems of `lines` lines each; see `hardkv.calibrate`."""
+    """Calibrate on `count` solved training problems of `lines` lines each; see `hardkv.calibrate`."""
     model, tokenizer = load(folder)
     model.float()
     rng = random.Random(f"calibrate-{seed}")
@@ -26,7 +26,7 @@ def calibrate_reasoner(folder: Path, scorer: str, interval: int, lines: int, cou
         for puzzle in puzzles
     ]
     calibration = calibrate(model, ids, scorer=scorer, interval=interval)
-    calibration.provenance["name"] = "eval/reasoner/model"  # not a path of one machine
+    calibration.provenance["name"] = "eval/reasoner/model"  # do not store a path of this machine
     return calibration
 
 

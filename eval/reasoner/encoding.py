@@ -1,4 +1,4 @@
-"""Solved problems as token ids and labels."""
+"""Encode solved problems as token ids and labels."""
 
 import random
 from collections import defaultdict
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from eval.reasoner.problems import LINE_TOKENS, MAX_LINES, Puzzle
 
-PROMPT_ROOM = 34  # tokens of a statement and an answer at most
+PROMPT_ROOM = 34  # maximum tokens of a statement and an answer
 IGNORED = -100  # cross_entropy's ignore_index
-CELLS = (0, 5, 10)  # where a line writes a cell's name and value, 4 tokens: the newest, the one looked up, the new one
-TAIL = (2, 10)  # lines that `encode_hiding` leaves whole, at least and at most
+CELLS = (0, 5, 10)  # where a line writes a cell (name and value, 4 tokens): the newest, the looked-up, the new one
+TAIL = (2, 10)  # minimum and maximum lines that `encode_hiding` leaves whole
 
 
 def tokens_of(tokenizer: Any, puzzles: Sequence[Puzzle]) -> tuple[list[list[int]], list[int]]:
-    """Every puzzle's statement, solution and end of text, and how many tokens of it are the statement."""
+    """Return the tokens of every puzzle's statement, solution and end of text, and the length of its statement."""
     prompts = [f"{puzzle.statement}\n" for puzzle in puzzles]
     texts = [prompt + puzzle.solve()[0] for prompt, puzzle in zip(prompts, puzzles, strict=True)]
     whole = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts).input_ids]
@@ -25,7 +25,7 @@ def tokens_of(tokenizer: Any, puzzles: Sequence[Puzzle]) -> tuple[list[list[int]
 
 
 def encode(tokenizer: Any, puzzles: Sequence[Puzzle], length: int) -> tuple[Tensor, Tensor]:
-    """Statements with their solutions, and the labels, int64 `[puzzles, length]` each, right-padded."""
+    """Return statements with solutions, and labels, int64 `[puzzles, length]` each, right-padded."""
     ids = torch.full((len(puzzles), length), tokenizer.pad_token_id)
     labels = torch.full_like(ids, IGNORED)
     for row, (tokens, prompt) in enumerate(zip(*tokens_of(tokenizer, puzzles), strict=True)):
@@ -35,7 +35,7 @@ def encode(tokenizer: Any, puzzles: Sequence[Puzzle], length: int) -> tuple[Tens
 
 
 def room_for(length: int, hiding: bool = False) -> int:
-    """The most lines of a solution that `encode` gets into a length, or `encode_hiding` whatever it has to show."""
+    """Return the most solution lines that always fit in a length, with `encode` or with `encode_hiding`."""
     if hiding and length >= PROMPT_ROOM + TAIL[1] * LINE_TOKENS + 4 * (TAIL[1] + 1):
         return MAX_LINES
     return (length - PROMPT_ROOM) // LINE_TOKENS
@@ -44,13 +44,13 @@ def room_for(length: int, hiding: bool = False) -> int:
 def encode_hiding(
     tokenizer: Any, puzzles: Sequence[Puzzle], length: int, rng: random.Random
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solutions whose older lines lack a random part of their tokens, as if they had been evicted.
+    """Encode solutions whose older lines lack a random part of their tokens, as if these had been evicted.
 
-    The statement and the last lines stay, and of each older cell that the last lines look up one place where it is
-    written, whichever; all at their true positions. Half of the problems for which `length` has room stay whole.
+    The statement and the last lines stay. For each older cell that the last lines look up, one random place where it is
+    written stays too. All tokens keep their true positions. Half of the problems that fit in `length` stay whole.
 
     Returns:
-        ids, positions and labels, int64 `[puzzles, length]`, right-padded; labels only for what stays whole.
+        ids, positions and labels, int64 `[puzzles, length]`, right-padded; only whole parts have labels.
     """
     ids = torch.full((len(puzzles), length), tokenizer.pad_token_id)
     positions = torch.arange(length).expand(len(puzzles), length).clone()
@@ -66,7 +66,7 @@ def encode_hiding(
             others = [index for index in range(prompt, tail) if index not in shown]
             shown.update(rng.sample(others, int(rng.random() * min(room - len(shown), len(others)))))
             kept = [*range(prompt), *sorted(shown), *range(tail, len(tokens))]
-            first = tail + 1  # the tail's first token may follow anything
+            first = tail + 1  # do not label the tail's first token: its predecessor may be hidden
         index = torch.tensor(kept)
         ids[row, : len(kept)] = torch.tensor(tokens)[index]
         positions[row, : len(kept)] = index
@@ -75,9 +75,9 @@ def encode_hiding(
 
 
 def needed(solution: str, older: int, rng: random.Random) -> set[int]:
-    """Tokens of the first `older` lines that the others cannot do without, counted from the solution's start.
+    """Return the tokens of the first `older` lines that the other lines need, counted from the solution's start.
 
-    Of each cell that the others mention and the first lines compute: its name and value, at one place of them all.
+    These are the name and value, at one place, of each cell that the first lines compute and the others mention.
     """
     lines = solution.split("\n")[:-1]
     computed = {line[CELLS[-1] :][:2] for line in lines[:older]}

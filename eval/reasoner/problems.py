@@ -1,19 +1,19 @@
-r"""Problems with a short statement and a long written-out solution, which keeps going back to its own earlier results.
+r"""Generate problems with a short statement and a long solution that repeatedly uses its own earlier results.
 
-A *cell* is a name and a value, each a letter a-p and a digit: `c7k2` says that cell c7 holds k2. Cells are computed in
+A *cell* has a name and a value, each a letter a-p and a digit: in `c7k2`, cell c7 holds k2. Cells are computed in
 the order of their names, a0 ... a9, b0 ... p9; the statement gives the first three and the name of the last. Each cell
-is the sum of the cell before it and an earlier one, letters added modulo 16 and digits modulo 10 without carry. Which
-earlier one is known only when the cell before it is:
+is the sum of the cell before it and an earlier one, letters added modulo 16 and digits modulo 10 without carry. The
+choice of the earlier cell depends on the value of the cell before:
 
 - in block a, the cell three before the new one;
 - `Walk`: with the newest cell `h l` holding `x y`, cell (x mod h, y + l²), letters counted from 0. So anything computed
-  so far, up to the last whole block, may be asked for next (the square keeps it from going round in circles);
-- `Table m`: (x mod min(h, m), y + l²): only the first m blocks are ever asked for, m from 1 to 3;
-- `Back k`: (h - k, l), block a if there is none: ten k cells back, known beforehand, k from 1 to 3.
+  so far, up to the last whole block, may be needed next (the square prevents cycles);
+- `Table m`: (x mod min(h, m), y + l²): only the first m blocks are ever needed, m from 1 to 3;
+- `Back k`: (h - k, l), or block a if there is none: 10 k cells back, known in advance, k from 1 to 3.
 
-The solution writes one line for each cell, and ends with the last value as a number, ten times the letter's plus the
-digit. A line restates the newest cell, looks the earlier one up, adds, and checks the sum by subtracting, which tells
-nothing new:
+The solution writes one line per cell, and ends with the last value as a number, ten times the letter's plus the
+digit. A line restates the newest cell, looks up the earlier one, adds, and checks the sum by subtracting, which adds
+no information:
 
     Walk: a0k0 a1j3 a2b5 to c2
     a2b5+a0k0=a3l5;l5-k0=b5
@@ -21,8 +21,8 @@ nothing new:
     ...
     \boxed{128}
 
-Arithmetic is easy on purpose, and two of a line's 24 tokens, the new value, are all that is needed later: solving is a
-matter of finding them again.
+Arithmetic is easy on purpose, and only two of a line's 24 tokens, the new value, are needed later. The difficulty is
+to find them again.
 """
 
 import argparse
@@ -42,7 +42,7 @@ Value = tuple[int, int]  # letter, digit
 
 @dataclass(frozen=True)
 class Problem:
-    """A puzzle as others see it: a text, and a number in digits as the answer."""
+    """A puzzle as text, with a number in digits as the answer."""
 
     id: str
     problem: str
@@ -52,11 +52,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Puzzle:
-    """What a problem is made of.
+    """The parameters that define a problem.
 
     Args:
-        kind: of `KINDS`. parameter: Table's m, Back's k, 1 to 15 (`draw` takes 1 to 3); 0 for Walk.
-        given: the values of the first three cells.
+        kind: one of `KINDS`. parameter: m of Table or k of Back, 1 to 15 (`draw` uses 1 to 3); 0 for Walk.
+        given: values of the first three cells.
         lines: cells to compute, 1 to 157.
     """
 
@@ -72,7 +72,7 @@ class Puzzle:
         return f"{head}: {cells} to {_name(GIVEN + self.lines - 1)}"
 
     def operand(self, values: list[Value]) -> int:
-        """The index of the cell that is added to the newest of `values`."""
+        """Return the index of the cell to add to the newest of `values`."""
         block, place = divmod(len(values) - 1, len(DIGITS))
         letter, digit = values[-1]
         if block == 0:
@@ -83,7 +83,7 @@ class Puzzle:
         return letter % blocks * len(DIGITS) + (digit + place * place) % len(DIGITS)
 
     def solve(self) -> tuple[str, str]:
-        r"""The whole solution, `\boxed{}` included, and the answer in it."""
+        r"""Return the whole solution, `\boxed{}` included, and its answer."""
         values: list[Value] = list(self.given)
         text = []
         for index in range(GIVEN, GIVEN + self.lines):
@@ -100,10 +100,10 @@ class Puzzle:
 
 
 def draw(rng: random.Random, lines: int, split: str) -> Puzzle:
-    """A random puzzle of one split.
+    """Draw a random puzzle of one split.
 
     Raises:
-        ValueError: `lines` is not 1 to 157, or `split` neither "train" nor "test".
+        ValueError: `lines` is not 1 to 157, or `split` is neither "train" nor "test".
     """
     if not 1 <= lines <= MAX_LINES:
         raise ValueError(f"lines={lines}: a problem has 1 to {MAX_LINES} lines")
@@ -118,18 +118,18 @@ def draw(rng: random.Random, lines: int, split: str) -> Puzzle:
 
 
 def is_test(given: tuple[Value, ...]) -> bool:
-    """Whether problems that begin so are kept out of training: a tenth of them, whatever else they say."""
+    """Return whether problems with this beginning are excluded from training; this holds for a tenth of beginnings."""
     return sum(letter for letter, _ in given) * 3 % 10 == sum(digit for _, digit in given) % 10
 
 
 def problems(count: int, difficulty: int = 80, seed: int = 0, split: str = "test") -> list[Problem]:
-    """Problems of one difficulty.
+    """Generate problems of one difficulty.
 
     Args:
-        count: how many. difficulty: lines of the solution, 1 to 157; each has 24 tokens, so 21 lines are about 500
-            tokens and 157 about 3,800. seed: the same problems for the same seed. split: "test" problems begin
-            otherwise than every "train" problem, so training has not seen them or a part of their solutions. The
-            committed model was trained on 10 lines and more.
+        count: number of problems. difficulty: solution lines, 1 to 157; each has 24 tokens, so 21 lines are about 500
+            tokens and 157 about 3,800. seed: the same seed gives the same problems. split: "test" problems begin
+            differently from every "train" problem, so training has not seen them or a part of their solutions. The
+            committed model was trained on 10 or more lines.
 
     Raises:
         ValueError: see `draw`.

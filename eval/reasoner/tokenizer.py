@@ -1,4 +1,4 @@
-r"""The reasoner's tokenizer: every character of its problems is a token, and so are their three kinds and `\boxed{`."""
+r"""Build the reasoner's tokenizer: one token per character, per kind of problem, and for `\boxed{`."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -8,12 +8,12 @@ from eval.reasoner.problems import DIGITS, KINDS, LETTERS
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 WORDS = (*KINDS, "to", r"\boxed{")
 CHARACTERS = (*LETTERS, *DIGITS, *"+-=;: }\n")
-# One message and a line break; the solution follows.
+# One message and a line break, before the solution.
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, with pad, bos (put first), eos, unk and a chat template; `decode` gives back what was encoded."""
+    """Return the tokenizer, with pad, bos (put first), eos, unk and a chat template; `decode` inverts encoding."""
     names = [PAD, BOS, EOS, UNK, *WORDS, *CHARACTERS]
     tokenizer = Tokenizer(models.WordLevel({name: idx for idx, name in enumerate(names)}, unk_token=UNK))
     words = "|".join(WORDS).replace("\\", "\\\\").replace("{", "\\{")

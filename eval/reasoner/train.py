@@ -1,7 +1,7 @@
-"""Trains the reasoner from scratch: `python -m eval.reasoner.train --out eval/reasoner/model`, minutes on one GPU.
+"""Train the reasoner from scratch: `python -m eval.reasoner.train --out eval/reasoner/model`, minutes on one GPU.
 
-Writes a folder that transformers loads: weights in bfloat16, configuration, tokenizer, and `training.json`, which says
-what was done. Random numbers are seeded; GPUs still round differently from run to run.
+Write a folder that transformers loads: bfloat16 weights, configuration, tokenizer, and `training.json` as a record of
+the training. Random numbers are seeded; GPUs still round differently from run to run.
 """
 
 import argparse
@@ -30,19 +30,20 @@ from hardkv.files import check_writable, write_text
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train.
+    """Settings of the training.
 
     Args:
-        steps: of the optimiser. batch_tokens: padding included, in every step. learning_rate: its peak, after `warmup`
-            steps; then linearly down to a hundredth. hiding_rate: what part of it is the peak of the steps that hide
-            old tokens, which warm up and go down on their own: at the first ones' end too little is left to learn by.
-        stages: (up to this fraction of the steps, lengths in tokens that steps take at random): long solutions are
-            learned sooner once short ones work. hide_from: from this fraction on, batches come from `encode_hiding`, of
-            `hidden_lengths`, so that what the model needs of older lines is their results.
-        fewest_lines: of a problem; it has any number from here to what its length has room for. At the longest length
-            it is the larger of two drawn, as only the longest problems look up some of the cells.
+        steps: optimiser steps. batch_tokens: per step, padding included. learning_rate: peak, reached after `warmup`
+            steps; then it falls linearly to a hundredth. hiding_rate: fraction of this peak for the steps that hide
+            old tokens; these have their own warm-up and decay, because the first schedule ends too low to learn.
+        stages: (up to this fraction of the steps, lengths in tokens to draw from): long solutions are
+            learned faster once short ones work. hide_from: from this fraction on, batches come from `encode_hiding`,
+            with
+            `hidden_lengths`, so that the model needs only the results of older lines.
+        fewest_lines: minimum lines per problem; the number is drawn from here up to what fits. At the longest
+            length the larger of two draws counts, because only the longest problems look up some of the cells.
         compile: torch.compile the layers.
-        hidden, intermediate, layers, heads, kv_heads: of the model; heads have 64 dimensions.
+        hidden, intermediate, layers, heads, kv_heads: sizes of the model; heads have 64 dimensions.
     """
 
     steps: int = 8000
@@ -69,20 +70,20 @@ class Settings:
 
     @property
     def first_hiding(self) -> int:
-        """The first step that hides old tokens."""
+        """Return the first step that hides old tokens."""
         return math.ceil(self.hide_from * self.steps)
 
     @property
     def longest(self) -> int:
-        """The longest length, in tokens."""
+        """Return the longest length, in tokens."""
         return max(length for _, lengths in self.stages for length in lengths)
 
 
 class Batches(Dataset):
-    """One batch a step, the same for the same step and seed whichever process makes it.
+    """Make one batch per step; step and seed determine it, in any process.
 
-    An item is `(ids, positions, labels)`, int64 `[batch, length]`: right-padded, labels only for solutions. No element
-    has its memory twice, which pinning does not take.
+    An item is `(ids, positions, labels)`, int64 `[batch, length]`, right-padded, labels only for solutions. Elements
+    do not share memory, because pinning does not support that.
     """
 
     def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerFast):
@@ -110,10 +111,10 @@ class Batches(Dataset):
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """The untrained model, float32."""
+    """Build the untrained model, float32."""
     torch.manual_seed(settings.seed)
     config = Qwen3Config(
-        vocab_size=-(-len(tokenizer) // 16) * 16,  # tensor cores want a round number
+        vocab_size=-(-len(tokenizer) // 16) * 16,  # tensor cores need a multiple of 16
         hidden_size=settings.hidden,
         intermediate_size=settings.intermediate,
         num_hidden_layers=settings.layers,
@@ -131,10 +132,10 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen3
 
 
 def predict(model: Qwen3ForCausalLM, ids: Tensor, positions: Tensor) -> Tensor:
-    """Logits `[batch, length - 1, vocabulary]` of what follows each token but the last.
+    """Return logits `[batch, length - 1, vocabulary]` for the token after each token but the last.
 
-    Activations are bfloat16 from the embedding on, as they are when the saved model runs in bfloat16. The mask is
-    causal attention's: left alone, transformers would take gaps in the positions for the ends of packed sequences.
+    Activations are bfloat16 from the embedding on, as when the saved model runs in bfloat16. The mask is
+    causal and explicit, because transformers would otherwise treat gaps in the positions as ends of packed sequences.
     """
     embedded = model.get_input_embeddings()(ids[:, :-1]).bfloat16()
     with torch.autocast(ids.device.type, torch.bfloat16):
@@ -147,7 +148,7 @@ def predict(model: Qwen3ForCausalLM, ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """At a step, counted from 0: up and down once before old tokens are hidden, and once after."""
+    """Return the rate at a step, counted from 0: it rises and falls once before hiding old tokens, and once after."""
     turn = settings.first_hiding
     start, end = (0, turn) if step < turn else (turn, settings.steps)
     peak = settings.learning_rate * (settings.hiding_rate if start > 0 else 1)
@@ -160,9 +161,9 @@ def learning_rate(settings: Settings, step: int) -> float:
 def fit(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Settings, device: torch.device
 ) -> Iterator[dict[str, float]]:
-    """Train in place; yields, every hundredth step and at the last, what the loss curve is made of.
+    """Train in place; yield the loss curve's data at every hundredth step and at the last.
 
-    `loss` is in nats a token of the solution; `wrong` the fraction of them that is not the most likely one; `exact` the
+    `loss` is in nats per solution token; `wrong` is the fraction of these that are not the most likely; `exact` is the
     fraction of solutions without a wrong token, teacher-forced; `seconds` and `tokens` (padding included) since the
     first step.
     """
@@ -210,7 +211,7 @@ def fit(
 
 
 def run(settings: Settings, out: Path, device: torch.device, start: Path | None = None) -> dict[str, Any]:
-    """Train, from the beginning or from a trained model's folder, and save; what `training.json` holds."""
+    """Train from scratch or from a trained model's folder, and save; return the content of `training.json`."""
     check_writable(out / "training.json")
     tokenizer = build_tokenizer()
     model = build_model(settings, tokenizer)

@@ -1,1 +1,1 @@
-"""What hardkv's kernels and events cost in time: `python -m eval.speed.NAME --help`."""
+"""Measure the time of hardkv's kernels and events: `python -m eval.speed.NAME --help`."""

@@ -1,4 +1,4 @@
-"""One model on one device: how long its steps and prompts take, with each method."""
+"""Measure the steps and prompts of one model on one device, with each method."""
 
 import gc
 import json
@@ -34,18 +34,18 @@ from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.cache.storage.queries import QueryRing
 from hardkv.selectors import Risk, TopK
 
-# Steps that are timed, after steps that are not. With events one falls among the latter, whose kernels are built then,
-# and two among the former.
+# Timed steps, after untimed ones. With events, one event falls among the untimed steps, which build its kernels,
+# and two fall among the timed steps.
 STEPS, WARM = 256, 140
-SLOW_STEPS, SLOW_WARM = 40, 64  # of methods without events; the host's first steps in a process are slower
-REPEATS = 3  # of a measurement, whose median is taken
-PROFILED = 8  # steps, between two events
-# Of the memory that is free beside the weights, what the largest batch's cache may take.
+SLOW_STEPS, SLOW_WARM = 40, 64  # for methods without events; the host's first steps in a process are slower
+REPEATS = 3  # repeats of a measurement; the median counts
+PROFILED = 8  # profiled steps, between two events
+# Share of the memory free beside the weights that the largest batch's cache may use.
 SHARE = 0.7
 
 
 class Clock(StoppingCriteria):
-    """When each step came; ends after `steps` of them."""
+    """Record the time of each step; stop after `steps` steps."""
 
     def __init__(self, steps: int):
         self.steps, self.times = steps, []
@@ -56,7 +56,7 @@ class Clock(StoppingCriteria):
 
 
 class ProfilingClock(Clock):
-    """Also profiles the last `PROFILED` steps, once `steps` of them are over."""
+    """Also profile `PROFILED` steps after the first `steps` ones."""
 
     def __init__(self, steps: int):
         super().__init__(steps + PROFILED)
@@ -75,9 +75,9 @@ class Bench:
     """One model on one device.
 
     Args:
-        name: what records call the model. config: its config.
-        device: where it runs; with CUDA, timed there.
-        kvpress_site: folder of kvpress and what it needs.
+        name: name of the model in records. config: config of the model.
+        device: device of the model; a CUDA device is also timed there.
+        kvpress_site: folder with kvpress and its dependencies.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Bench:
     # ------------------------------------------------------------------ caches
 
     def hardkv_cache(self, budget: str, kept: int, scorer: str = "snapkv") -> HardKVCache:
-        """An empty cache whose budget keeps `kept` tokens of a head."""
+        """Create an empty cache whose budget keeps `kept` tokens per head."""
         window, interval = self.setting.window, self.setting.interval
         options: dict[str, Any] = {"scorer": scorer, "window": window, "interval": interval}
         if budget != "risk":
@@ -119,7 +119,7 @@ class Bench:
         return HardKVCache(config=self.config, budget=Risk(kept), calibration=calibration, **options)
 
     def filled(self, kind: str, case: Case, room: int) -> Any:
-        """A cache of `case.context` columns, filled in; `room` more will come."""
+        """Create a cache filled with `case.context` columns; `room` more will follow."""
         if kind == "dynamic":
             return self._fill(DynamicCache(config=self.config), case)
         if kind == "static":
@@ -150,7 +150,7 @@ class Bench:
         return cache
 
     def largest(self, kind: str, case: Case, room: int) -> int:
-        """Sequences whose cache takes `SHARE` of what is free."""
+        """Return the number of sequences whose cache needs `SHARE` of the free memory."""
         free = torch.cuda.mem_get_info()[0] * SHARE
         length = case.context + room
         if kind in ("dynamic", "static"):
@@ -162,12 +162,12 @@ class Bench:
         )
 
     def _settings(self, cache: HardKVCache) -> tuple[Any, dict[str, Any]]:
-        """What a cache was made with, as `hardkv.plan` takes it."""
+        """Return the settings of a cache, in the form of `hardkv.plan`."""
         names = ("scorer", "window", "interval", "calibration")
         return cache.settings.budget, {name: getattr(cache.settings, name) for name in names}
 
     def _plan(self, cache: HardKVCache, case: Case, room: int) -> int:
-        """Bytes that `hardkv.plan` told of."""
+        """Return the bytes that `hardkv.plan` predicts."""
         budget, options = self._settings(cache)
         lengths = case.context, case.context + room
         return hardkv.plan(self.config, budget, case.batch, *lengths, self.setting.dtype, **options).nbytes
@@ -175,7 +175,7 @@ class Bench:
     # ------------------------------------------------------------------ measurements
 
     def decode(self, method: str, case: Case, steps: int | None = None, repeats: int = REPEATS) -> dict[str, Any]:
-        """Decode after a synthetic fill, `repeats` times: the run of median time, and the times of all in order."""
+        """Decode after a synthetic fill, `repeats` times; return the run of median time, and all times in order."""
         if METHODS[method][0] == "kvpress":
             runs = self.kvpress(case, steps or STEPS, repeats)
         else:
@@ -219,7 +219,7 @@ class Bench:
     def first_token(
         self, method: str, scorer: str, length: int, batch: int, repeats: int = REPEATS, warm: int = 1
     ) -> dict[str, Any]:
-        """Time of a real prompt and its first token: the median of `repeats` runs, after `warm` that do not count."""
+        """Time a real prompt and its first token; return the median of `repeats` runs, after `warm` uncounted ones."""
         ids = torch.randint(5, self.config.vocab_size, (batch, length), device=self.device)
         times = []
         for _ in range(warm + repeats):
@@ -246,7 +246,7 @@ class Bench:
         self._wait()
 
     def _first(self, ids: torch.Tensor, method: str, scorer: str) -> None:
-        """One token after a prompt."""
+        """Generate one token after a prompt."""
         dense = method == "dynamic"
         cache = DynamicCache(config=self.config) if dense else self.hardkv_cache("topk", 2048, scorer)
         options = {CACHE: cache} | METHODS[method][1]
@@ -254,7 +254,7 @@ class Bench:
         self._wait()
 
     def _forget(self, kind: str) -> None:
-        """Let go of a cache that compiled graphs keep."""
+        """Release a cache that compiled graphs keep."""
         if kind == "static":
             torch.compiler.reset()
             vars(self.model).pop("_compiled_call", None)
@@ -273,7 +273,7 @@ class Bench:
         return {"peak_bytes": torch.cuda.max_memory_allocated()} if self.device.type == "cuda" else {}
 
     def profile_step(self, method: str, case: Case) -> dict[str, Any]:
-        """Where the device's time goes in a step without an event."""
+        """Profile the device's time in a step without an event."""
         kind, options = METHODS[method]
         self._begin()
         cache, clock = self.filled(kind, case, SLOW_WARM + PROFILED + 2), ProfilingClock(SLOW_WARM)
@@ -282,9 +282,9 @@ class Bench:
         return {"measure": "profile", "of": "step", "method": method, "model": self.name, **asdict(case)} | clock.found
 
     def profile_prompt(self, method: str, scorer: str, length: int, batch: int) -> dict[str, Any]:
-        """Where the device's time goes from a prompt to its first token, events included."""
+        """Profile the device's time from a prompt to its first token, events included."""
         ids = torch.randint(5, self.config.vocab_size, (batch, length), device=self.device)
-        for _ in range(2):  # the first builds kernels
+        for _ in range(2):  # the first run builds kernels
             self._begin()
             profiler = Profiler()
             profiler.start()
@@ -294,7 +294,7 @@ class Bench:
         return record | {"context": length, "batch": batch} | found
 
     def kvpress(self, case: Case, steps: int, repeats: int) -> list[dict[str, Any]]:
-        """The runs of `decode`, by kvpress in a process of its own."""
+        """Run `decode` with kvpress in a separate process."""
         asked = {
             "config": self.config.to_diff_dict() | {"dtype": None},
             "device": str(self.device),
@@ -306,7 +306,7 @@ class Bench:
             "interval": self.setting.interval,
         }
         program = Path(__file__).with_name("kvpress_decode.py")
-        self._begin()  # leaves the other process room
+        self._begin()  # leave memory for the other process
         run = subprocess.run(
             [sys.executable, "-P", str(program), json.dumps(asked)],
             env=os.environ | {"PYTHONPATH": str(self.kvpress_site)},

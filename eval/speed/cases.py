@@ -1,4 +1,4 @@
-"""What is decoded, and by what: shapes of models, methods, and numbers of sequences and of columns."""
+"""Define the cases to decode: shapes of models, methods, and numbers of sequences and columns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
         **COMMON, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32
     ),
 }
-# Name -> (what the cache is, further arguments of generate()).
+# Name -> (kind of cache, further arguments of generate()).
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic": ("dynamic", {}),
     "static-compile": ("static", {}),
@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is decoded: sequences of `context` columns; `batch` 0 is the largest that fits."""
+    """Describe the sequences to decode, of `context` columns; `batch` 0 means the largest that fits."""
 
     context: int
     batch: int

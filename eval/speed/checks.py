@@ -1,4 +1,4 @@
-"""How far the output of an operation is from the reference's."""
+"""Compare the output of an operation with the reference's."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,13 +11,13 @@ from torch import Tensor
 from hardkv.kernels import append, attention, compaction, layout, scoring, similarity
 from hardkv.kernels.rows import Rows
 
-# Beyond this relative error an output counts as wrong; bfloat16 products err by a few thousandths.
+# A larger relative error counts as wrong; bfloat16 products have errors of a few thousandths.
 TOLERANCE = 1e-2
 
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
-    """hardkv's operations run their PyTorch references, as where there is no Triton."""
+    """Make hardkv's operations run their PyTorch references, as without Triton."""
     with ExitStack() as stack:
         for module in (append, attention, compaction, layout, scoring, similarity):
             stack.enter_context(patch.object(module, "kernels_for", lambda *args: "torch"))
@@ -25,7 +25,7 @@ def reference_kernels() -> Iterator[None]:
 
 
 def spot_rows(rows: Rows) -> list[tuple[int, slice]]:
-    """A few rows, with their tokens, that an output is checked in: the shortest, the longest, the first, the last."""
+    """Return the rows, with their tokens, for checking an output: the shortest, the longest, the first, the last."""
     lengths, bounds = rows.lengths.tolist(), rows.cu_seqlens.tolist()
     last = len(lengths) - 1
     chosen = {lengths.index(min(lengths)), lengths.index(max(lengths)), 0, last}
@@ -33,11 +33,11 @@ def spot_rows(rows: Rows) -> list[tuple[int, slice]]:
 
 
 def relative_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Norm of what was found minus what was expected, over the norm of what was expected, of all pairs together."""
+    """Return the norm of found minus expected over the norm of expected, over all pairs together."""
     off = sum(float((found.double() - expected.double()).square().sum()) for found, expected in pairs)
     return math.sqrt(off / max(sum(float(expected.double().square().sum()) for _, expected in pairs), 1e-300))
 
 
 def inexact(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """0 where all that was found equals what was expected, else infinity."""
+    """Return 0 if everything found equals the expected, else infinity."""
     return 0.0 if all(torch.equal(found, expected) for found, expected in pairs) else math.inf

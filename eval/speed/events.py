@@ -1,4 +1,4 @@
-"""A whole event of a model's shape: how long it takes, against the decode steps between two."""
+"""Measure a whole event at a model's shape, relative to the decode steps between two events."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -25,18 +25,18 @@ from hardkv.selectors import Risk, RiskCurves, TopK
 
 @dataclass(frozen=True)
 class Model:
-    """Whose event is measured: by default that of Qwen3-8B and a batch of 32."""
+    """Describe the model and batch to measure: by default Qwen3-8B and a batch of 32."""
 
     layers: int = 36
     batch: int = 32
     kept: int = 2048
     sinks: int = 4
     seen: int = 16384  # columns so far
-    weights: float = 16.4e9  # bytes, read once a step
+    weights: float = 16.4e9  # bytes, read once per step
 
 
 QWEN = Model()
-# Scorer, budget, and whether the keys of a head are alike, which decides how long R-KV searches.
+# Scorer, budget, and whether the keys of a head are similar, which determines how long R-KV searches.
 EVENTS = (
     ("attention", "topk", False),
     ("snapkv", "topk", False),
@@ -46,12 +46,12 @@ EVENTS = (
     ("rkv", "risk", False),
     ("rkv", "topk", True),
 )
-# Again with a batch of one, where an event is all launches.
+# Measured again with a batch of one, where launches dominate an event.
 SMALL_EVENTS = (("snapkv", "topk", False), ("rkv", "topk", False))
 
 
 def synthetic_curves(model: Model, heads: int) -> RiskCurves:
-    """Losses w / n whose minima at a fixed total, n ~ sqrt(w), spread log-uniformly over a factor of 40."""
+    """Return losses w / n whose optimal counts, n ~ sqrt(w), spread log-uniformly over a factor of 40."""
     random = torch.Generator().manual_seed(0)
     weight = 40.0 ** (2 * torch.rand(model.layers, heads, 1, generator=random))
     edges = {round(model.seen ** (step / 48)) for step in range(12, 49)}
@@ -60,7 +60,7 @@ def synthetic_curves(model: Model, heads: int) -> RiskCurves:
 
 
 def make_layers(model: Model, setting: Setting, budget: str, alike: bool, count: int) -> list[HardKVLayer]:
-    """The first `count` layers of a cache, an interval after an event: the dense tiers are full."""
+    """Make the first `count` layers of a cache one interval after an event, with full dense tiers."""
     if budget == "topk":
         budgets = [TopK(model.kept)] * model.layers
         counts = torch.full((model.layers, setting.heads), model.kept)
@@ -84,20 +84,20 @@ def make_layers(model: Model, setting: Setting, budget: str, alike: bool, count:
 
 
 def settings_for(model: Model, setting: Setting, scorer: str) -> HardKVConfig:
-    """Settings of the layers; their budgets are their own."""
+    """Return the settings of the layers; each layer has its own budget."""
     return HardKVConfig(
         scorer=scorer, budget=model.kept, window=setting.window, sinks=model.sinks, interval=setting.interval
     )
 
 
 def fitting_layers(model: Model, setting: Setting, free: int) -> int:
-    """Layers whose tiers, old and new beside each other, and what the event of one needs fit in `free` bytes."""
+    """Return how many layers fit in `free` bytes with old and new tiers and the temporaries of one event."""
     layer = model.batch * setting.heads * (model.kept + setting.interval) * setting.token_bytes
     return max(1, min(model.layers, int(free * 0.9 / layer - 8) * 2 // 5))
 
 
 def restored(layers: Sequence[HardKVLayer], tiers: Sequence[Tiers]) -> Callable[[], None]:
-    """Put back the old tiers, which an event only reads, and drop the new ones; returns the call of their event."""
+    """Restore the old tiers, which an event only reads, and drop the new ones; return the call that runs the event."""
     for layer, old in zip(layers, tiers, strict=True):
         assert layer.ring is not None
         layer.restore(old, layer.ring, layer.scale)
@@ -105,7 +105,7 @@ def restored(layers: Sequence[HardKVLayer], tiers: Sequence[Tiers]) -> Callable[
 
 
 def event_error(layer: HardKVLayer, old: Tiers) -> float:
-    """An event of one layer against the PyTorch references: the part of tokens kept by one only, and what differs."""
+    """Return an event's error against the PyTorch references: the share of tokens only one keeps, or their error."""
     found = []
     for context in (nullcontext(), reference_kernels()):
         with context:
@@ -120,7 +120,7 @@ def event_error(layer: HardKVLayer, old: Tiers) -> float:
 
 
 def decode_us(layers: Sequence[HardKVLayer], timer: CudaTimer, setting: Setting) -> float:
-    """Attention of a decode step in the middle of an interval, a layer."""
+    """Time the attention of a decode step per layer, in the middle of an interval."""
     calls = []
     for place, layer in enumerate(layers):
         assert layer.tiers is not None
@@ -148,7 +148,7 @@ def measure_event(
     model: Model,
     bandwidth: float,
 ) -> dict[str, Any]:
-    """What is found of one scorer's event on layers whose tiers before it are `old`."""
+    """Measure one scorer's event on layers whose tiers before the event are `old`."""
     for layer in layers:
         layer.settings = settings_for(model, setting, scorer)
     off = event_error(layers[0], old[0])
@@ -158,7 +158,7 @@ def measure_event(
         restored(layers, old)()
     event_us = median(timer.wall(restored(layers, old)) for _ in range(9)) * model.layers / len(layers)
     waits = timer.waits(restored(layers, old))
-    restored(layers, old)  # nothing of the new tiers stays
+    restored(layers, old)  # drop the new tiers
     step = model.layers * attention_us + model.weights / bandwidth * 1e6
     return {
         "layers": len(layers),
@@ -174,10 +174,10 @@ def measure_event(
 def measure_events(
     timer: CudaTimer, setting: Setting, model: Model, bandwidth: float, events: Sequence[tuple[str, str, bool]] = EVENTS
 ) -> Iterator[dict]:
-    """Records of events: `eager_us` by the host's clock, `share` of the interval's decode steps at their least.
+    """Return records of events: `eager_us` by the host's clock, and `share` of the minimum time of an interval's steps.
 
-    A step's least: reading the weights once at the copy bandwidth, and the attention of all layers as measured. Where
-    memory does not suffice for all layers, fewer are measured, and the times are scaled.
+    A step's minimum is the time to read the weights once at the copy bandwidth, plus all layers' measured attention. If
+    memory does not suffice for all layers, fewer are measured and the times are scaled.
     """
     for (budget, alike), group in groupby(events, key=itemgetter(1, 2)):
         prepared = None

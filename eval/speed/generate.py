@@ -1,16 +1,16 @@
-"""Decoding a full-size model end to end: hardkv and its peers in one run, against the least time that memory allows.
+"""Decode a full-size model end to end: hardkv and its peers in one run, and the minimum time that memory allows.
 
     python -m eval.speed.generate --out eval/results/generate.json    # one CUDA GPU
     python -m eval.speed.generate_report eval/results/generate.json   # tables, and the picture beside the JSON
     python -m eval.speed.generate --profile    # also where the time of each step and prompt goes
 
 Models have their real shapes and random weights. Every method decodes through `model.generate`; a step is the time
-between two calls of a stopping criterion. Where only decoding is timed, the context is not computed but filled in with
-random keys and values ("synthetic fill"): of hardkv's caches with what a budget keeps of it. `limit_ms` is the time in
-which a large copy moves as many bytes as a step has to read: weights, without the input embedding, and keys and values.
+between two calls of a stopping criterion. If only decoding is timed, the context is not computed but filled with
+random keys and values ("synthetic fill"); hardkv's caches get as many as the budget keeps. `limit_ms` is the time in
+which a large copy moves the bytes that a step must read: weights without the input embedding, keys and values.
 
-kvpress needs an older transformers, so it decodes in a process of its own, by packages in a folder that
-`--kvpress-site` names: `pip install --no-deps --target FOLDER` of kvpress, transformers 5.2, and what these lack here.
+kvpress needs an older transformers, so it decodes in a separate process, with packages from a folder that
+`--kvpress-site` names: `pip install --no-deps --target FOLDER` of kvpress, transformers 5.2, and missing dependencies.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from hardkv.files import file_to_write, write_text
 def run(
     bench: Bench, methods: list[str], cases: list[Case], lengths: list[int], profile: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The records of a model, one after the other; a measurement that fails says how."""
+    """Yield the records of a model one by one; a failed measurement records its error."""
     for length in lengths:
         for method, scorer in (("dynamic", ""), ("topk", "snapkv"), ("topk", "attention")):
             what = {"method": method, "scorer": scorer, "context": length, "batch": 1}
@@ -45,7 +45,7 @@ def run(
     for case in cases:
         for method in methods:
             if method == "kvpress" and not case.batch:
-                continue  # nobody tells how many sequences fit
+                continue  # the number of sequences that fit is unknown
             what = {"method": method, **asdict(case)}
             yield _tried(partial(bench.decode, method, case), measure="decode", **what)
             if profile and case.batch and method != "kvpress":

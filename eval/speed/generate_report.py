@@ -1,4 +1,4 @@
-"""Tables and picture of what `python -m eval.speed.generate` measured, and how far the targets are met.
+"""Write tables and picture from `python -m eval.speed.generate`, and check the targets.
 
 python -m eval.speed.generate_report eval/results/generate.json
 """
@@ -17,13 +17,13 @@ from hardkv.viz.figures import COLOURS, MARKERS, save_figure
 
 Record = dict[str, Any]
 
-MODEL = "qwen3-8b"  # of the targets and the picture
-# Of graphed decoding with `torch.compile`: at most so many times the limit, by batch, with 2,048 tokens kept.
+MODEL = "qwen3-8b"  # the model of the targets and the picture
+# Graphed decoding with `torch.compile` and 2,048 tokens kept: at most this multiple of the limit, by batch.
 LIMITS = {32: 1.30, 1: 1.60}
-# At least so many times as many tokens a second, batch 32; in the shortest of these contexts nothing is evicted.
+# Tokens per second at batch 32: at least this multiple; in the shortest of these contexts nothing is evicted.
 SPEEDUPS = {"dynamic": 10.0, "static-compile": 4.0}
 CONTEXTS = 2048, 8192
-# At a context of 32,768, each at the largest batch for its memory: times the best dense method.
+# At a context of 32,768, each method at the largest batch for its memory: multiple of the best dense method.
 LONG, LONG_SPEEDUP = 32768, 8.0
 FIRST_TOKEN, EVENTS, PLANNED = 1.05, 0.05, 1.03
 NAMES = {
@@ -39,17 +39,17 @@ NAMES = {
 
 
 def find(records: list[Record], **what: Any) -> Record | None:
-    """The first record that has these values and no error."""
+    """Return the first record that has these values and no error."""
     return next((r for r in records if "error" not in r and all(r.get(k) == v for k, v in what.items())), None)
 
 
 def event_share(record: Record) -> float:
-    """What events add to the decode steps."""
+    """Return the share of time that events add to the decode steps."""
     return max(record["step_ms"] / record["median_ms"] - 1, 0.0)
 
 
 def targets(records: list[Record]) -> list[tuple[str, str, float, bool]]:
-    """What was wanted, and what was found of it: (what, wanted, found, met)."""
+    """Return the targets and their results: (what, wanted, found, met)."""
     rows: list[tuple[str, str, float, bool]] = []
 
     def at_most(what: str, wanted: float, found: float) -> None:
@@ -91,7 +91,7 @@ def targets(records: list[Record]) -> list[tuple[str, str, float, bool]]:
 
 
 def profiles(records: list[Record]) -> list[list[str]]:
-    """Where the time goes: a line of headings and one for each profile; nothing without any."""
+    """Return a table of where the time goes: headings and one line per profile; empty without profiles."""
     found = [r for r in records if r["measure"] == "profile" and "error" not in r]
     if not found:
         return []
@@ -105,7 +105,7 @@ def profiles(records: list[Record]) -> list[list[str]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The results page."""
+    """Return the results page."""
     records, machine = found["records"], found["machine"]
     where = ", ".join(f"{name} {value}" for name, value in machine.items() if name != "gpu")
     lines = [
@@ -158,7 +158,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _about_kvpress(records: list[Record]) -> list[str]:
-    """What was run of it."""
+    """Describe the runs of kvpress."""
     ours = find(records, method="kvpress", measure="decode")
     if ours is None:
         return ["", "kvpress is a method of the program too (`--kvpress-site`), and has not been measured yet."]
@@ -173,18 +173,18 @@ def _about_kvpress(records: list[Record]) -> list[str]:
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    """Of the table's lines: the targets' model first."""
+    """Return the sort key of a table line, with the targets' model first."""
     model = record["model"]
     return model != MODEL, model, record["context"], -(record.get("batch") or 0), list(NAMES).index(record["method"])
 
 
 def _place(record: Record) -> tuple[int, int]:
-    """Context and batch, 0 for the largest."""
+    """Return context and batch; 0 means the largest batch."""
     return record["context"], 0 if record.get("largest") else record["batch"]
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Of the targets' model: tokens a second by method and case, and bytes of a sequence's cache by context."""
+    """Draw for the targets' model: tokens per second by method and case, and bytes per sequence's cache by context."""
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"""Ragged inputs of the benchmarks, made on the device from shapes and seeds."""
+"""Make the ragged inputs of the benchmarks on the device, from shapes and seeds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from hardkv.cache.storage.ragged import Columns, RaggedTier
 from hardkv.cache.storage.tiers import Tiers
 from hardkv.kernels.rows import Rows, cumulative
 
-# Logical length of synthetic sequences, from which what is kept is a part.
+# Logical length of synthetic sequences, of which a part is kept.
 SEEN = 1 << 17
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows (KV heads of all sequences) and the tokens they keep."""
+    """Describe the rows (KV heads of all sequences) and the tokens that they keep."""
 
     rows: int
-    mean: int  # tokens of a row, those of the dense tier included
+    mean: int  # mean tokens per row, including the dense tier
     lengths: str = "uniform"  # in 0.25 to 1.75 of the mean; "heavy": 45 to 1,800, log-uniform, scaled to the mean
 
     def draw(self, seed: int) -> Tensor:
-        """Tokens of every row, int64 `[R]`."""
+        """Draw the number of tokens per row, int64 `[R]`."""
         random = torch.Generator().manual_seed(seed)
         if self.lengths == "uniform":
             return torch.randint(self.mean // 4, self.mean * 7 // 4 + 1, (self.rows,), generator=random)
@@ -49,52 +49,52 @@ QUICK = (Shape(64, 2048), Shape(256, 2048), Shape(8, 2048))
 
 @dataclass(frozen=True)
 class Setting:
-    """What all inputs share."""
+    """Hold the parameters that all inputs share."""
 
     device: torch.device
     dtype: torch.dtype
     heads: int = 8  # KV heads
-    group: int = 4  # query heads of each
+    group: int = 4  # query heads per KV head
     dim: int = 128
     window: int = 32
     interval: int = 128
 
     @property
     def capacity(self) -> int:
-        """Slots of a dense tier."""
+        """Return the slots of a dense tier."""
         return self.window + self.interval
 
     @property
     def half_full(self) -> int:
-        """Tokens of a dense tier in the middle of an interval."""
+        """Return the tokens of a dense tier in the middle of an interval."""
         return self.window + self.interval // 2
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token's key and value."""
+        """Return the bytes of a token's key and value."""
         return 2 * self.dim * self.dtype.itemsize
 
     def normal(self, seed: int) -> Callable[..., Tensor]:
-        """A function that draws tensors of the sizes it is given."""
+        """Return a function that draws tensors of given sizes."""
         random = torch.Generator(self.device).manual_seed(seed)
         return lambda *size, dtype=self.dtype: torch.randn(size, generator=random, device=self.device, dtype=dtype)
 
     def rows(self, lengths: Tensor) -> Rows:
-        """Rows of these lengths, int64 `[R]` on the CPU."""
+        """Make rows of these lengths, int64 `[R]` on the CPU."""
         return Rows(cumulative(lengths.to(self.device)), int(lengths.sum()), int(lengths.max()))
 
 
 def slots(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Of every token: its place in its row, and the row's length; int64 `[N]`."""
+    """Return for every token its place in its row, and the row's length; int64 `[N]`."""
     row = rows.ids
     return torch.arange(rows.total, device=row.device) - rows.cu_seqlens.long()[row], rows.lengths[row]
 
 
 def make_tiers(setting: Setting, lengths: Tensor, fill: int, seen: int, seed: int, alike: bool = False) -> Tiers:
-    """Tiers of random tokens, spread evenly over `seen` columns, of which the newest `fill` are in the dense tier.
+    """Make tiers of random tokens, spread evenly over `seen` columns; the newest `fill` are in the dense tier.
 
     Args:
-        lengths: tokens of the condensed rows, int64 `[R]` on the CPU.
+        lengths: tokens per condensed row, int64 `[R]` on the CPU.
         alike: whether the keys of a head have a mean cosine of 0.6 instead of 0.
     """
     draw, rows, heads, dim = setting.normal(seed), setting.rows(lengths), setting.heads, setting.dim

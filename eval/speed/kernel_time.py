@@ -1,4 +1,4 @@
-"""Where a device's time goes: kernels by kind, and the time in which none runs."""
+"""Summarise a device's time: kernels by kind, and the time without a running kernel."""
 
 import re
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# The first that a kernel's name matches; names of hardkv's own begin with an underscore.
+# The first match with a kernel's name counts; names of hardkv's own kernels begin with an underscore.
 KINDS = {
     "attention": r"^_attend|^_ragged_attention|flash|fmha|sdpa|attention",
     "selection": r"^_(layout|assign|denominator|received|pool|gather|compact|cut|sums|spare|column)",
@@ -18,19 +18,19 @@ OTHER = "other"
 
 
 def kind_of(name: str) -> str:
-    """A key of `KINDS`, or `OTHER`."""
+    """Return a key of `KINDS`, or `OTHER`."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 def summarise(kernels: Iterable[tuple[str, float, float]], elapsed: float, steps: int = 1) -> dict[str, Any]:
-    """What one of `steps` steps is made of.
+    """Summarise one of `steps` steps.
 
     Args:
-        kernels: name, begin and end of each, in any one unit. elapsed: how long all steps took, in the same.
+        kernels: name, begin and end of each kernel, in any unit. elapsed: time of all steps, in the same unit.
 
     Returns:
-        `total`, `idle`, in which no kernel runs, and `kinds`, by kind the time of its kernels, all in that unit; those
-        that run side by side count each. `kernels`, how many there are.
+        `total`, `idle` (no kernel runs) and `kinds` (kernel time by kind), all in that unit; kernels
+        that run in parallel count separately. `kernels`: the number of kernels.
     """
     found = sorted(kernels, key=lambda kernel: kernel[1])
     kinds = dict.fromkeys([*KINDS, OTHER], 0.0)
@@ -45,17 +45,17 @@ def summarise(kernels: Iterable[tuple[str, float, float]], elapsed: float, steps
 
 
 class Profiler:
-    """Records the kernels between `start` and `stop`, of the current CUDA device."""
+    """Record the kernels of the current CUDA device between `start` and `stop`."""
 
     def start(self) -> None:
-        """Wait for the device, and record from here on."""
+        """Wait for the device, and start recording."""
         self._profile = profile(activities=[ProfilerActivity.CUDA])
         self._profile.start()
         torch.cuda.synchronize()
         self._begun = time.perf_counter()
 
     def stop(self, steps: int = 1) -> dict[str, Any]:
-        """Wait for the device; `summarise` of what ran, in milliseconds."""
+        """Wait for the device; return `summarise` of the kernels, in milliseconds."""
         torch.cuda.synchronize()
         elapsed = time.perf_counter() - self._begun
         self._profile.stop()

@@ -1,15 +1,15 @@
-"""What every kernel and a whole event cost on a GPU, beside their peers and the least time that memory allows.
+"""Time every kernel and a whole event on a GPU, with their peers and the minimum time that memory allows.
 
     python -m eval.speed.kernels --out eval/results/kernels.json     # minutes, on one CUDA GPU
     python -m eval.speed.kernels_report eval/results/kernels.json    # tables, and the picture beside the JSON
 
 Each operation runs on random bfloat16 inputs of the same ragged shapes with all its backends: hardkv's Triton kernel;
 every installed `flash_attn_varlen_func`, as hardkv calls it on both tiers and alone on one contiguous tier of the same
-tokens; and the PyTorch reference. `eager_us` is one call between two CUDA events, host included where it is slower;
-`graph_us` a call within a captured graph. Calls take turns over copies of the inputs that exceed the L2 several times,
-as far as 48 copies do: what the small operations read and write stays in it, as in a decode step. `bytes` are those
-that must be moved, each input read once and each output written once, and `fraction` is what they make of the
-bandwidth of a large copy. Before it is timed, an output is checked against float64.
+tokens; and the PyTorch reference. `eager_us` is one call between two CUDA events, including the host if it is slower;
+`graph_us` is a call within a captured graph. Calls rotate over copies of the inputs that exceed the L2 several times,
+or over 48 copies: the data of small operations stays in the L2, as in a decode step. `bytes` are the bytes
+that must be moved, reading each input once and writing each output once; `fraction` is their rate relative to the
+bandwidth of a large copy. Outputs are checked against float64 before timing.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from hardkv.files import file_to_write, write_text
 from hardkv.kernels.attention import packages
 from hardkv.kernels.backends import why_not_triton
 
-# Bytes that calls of a round go through, and copies at most; the L2 of an H200 holds 60 MB.
+# Bytes that the calls of a round use, and the maximum number of copies; the L2 of an H200 holds 60 MB.
 ROTATED, MAX_COPIES = 400_000_000, 48
 OPERATIONS = ("attention", "event", *(kind.name for kind in KINDS[1:]))  # in this order
 
 
 def measure(copies: Sequence[Operation], shape: Shape, backend: str, timer: CudaTimer, setting: Setting) -> dict:
-    """The record of one backend; an error instead of times where it fails, and beside `eager_us` where a graph does."""
+    """Return the record of one backend; a failure gives an error in place of times, or of the graph's time only."""
     first = copies[0]
     record: dict[str, Any] = {
         "operation": first.name,
@@ -70,13 +70,13 @@ def measure(copies: Sequence[Operation], shape: Shape, backend: str, timer: Cuda
             record["eager_us"] = timer.eager(calls)
             if backend != "torch":
                 record["graph_us"] = timer.graph(calls, record["eager_us"])
-    except Exception as error:  # a package that cannot, memory that does not suffice: the others go on
+    except Exception as error:  # an unsupported case or too little memory: continue with the others
         record["error"] = describe(error)
     return record
 
 
 def measure_shape(kind: type[Operation], shape: Shape, timer: CudaTimer, setting: Setting) -> Iterator[dict]:
-    """The records of all backends on the same inputs."""
+    """Return the records of all backends on the same inputs."""
     backends = kind.backends()
     try:
         first = kind(shape, 0, setting)
@@ -104,10 +104,10 @@ def run(
     quick: bool = False,
     copy_bytes: int = COPY_BYTES,
 ) -> dict[str, Any]:
-    """Measure operations and write them into `out` one by one, beside what it holds of others from the same setup.
+    """Measure operations and add them to `out` one by one, beside its records from the same setup.
 
     Args:
-        shapes: of the operations. model: whose event is measured. copy_bytes: of the copy that measures bandwidth.
+        shapes: for the operations. model: for the event. copy_bytes: size of the copy that measures bandwidth.
     """
     started = time.perf_counter()
     bandwidth = copy_bandwidth(timer, setting, copy_bytes)
@@ -141,7 +141,7 @@ def run(
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record for the terminal."""
+    """Format a record for the terminal."""
     shape = Shape(*(record["shape"][name] for name in ("rows", "mean", "lengths")))
     backend = record["backend"] if "scorer" not in record else record["scorer"] + (", alike" * record["alike"])
     times = [f"{record[name]:.1f}" if name in record else "-" for name in ("eager_us", "graph_us")]
@@ -153,7 +153,7 @@ def line(record: dict[str, Any]) -> str:
 
 
 def machine(setting: Setting) -> dict[str, Any]:
-    """What the records were measured on and with."""
+    """Describe the hardware and software of the records."""
     distributions = metadata.packages_distributions()
     versions = {"torch": torch.__version__, "hardkv": hardkv.__version__}
     tops = {name: packages.PACKAGES[name].module.split(".")[0] for name in packages.installed()}
@@ -164,7 +164,7 @@ def machine(setting: Setting) -> dict[str, Any]:
 
 
 def write(out: Path, data: dict[str, Any]) -> None:
-    """The JSON, a record a line, whole or not at all."""
+    """Write the JSON atomically, one record per line."""
     head = {name: value for name, value in data.items() if name != "records"}
     lines = ",\n".join(json.dumps(record) for record in data["records"])
     write_text(out, json.dumps(head)[:-1] + ',\n"records": [\n' + lines + "\n]}\n")

@@ -1,4 +1,4 @@
-"""Tables and picture of what `python -m eval.speed.kernels` measured, and how far the targets are met.
+"""Write tables and picture from `python -m eval.speed.kernels`, and check the targets.
 
 python -m eval.speed.kernels_report eval/results/kernels.json
 """
@@ -18,10 +18,10 @@ from hardkv.viz.figures import MARKERS, save_figure
 
 Record = dict[str, Any]
 
-# At least this fraction of the copy bandwidth, from so many bytes (inclusive) to so many (exclusive). Drawn lengths
+# Minimum fraction of the copy bandwidth, from this many bytes (inclusive) to this many (exclusive). Drawn lengths
 # vary by a few percent around "70 MB", "260 MB" and "1 GB".
 DECODE_FRACTIONS = ((0.95e9, float("inf"), 0.95), (200e6, 0.95e9, 0.85), (60e6, 200e6, 0.60))
-# At least this many times as fast as the best flash_attn_varlen_func: from 64 MB on, and up to 260 MB.
+# Minimum speed-up over the best flash_attn_varlen_func: from 64 MB on, and up to 260 MB.
 DECODE_RATIOS = ((280e6, float("inf"), 1.1), (0.0, 280e6, 1.25))
 COMPACTION_FRACTION = (256e6, 0.85)
 EVENT_SHARES = {"snapkv": 0.05, "rkv": 0.10}
@@ -30,13 +30,13 @@ EVENT_BOUNDS = {"rkv": "unlike keys are all compared with one another, so work g
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of the project's, and what was found."""
+    """Hold a target of the project and its result."""
 
     what: str
     wanted: float
-    found: float | None  # None: not measured, or failed
+    found: float | None  # None if not measured or failed
     at_most: bool = False
-    bound: str = ""  # what bounds it
+    bound: str = ""  # the kind of bound
 
     @property
     def met(self) -> bool:
@@ -52,18 +52,18 @@ class Target:
 
 
 def shape_name(record: Record) -> str:
-    """Rows x mean, and how lengths are distributed."""
+    """Return rows x mean, and the distribution of lengths."""
     shape = record["shape"]
     return f"{shape['rows']}x{shape['mean']} {shape['lengths']}"
 
 
 def best_us(record: Record) -> float | None:
-    """Within a graph where that was measured, else eager."""
+    """Return the time within a graph if measured, else the eager time."""
     return record.get("graph_us", record.get("eager_us"))
 
 
 def by_shape(records: list[Record], operation: str) -> dict[str, dict[str, Record]]:
-    """The records of an operation, by shape and then by backend."""
+    """Group the records of an operation by shape and then by backend."""
     found: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
         if record["operation"] == operation:
@@ -72,13 +72,13 @@ def by_shape(records: list[Record], operation: str) -> dict[str, dict[str, Recor
 
 
 def peers(backends: dict[str, Record], time: str) -> dict[str, float]:
-    """Times of the packages' attention, by backend."""
+    """Return the times of the packages' attention, by backend."""
     others = {name: record for name, record in backends.items() if name not in ("triton", "torch")}
     return {name: record[time] for name, record in others.items() if time in record}
 
 
 def targets(records: list[Record]) -> list[Target]:
-    """The project's targets for kernels and events."""
+    """Return the project's targets for kernels and events."""
     found = []
     for shape, backends in by_shape(records, "attention").items():
         ours = backends.get("triton", {})
@@ -114,7 +114,7 @@ def targets(records: list[Record]) -> list[Target]:
 
 
 def latency(record: Record) -> str:
-    """What a kernel takes beyond moving its bytes at the copy bandwidth."""
+    """Return a kernel's time beyond moving its bytes at the copy bandwidth."""
     if "graph_us" not in record or "fraction" not in record:
         return ""
     moving = record["graph_us"] * record["fraction"]
@@ -122,7 +122,7 @@ def latency(record: Record) -> str:
 
 
 def event_name(record: Record) -> str:
-    """Scorer, budget, batch, and which keys."""
+    """Return scorer, budget, batch, and kind of keys."""
     name = f"{record['scorer']}, {record['budget']}, batch {record['shape']['batch']}"
     return name + (", keys alike" if record["alike"] else "")
 
@@ -132,7 +132,7 @@ def number(value: float | None, digits: int = 1) -> str:
 
 
 def ratio_rows(records: list[Record]) -> list[list[str]]:
-    """Triton against the best package at decoding, on both tiers and on one, in graphs and eager."""
+    """Compare Triton with the best package at decoding, on both tiers and on one, in graphs and eager."""
     rows = []
     for operation in ("attention", "attention-chunk"):
         for shape, backends in by_shape(records, operation).items():
@@ -152,7 +152,7 @@ def ratio_rows(records: list[Record]) -> list[list[str]]:
 
 
 def reference_rows(records: list[Record]) -> list[list[str]]:
-    """Triton against the PyTorch reference, eager."""
+    """Compare Triton with the PyTorch reference, eager."""
     rows = []
     for operation in dict.fromkeys(record["operation"] for record in records):
         cells = []
@@ -211,7 +211,7 @@ def record_rows(records: list[Record], operation: str) -> list[list[str]]:
 
 
 def summary(data: dict[str, Any]) -> str:
-    """Markdown: the machine, ratios, targets and events."""
+    """Return Markdown: the machine, ratios, targets and events."""
     records = data["records"]
     found = targets(records)
     versions = ", ".join(
@@ -237,7 +237,7 @@ def summary(data: dict[str, Any]) -> str:
 
 
 def details(records: list[Record]) -> str:
-    """Markdown: every record of an operation."""
+    """Return Markdown: every record of an operation."""
     head = "| shape | backend | MB | eager, us | graph, us | of copy bandwidth | TFLOP/s | error | failed |"
     lines: list[str] = []
     for operation in dict.fromkeys(record["operation"] for record in records):
@@ -247,7 +247,7 @@ def details(records: list[Record]) -> str:
 
 
 def draw(records: list[Record], path: Path) -> None:
-    """Fraction of the copy bandwidth against bytes: decoding by backend, and hardkv's other operations."""
+    """Draw the fraction of the copy bandwidth against bytes: decoding by backend, and hardkv's other operations."""
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
 
@@ -286,7 +286,7 @@ def draw(records: list[Record], path: Path) -> None:
 
 
 def report(path: Path) -> None:
-    """Print the tables; write them and the picture beside the JSON."""
+    """Print the tables; write tables and picture beside the JSON."""
     data = json.loads(path.read_text())
     text = (
         "# Kernels and events: time\n\n"

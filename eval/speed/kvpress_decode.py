@@ -1,10 +1,10 @@
-"""One model decoding with kvpress (https://github.com/NVIDIA/kvpress), in a process with an older transformers.
+"""Decode one model with kvpress (https://github.com/NVIDIA/kvpress), in a process with an older transformers.
 
-`eval.speed.bench` runs this file with the packages of `--kvpress-site` first on the path; nothing of hardkv is
-imported. Cases come as JSON on the command line, records leave as JSON on the last line.
+`eval.speed.bench` runs this file with the packages of `--kvpress-site` first on the path. It does not import
+hardkv. The command line gives the cases as JSON; the last line of the output gives the records as JSON.
 
-As kvpress' own pipeline does, tokens are drawn by a plain loop over the model's forward, the largest logit each. The
-cache begins with random keys and values of as many tokens as are kept, and SnapKVPress brings it back to them every
+Like kvpress' own pipeline, a plain loop over the model's forward picks the token with the largest logit. The
+cache begins with random keys and values of as many tokens as are kept, and SnapKVPress reduces it to this size every
 `interval` tokens, the same number in every head.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def decode(model: Any, cache: Any, batch: int, context: int, steps: int) -> list[float]:
-    """Draw `steps` tokens of every sequence behind `context` columns; the times at which they were known."""
+    """Draw `steps` tokens per sequence after `context` columns; return the times at which they were known."""
     import torch
 
     device = model.device
@@ -28,13 +28,13 @@ def decode(model: Any, cache: Any, batch: int, context: int, steps: int) -> list
         with torch.no_grad():
             logits = model(input_ids=token, past_key_values=cache, position_ids=position).logits
         token = logits[:, -1:].argmax(-1)
-        token.tolist()  # a caller looks for the end of every sequence
+        token.tolist()  # a caller checks every sequence for its end
         times.append(time.perf_counter())
     return times
 
 
 def filled(config: Any, batch: int, kept: int, device: Any, dtype: Any) -> Any:
-    """A DynamicCache of random keys and values."""
+    """Create a DynamicCache of random keys and values."""
     import torch
     from transformers import DynamicCache
 
@@ -46,7 +46,7 @@ def filled(config: Any, batch: int, kept: int, device: Any, dtype: Any) -> Any:
 
 
 def main(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of `request["cases"]`."""
+    """Return the records of `request["cases"]`."""
     from importlib import metadata
 
     import torch
@@ -82,7 +82,7 @@ def main(request: dict[str, Any]) -> list[dict[str, Any]]:
             | {"tokens_per_s": case["batch"] / mean, "versions": versions}
             | ({"peak_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {})
         )
-        del cache, press  # or the next case's peak would hold them
+        del cache, press  # else they would count in the next case's peak
     return records
 
 

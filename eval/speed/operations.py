@@ -1,4 +1,4 @@
-"""The operations that are timed: inputs, a call for every backend, and the error of what it returned."""
+"""Define the timed operations: inputs, a call per backend, and the error of its result."""
 
 import math
 from abc import ABC, abstractmethod
@@ -20,13 +20,13 @@ from hardkv.kernels.similarity import REACH
 
 
 class Operation(ABC):
-    """One copy of an operation's inputs; the same shape and seed make the same copy."""
+    """Hold one copy of an operation's inputs; the same shape and seed give the same copy."""
 
     name: str
-    most_shapes: int | None = None  # of those given, None for all
-    reference_tokens = 1 << 23  # the PyTorch reference runs on shapes of so many at most
-    nbytes: int  # that must be moved
-    flops = 0  # of what is computed; 0 where it depends on the numbers, or is not what limits
+    most_shapes: int | None = None  # maximum number of the given shapes, None for all
+    reference_tokens = 1 << 23  # the PyTorch reference runs on shapes of at most this many tokens
+    nbytes: int  # bytes that must be moved
+    flops = 0  # floating-point operations; 0 if they depend on the numbers, or are not the limit
 
     @abstractmethod
     def __init__(self, shape: Shape, seed: int, setting: Setting): ...
@@ -37,15 +37,15 @@ class Operation(ABC):
 
     @abstractmethod
     def run(self, backend: str) -> Any:
-        """One call; "torch" must run within `reference_kernels()`."""
+        """Run one call; "torch" must run within `reference_kernels()`."""
 
     @abstractmethod
     def error(self, found: Any) -> float:
-        """The relative error of what `run` returned."""
+        """Return the relative error of the result of `run`."""
 
 
 class Attention(Operation):
-    """Decode: one new token a sequence, over both tiers."""
+    """Decode one new token per sequence, over both tiers."""
 
     name = "attention"
     reference_tokens = 1 << 18
@@ -64,7 +64,7 @@ class Attention(Operation):
         self.flops = 4 * setting.dim * setting.group * pairs
 
     def new_and_dense(self, setting: Setting) -> tuple[int, int]:
-        """New tokens of a sequence, and tokens of the dense tier, these included."""
+        """Return the new tokens per sequence, and the tokens of the dense tier including them."""
         return 1, setting.half_full
 
     @classmethod
@@ -73,7 +73,7 @@ class Attention(Operation):
         return "triton", *installed, *(f"{package}, one tier" for package in installed), "torch"
 
     def run(self, backend: str) -> Tensor:
-        """`[B, H, G, q, D]`."""
+        """Return attention output `[B, H, G, q, D]`."""
         condensed, dense = self.tiers.condensed, self.tiers.dense
         new = {"bound": dense.bound, "start": SEEN - self.queries, "scale": self.scale}
         tail = dense.keys, dense.values, dense.positions, dense.fill
@@ -92,7 +92,7 @@ class Attention(Operation):
         return out.unflatten(1, (self.setting.heads, -1))
 
     def _one_tier(self, package: str) -> Tensor:
-        """The package alone, all tokens in one contiguous tier: what it could do without a dense tier."""
+        """Run the package alone with all tokens in one contiguous tier: its speed without a dense tier."""
         if self.joined is None:
             query = self.query.unflatten(1, (self.setting.heads, -1)).transpose(2, 3)  # [B, H, q, G, D]
             merged = HeldTokens.of([self.tiers], 0, 0, 0)
@@ -124,7 +124,7 @@ class Attention(Operation):
 
 
 class Chunk(Attention):
-    """A chunk of a prompt, or a draft: all new tokens since the last event at once."""
+    """Attend a chunk of a prompt, or a draft: all new tokens since the last event at once."""
 
     name = "attention-chunk"
     most_shapes = 1
@@ -134,7 +134,7 @@ class Chunk(Attention):
 
 
 class Ragged(Operation):
-    """Rows whose newest tokens are a window."""
+    """Hold rows whose newest tokens are a window."""
 
     def __init__(self, shape: Shape, seed: int, setting: Setting):
         self.setting = setting
@@ -147,7 +147,7 @@ class Ragged(Operation):
 
 
 class ScoringMean(Ragged):
-    """What the window's queries pay to every token."""
+    """Compute the attention that every token receives from the window's queries."""
 
     name = "scoring-mean"
     reduce: scoring.Reduce = "mean"
@@ -160,9 +160,9 @@ class ScoringMean(Ragged):
         self.queries = draw(batch, setting.heads * setting.group, window, setting.dim)
         self.columns = torch.arange(SEEN - window, SEEN, device=setting.device)
         self.valid = torch.ones(batch, window, dtype=torch.bool, device=setting.device)
-        self.exclude = self.in_window if self.reduce == "max_logits" else None  # as R-KV does
+        self.exclude = self.in_window if self.reduce == "max_logits" else None  # like R-KV
         self.scale = setting.dim**-0.5
-        per_token = 4 + 4 + (1 if self.exclude is not None else 0)  # position, result, whether it counts
+        per_token = 4 + 4 + (1 if self.exclude is not None else 0)  # position, result, exclude flag
         self.nbytes = self.keys.nbytes + self.queries.nbytes + self.rows.total * per_token
         self.flops = 2 * setting.dim * setting.group * window * self.rows.total
 
@@ -187,18 +187,18 @@ class ScoringMean(Ragged):
 
 
 class ScoringMaxLogits(ScoringMean):
-    """As R-KV scores: one softmax over the group's largest logits, before the window."""
+    """Score like R-KV: one softmax over the group's largest logits, before the window."""
 
     name = "scoring-max-logits"
     reduce = "max_logits"
 
 
 class Similarity(Ragged):
-    """R-KV's redundancy, of keys of which none resembles another: every cosine in reach is looked at."""
+    """Compute R-KV's redundancy for keys without near-duplicates, so that every cosine in reach is computed."""
 
     name = "similarity"
     reference_tokens = 1 << 18
-    common = 0.0  # norm of what a row's keys share, over the norm of the rest
+    common = 0.0  # norm of the part that a row's keys share, over the norm of the rest
 
     def __init__(self, shape: Shape, seed: int, setting: Setting):
         super().__init__(shape, seed, setting)
@@ -223,14 +223,14 @@ class Similarity(Ragged):
 
 
 class SimilarityAlike(Similarity):
-    """Of keys that resemble each other, at a mean cosine of 0.6: the search for a near-duplicate ends early."""
+    """Compute the redundancy of similar keys, with mean cosine 0.6: the search for a near-duplicate ends early."""
 
     name = "similarity-alike"
     common = 1.5**0.5
 
 
 class Pooling(Ragged):
-    """Max-pooling of scores along rows."""
+    """Max-pool scores along rows."""
 
     name = "pooling"
 
@@ -255,7 +255,7 @@ class Pooling(Ragged):
 
 
 class SortAndKeep(Ragged):
-    """Selection of a share of every row; PyTorch's primitives are what hardkv uses."""
+    """Select a share of every row; hardkv uses PyTorch's primitives."""
 
     name = "sort-and-keep"
 
@@ -287,7 +287,7 @@ class SortAndKeep(Ragged):
 
 
 class ShareOfBest(SortAndKeep):
-    """How many of a sequence's best tokens each head holds, as AdaKV and Adaptive ask."""
+    """Count how many of a sequence's best tokens each head holds, for AdaKV and Adaptive."""
 
     name = "share-of-best"
 
@@ -312,7 +312,7 @@ class ShareOfBest(SortAndKeep):
 
 
 class Compaction(Operation):
-    """What an event writes: 85% of the condensed tokens, and the whole dense tier, one row behind the other."""
+    """Gather the tokens that an event keeps: 85% of the condensed tokens and the whole dense tier, row after row."""
 
     name = "compaction"
 
@@ -325,7 +325,7 @@ class Compaction(Operation):
         chosen = torch.rand(self.merged.rows.total, generator=random, device=setting.device) < 0.85
         chosen |= self.merged.address >= self.tiers.condensed.rows.total
         self.index = chosen.nonzero()[:, 0]
-        # key and value, position and misses, each read and written; where to find them
+        # key, value, position and misses, each read and written; then the index
         self.nbytes = self.index.shape[0] * (2 * (setting.token_bytes + 4 + 1) + 8 + 8)
 
     def run(self, backend: str) -> tuple[Tensor, ...]:
@@ -333,7 +333,7 @@ class Compaction(Operation):
         return compaction.gather_tiers(self.tiers.sources, merged.address, self.index, merged.positions, merged.misses)
 
     def error(self, found: tuple[Tensor, ...]) -> float:
-        """In a few thousand tokens, by plain indexing."""
+        """Check a few thousand tokens by plain indexing."""
         count = self.index.shape[0]
         place = torch.linspace(0, count - 1, min(count, 4096), device=self.index.device).long()
         token = self.index[place]
@@ -350,7 +350,7 @@ class Compaction(Operation):
 
 
 class Append(Operation):
-    """One new token a sequence into the dense tier."""
+    """Append one new token per sequence to the dense tier."""
 
     name = "append"
 

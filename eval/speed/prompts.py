@@ -1,10 +1,10 @@
-"""What selections cost at the prompt: time to the first token with each scorer, beside DynamicCache.
+"""Measure the cost of selection at the prompt: time to the first token with each scorer, beside DynamicCache.
 
     python -m eval.speed.prompts                                              # two small layers, on the CPU
     python -m eval.speed.prompts --device cuda --lengths 8192 32768 131072    # Qwen3-8B's shape, on a GPU
 
-Random weights and tokens. The caches take turns, so that a slow spell of the machine meets all of them; the median of
-`--repeats` counts. Records of other machines and lengths stay in the file.
+Weights and tokens are random. The caches take turns, so that a slow phase of the machine affects all; the median of
+`--repeats` runs counts. Records of other machines and lengths stay in the file.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from eval.speed.cases import MODELS
 from hardkv.files import file_to_write, write_text
 
 OUT = "eval/results/prompts.json"
-# Method and scorer, as in `Bench.first_token`; the first is what the others are compared with.
+# Method and scorer, as in `Bench.first_token`; the first is the baseline.
 CACHES = (("dynamic", ""), ("topk", "snapkv"), ("topk", "rkv"))
-# On a CPU: the reasoner's width, and layers enough to see events of several run together.
+# On a CPU: the reasoner's width, and enough layers to run events of several layers together.
 SMALL = Qwen3Config(
     vocab_size=512,
     hidden_size=256,
@@ -37,12 +37,12 @@ SMALL = Qwen3Config(
 
 
 def measure(bench: Bench, length: int, repeats: int) -> list[dict[str, Any]]:
-    """A record for each cache: seconds, their ratio to DynamicCache's, and all of them in order."""
+    """Return one record per cache: seconds, their ratio to DynamicCache's, and all times in order."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {cache: [] for cache in CACHES}
     for turn in range(repeats + 1):
         for cache in CACHES:
             run = bench.first_token(*cache, length, 1, repeats=1, warm=0)
-            if turn:  # the first builds kernels, and takes memory
+            if turn:  # the first run builds kernels, and takes memory
                 runs[cache].append(run)
     seconds = {cache: median(run["seconds"] for run in of) for cache, of in runs.items()}
     return [
@@ -58,7 +58,7 @@ def measure(bench: Bench, length: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.speed.prompts", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=file_to_write, default=file_to_write(OUT))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

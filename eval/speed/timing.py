@@ -1,4 +1,4 @@
-"""Time on a CUDA device."""
+"""Measure time on a CUDA device."""
 
 import math
 import time
@@ -14,25 +14,25 @@ import torch
 
 from eval.speed.inputs import Setting
 
-# Calls of a graph at least, unless they take longer than this together; replays of it; calls between two events.
+# Minimum calls per graph, unless they take longer than this in total; replays of it; calls between two CUDA events.
 GRAPH_CALLS, GRAPH_US, REPLAYS, EAGER_CALLS = 16, 20_000, 20, 20
 COPY_BYTES = 2 << 30
 
 
 class CudaTimer:
-    """Times calls on the current CUDA device, in microseconds; the calls of a list take turns."""
+    """Time calls on the current CUDA device, in microseconds; the calls of a list take turns."""
 
     def eager(self, calls: Sequence[Callable[[], Any]]) -> float:
-        """One call between two events: the median of 20, or of fewer that take 0.3 s together, but of 5 at least."""
+        """Time one call between two CUDA events: the median of 20, or of fewer within 0.3 s in all, but at least 5."""
         times: list[float] = []
-        held: deque[Any] = deque(maxlen=len(calls))  # so that outputs take turns as well
+        held: deque[Any] = deque(maxlen=len(calls))  # so that outputs rotate too
         while len(times) < 5 or (len(times) < EAGER_CALLS and sum(times) < 3e5):
             call = calls[len(times) % len(calls)]
             times.append(self._between(lambda call=call: held.append(call())))
         return median(times)
 
     def graph(self, calls: Sequence[Callable[[], Any]], estimate: float) -> float:
-        """A call within a captured graph; `estimate` of its time decides how many the graph gets."""
+        """Time a call within a captured graph; the `estimate` of its time sets the number of calls per graph."""
         rounds = min(math.ceil(GRAPH_CALLS / len(calls)), int(GRAPH_US / (estimate * len(calls))))
         rounds = max(rounds, 1)
         graph, held = torch.cuda.CUDAGraph(), deque(maxlen=len(calls))
@@ -46,7 +46,7 @@ class CudaTimer:
         return median(self._between(graph.replay) for _ in range(REPLAYS)) / (rounds * len(calls))
 
     def wall(self, call: Callable[[], Any]) -> float:
-        """From an idle device to an idle device, by the host's clock."""
+        """Time from an idle device to an idle device, by the host's clock."""
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
@@ -54,7 +54,7 @@ class CudaTimer:
         return (time.perf_counter() - start) * 1e6
 
     def waits(self, call: Callable[[], Any]) -> list[str]:
-        """The lines of Python at which the host waits for the device during a call."""
+        """Return the lines of Python at which the host waits for the device during a call."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
@@ -66,12 +66,12 @@ class CudaTimer:
         return [f"{Path(w.filename).name}:{w.lineno}" for w in found]
 
     def free_bytes(self) -> int:
-        """Memory of the device that can still be had."""
+        """Return the free memory of the device, in bytes."""
         self.release()
         return torch.cuda.mem_get_info()[0]
 
     def release(self) -> None:
-        """Give back what the last operation's tensors left."""
+        """Free the memory that the last operation's tensors left."""
         torch.cuda.empty_cache()
 
     def _between(self, call: Callable[[], Any]) -> float:
@@ -84,7 +84,7 @@ class CudaTimer:
 
 
 def copy_bandwidth(timer: CudaTimer, setting: Setting, nbytes: int = COPY_BYTES) -> float:
-    """Bytes a second that a large copy within the device reads and writes."""
+    """Return the bytes per second that a large copy within the device reads and writes."""
     source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
     copy = partial(target.copy_, source)
@@ -93,5 +93,5 @@ def copy_bandwidth(timer: CudaTimer, setting: Setting, nbytes: int = COPY_BYTES)
 
 
 def describe(error: Exception) -> str:
-    """An exception on one short line."""
+    """Describe an exception on one short line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
