@@ -1,4 +1,4 @@
 import torch
 
-# Tensors here are tiny: a second thread costs more in hand-over than it saves.
+# Tensors here are tiny: a second thread costs more than it saves.
 torch.set_num_threads(1)

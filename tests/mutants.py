@@ -1,10 +1,9 @@
-"""What the tests would not notice: small changes of one place each, in a copy, and the tests that still pass.
+"""Find changes that the tests do not notice: make one small change at a time in a copy, and run the tests.
 
     python -m tests.mutants hardkv/cache/storage/tiers.py --tests "tests/cache/test_invariants.py"
 
-Every mutant runs in a fork of a process that has imported everything but hardkv and its tests already, so that it
-costs what its tests cost. By hand, not in CI: a survivor is either a test that is missing or a change that changes
-nothing.
+Every mutant runs in a fork of a process that has already imported everything but hardkv and its tests, so that it
+costs only its tests. Run it by hand, not in CI: a survivor means a missing test, or a change without effect.
 """
 
 import argparse
@@ -55,7 +54,7 @@ NAMES |= {new: old for old, new in NAMES.items()}
 
 
 def changes(node: ast.AST) -> Iterator[tuple[str, Change]]:
-    """What can be done to a node in place, with words for it."""
+    """Return the possible changes of a node in place, with descriptions."""
     match node:
         case ast.Compare(ops=[operator]):
             new = COMPARISONS[type(operator)]
@@ -89,7 +88,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, Change]]:
 
 
 def changes_of_call(node: ast.Call) -> Iterator[tuple[str, Change]]:
-    """Another function of a pair, and each keyword argument left out."""
+    """Return the changes of a call: the other function of a pair, and each keyword argument left out."""
     match node.func:
         case ast.Name(id=name) if name in NAMES:
             yield f"{name} -> {NAMES[name]}", lambda n: setattr(n.func, "id", NAMES[name])
@@ -101,7 +100,7 @@ def changes_of_call(node: ast.Call) -> Iterator[tuple[str, Change]]:
 
 
 def removable(statement: ast.AST) -> bool:
-    """Whether a statement does something that others may not need: no names for later, no docstring."""
+    """Return whether a statement can be removed: it defines no later names and is no docstring."""
     if isinstance(statement, ast.Assign):
         return not all(isinstance(target, ast.Name) for target in statement.targets)
     if isinstance(statement, ast.Expr):
@@ -110,12 +109,12 @@ def removable(statement: ast.AST) -> bool:
 
 
 def put(name: str, i: int, statement: ast.stmt) -> Change:
-    """A change that puts a statement in another's place."""
+    """Return a change that replaces one statement by another."""
     return lambda n: getattr(n, name).__setitem__(i, statement)
 
 
 def mutants(source: str) -> Iterator[tuple[int, str, Callable[[], str]]]:
-    """Every mutant of a file: line, what was changed, what makes its source. Messages and annotations stay."""
+    """Return every mutant of a file: line, description, and its source. Messages and annotations do not change."""
     tree = ast.parse(source)
     left_alone: set[ast.AST] = set()
     for node in ast.walk(tree):
@@ -140,15 +139,15 @@ def mutants(source: str) -> Iterator[tuple[int, str, Callable[[], str]]]:
 
 
 def of_the_copy(module: str) -> bool:
-    """Whether every fork must import a module by itself."""
+    """Return whether every fork must import a module itself."""
     return module.split(".")[0] in ("tests", "hardkv", "conftest", "__main__")
 
 
 def run_tests(folder: Path, arguments: list[str], seconds: int, show: bool = False) -> tuple[str, float]:
-    """("passed", "failed" or "too long", seconds of processor time) of pytest in a fork, with what is in a folder.
+    """Run pytest in a fork on a folder; return ("passed", "failed" or "too long", seconds of processor time).
 
     Args:
-        seconds: of processor time, as other work may slow everything; ten times as many of the clock.
+        seconds: limit on processor time, since other work may slow everything; the wall-clock limit is ten times that.
     """
     start = time.monotonic()
     child = os.fork()
@@ -205,7 +204,7 @@ def main() -> None:
         if result != "passed":
             run_tests(folder, tests, 3600, show=True)
             raise SystemExit("the tests fail without any mutant")
-        for module in (folder / "imported").read_text().split():  # now once and for all
+        for module in (folder / "imported").read_text().split():  # import once for all forks
             with suppress(Exception):
                 importlib.import_module(module)
         assert "hardkv" not in sys.modules  # every fork imports its own

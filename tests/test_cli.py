@@ -1,4 +1,4 @@
-"""`python -m hardkv`: arguments, missing packages, and the demo and calibrate on a tiny random model."""
+"""Test `python -m hardkv`: arguments, missing packages, and the demo and calibrate on a tiny random model."""
 
 import inspect
 import json
@@ -17,12 +17,12 @@ from hardkv.demo.problems import boxed
 from hardkv.demo.shared import Clock
 
 LAYERS, KV_HEADS = 3, 2
-QUESTION = "Who [/jumps] over [bold]whom[/]?"  # brackets are no markup
+QUESTION = "Who [/jumps] over [bold]whom[/]?"  # brackets must not count as markup
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """A random Llama and a byte-level tokenizer, saved."""
+    """Save a random Llama and a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: idx for idx, char in enumerate([*alphabet, "<eos>"])}, merges=[]))
@@ -192,7 +192,7 @@ def test_problems_of_unequal_length_are_answered_by_every_policy(model_folder, t
     assert compressed[0]["settings"]["budget"] == {"name": "topk", "n": 48}
     assert dense["solved"] == 0  # a random model
     assert dense["answers"] == [None, None]
-    per_token = LAYERS * KV_HEADS * 8 * 2 * 4 * 2  # of two problems
+    per_token = LAYERS * KV_HEADS * 8 * 2 * 4 * 2  # two problems
     assert 150 * per_token < dense["nbytes"] < 171 * per_token
     for score in compressed:
         assert score["nbytes"] < dense["nbytes"]
@@ -283,7 +283,7 @@ SMALL = ["--window", "8", "--sinks", "2", "--interval", "16"]
 
 @pytest.fixture
 def long_texts(tmp_path):
-    """Two texts, a token a character."""
+    """Return two texts, one token per character."""
     paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
     paths[0].write_text("The quick brown fox jumps over the lazy dog. " * 8)
     paths[1].write_text("".join(f"{number} squared is {number**2}. " for number in range(20)))
@@ -338,7 +338,7 @@ def test_the_demo_takes_what_calibrate_wrote(model_folder, long_texts, text_file
 def test_the_demo_refuses_a_calibration_that_does_not_fit(model_folder, long_texts, text_file, tmp_path, capsys):
     saved = tmp_path / "c.safetensors"
     assert run_calibrate(model_folder, long_texts, saved, *SMALL) == 0
-    with pytest.raises(SystemExit) as stop:  # known before a model is loaded
+    with pytest.raises(SystemExit) as stop:  # fails before a model is loaded
         demo(model_folder, text_file, tmp_path / "out", "--calibration", saved)
     assert stop.value.code == 2
     assert "window 8 here, 32 in the cache" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""HardKVConfig: checked, complete, and the same after a trip through JSON."""
+"""Test HardKVConfig: it is checked, complete, and unchanged by JSON."""
 
 import json
 from dataclasses import dataclass, fields
@@ -55,7 +55,7 @@ MEASURED = [Risk(64), Risk(64, scope="layer", floor=0.25), Risk(64, floor=48, ca
 
 @pytest.fixture
 def own_scorer():
-    """A user's registered scorer, gone after the test."""
+    """Register a user's scorer; remove it after the test."""
     before = dict(SCORERS)
 
     @register_scorer("mine")
@@ -175,7 +175,7 @@ INTEGERS = [np.int64, np.int32, np.uint8, torch.tensor, lambda value: torch.tens
 
 @pytest.mark.parametrize("integer", INTEGERS, ids=["int64", "int32", "uint8", "tensor", "tensor of one"])
 def test_every_integer_is_one_and_becomes_plain(integer):
-    """Such as come out of `np.arange` or a data frame."""
+    """Use integers from `np.arange` or a data frame."""
 
     def config(i, f):
         return [

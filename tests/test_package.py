@@ -1,4 +1,4 @@
-"""`import hardkv`: what it brings along, what it leaves alone, and what it offers."""
+"""Test `import hardkv`: which modules it imports, what it leaves unchanged, and its public names."""
 
 import importlib.metadata
 import json
@@ -10,7 +10,7 @@ import pytest
 import hardkv
 from hardkv.cache.argument import CACHE
 
-# Run in a fresh interpreter, where nothing has imported hardkv yet.
+# Run in a fresh interpreter that has not imported hardkv yet.
 CHILD = """
 import json, sys
 import torch, transformers
@@ -75,23 +75,23 @@ print(json.dumps(result))
 
 @pytest.fixture(scope="module")
 def child():
-    """What `import hardkv` did in a fresh interpreter."""
+    """Return the effects of `import hardkv` in a fresh interpreter."""
     run = subprocess.run([sys.executable, "-c", CHILD, CACHE], capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def test_importing_brings_nothing_optional(child):
-    """Beyond torch and transformers only hardkv itself and the standard library."""
+    """Beyond torch and transformers, import only hardkv itself and the standard library."""
     packages = {name.partition(".")[0] for name in child["new"]}
     assert "hardkv" in packages
     assert packages - set(sys.stdlib_module_names) <= {"hardkv", "torch", "transformers"}
-    # transformers' own lazily loaded parts must not bring in a model or an integration either
+    # lazily loaded parts of transformers must not import a model or an integration either
     assert not [name for name in child["new"] if name.startswith("transformers.models.")]
 
 
 def test_importing_leaves_out_the_rooms_that_need_more(child):
-    """Programs, demos and pictures are imported by whoever runs them."""
+    """Programs, demos and pictures are imported only by those who run them."""
     assert not [name for name in child["new"] if name.split(".")[:2] in (["hardkv", "viz"], ["hardkv", "cli"])]
 
 

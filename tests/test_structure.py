@@ -1,4 +1,4 @@
-"""The rooms of the package: which way imports point, and how large files are."""
+"""Test the structure of the package: the direction of imports, and the size of files."""
 
 import ast
 from pathlib import Path
@@ -19,7 +19,7 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def imported(path, lazily=True):
-    """Modules that a file imports, as absolute names; `lazily`: also those within functions."""
+    """Return the modules that a file imports, as absolute names; `lazily`: include imports within functions."""
     found = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     lazy = {id(node) for each in ast.walk(tree) if isinstance(each, ast.FunctionDef) for node in ast.walk(each)}
@@ -37,7 +37,7 @@ def imported(path, lazily=True):
 
 
 def circles(graph):
-    """Groups of modules that import each other (Tarjan's strongly connected components of two or more)."""
+    """Return groups of modules that import each other (Tarjan's strongly connected components of two or more)."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(node):
@@ -66,8 +66,8 @@ def test_circles_are_found():
 
 
 def test_imports_make_no_circle():
-    """Type checkers' imports and lazy ones count as well; only a package may be named by its own parts."""
-    # the constructor imports what calibrates, which builds on it
+    """Imports for type checkers and lazy imports count too; only a package's own modules may name the package."""
+    # the constructor imports the calibration, which builds on the cache
     lazy = {("hardkv.cache.build", "hardkv.calibration.auto")}
     graph = {
         name: {other for other in imported(path) if other in MODULES and other != name and (name, other) not in lazy}
@@ -89,7 +89,7 @@ def test_imports_make_no_circle():
     ],
 )
 def test_rooms_that_serve_any_engine(room, allowed):
-    """Functions of tensors: no transformers, and of hardkv only what lies below them."""
+    """These modules must not import transformers, and may import only the hardkv modules below them."""
     inside = {name: path for name, path in MODULES.items() if f"{name}.".startswith(f"{room}.")}
     assert inside
     for name, path in inside.items():
@@ -101,6 +101,6 @@ def test_rooms_that_serve_any_engine(room, allowed):
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_files_are_short(path):
-    """A longer one says why in its first lines."""
+    """A longer file explains its length in its first lines."""
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= LONGEST or "one file because" in " ".join(lines[:12]), f"{len(lines)} lines"
