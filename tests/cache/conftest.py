@@ -1,6 +1,6 @@
-"""Tiny random models and prompts for all cache tests, a stepper, and an oracle for what an evicting cache computes.
+"""Provide tiny random models and prompts for all cache tests, a stepper, and an oracle for evicting caches.
 
-All are plain functions; the fixtures hand out the functions, not what they return: every call gives a fresh model and
+All are plain functions. The fixtures return the functions, not their results: every call gives a fresh model and
 nothing is shared between tests. Nothing here imports hardkv: the oracle cannot share its mistakes, and a child process
 can compute references without it.
 """
@@ -32,13 +32,13 @@ from transformers import (
 
 VOCABULARY = 98
 PAD = 0
-# What the installed transformers calls a cache.
+# The name of the cache argument in the installed transformers.
 NEW, OLD = "cache", "past_key_values"
 CACHE = NEW if NEW in inspect.signature(LlamaForCausalLM.prepare_inputs_for_generation).parameters else OLD
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(1)  # the models are too small to share
-# Where everything runs that does not say otherwise; HARDKV_TEST_DEVICE=cuda tests the kernels there.
+torch.set_num_threads(1)  # the models are too small for several threads
+# The default device of all tests; HARDKV_TEST_DEVICE=cuda tests the kernels.
 DEVICE = os.environ.get("HARDKV_TEST_DEVICE", "cpu")
 torch.set_default_device(DEVICE)
 
@@ -88,7 +88,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def make_model(
     name: str, attn: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> PreTrainedModel:
-    """A tiny random model in eval mode, weights scaled so that activations and logits are O(1), attention uneven.
+    """Make a tiny random model in eval mode, with weights scaled for O(1) activations and logits and uneven attention.
 
     Args:
         name: a key of `MODELS`. attn: "sdpa" or "eager". overrides: config arguments, e.g. `num_hidden_layers=1`.
@@ -108,7 +108,7 @@ def make_model(
                 fan_in = parameter.numel() // config.hidden_size
             scale = fan_in**-0.5
             if "q_proj" in path or "k_proj" in path or "c_attn" in path:
-                scale *= 1.5  # sharp enough that tokens differ in weight
+                scale *= 1.5  # make attention sharp enough that tokens differ in weight
             embedding = "embed" in path or "wte" in path
             if embedding and not config.tie_word_embeddings:
                 scale = 1.0
@@ -117,7 +117,7 @@ def make_model(
 
 
 def make_prompts(batch: int, length: int = 13, seed: int = 1, new: int = 0) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` `[batch, length + new]`; of a batch above 1, every second row is left-padded.
+    """Make `input_ids` and `attention_mask` `[batch, length + new]`; with batch > 1, every second row is left-padded.
 
     Row 0 loses a third and row 2 two thirds of its first `length` columns to padding, row 1 none.
     """
@@ -131,7 +131,7 @@ def make_prompts(batch: int, length: int = 13, seed: int = 1, new: int = 0) -> d
 
 
 def generate_logits(model: PreTrainedModel, cache: Any, inputs: dict[str, Tensor], new: int, **kwargs: Any) -> Any:
-    """Tokens `[B, columns]` and logits `[new, B, V]` of `model.generate` with a cache, greedy unless told otherwise."""
+    """Return tokens `[B, columns]` and logits `[new, B, V]` of `model.generate` with a cache, greedy by default."""
     out = model.generate(
         **inputs,
         **{CACHE: cache},
@@ -169,7 +169,7 @@ def feed(
 
 
 class Visibility:
-    """Which token every query may see, from what a cache says it kept before each forward.
+    """Record which tokens each query may see, from the tokens that a cache reports before each forward.
 
     Args:
         attention_mask: `[B, T]`, which tokens of the whole run exist.
@@ -182,7 +182,7 @@ class Visibility:
         self.layers: dict[int, Tensor] = {}
 
     def add(self, start: int, stop: int, kept: dict[int, list[list[Tensor]]]) -> None:
-        """Queries `start` to `stop` see `kept[layer][batch][kv_head]`, and of each other what is not newer."""
+        """Let queries `start` to `stop` see `kept[layer][batch][kv_head]`, and of each other the tokens not newer."""
         batch, total = self.exists.shape
         among_new = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
         for layer, sequences in kept.items():
@@ -206,7 +206,7 @@ class Visibility:
 
 
 def kept_by(cache: Any, heads: int, batch: int) -> dict[int, list[list[Tensor]]]:
-    """`cache.kept` of every layer that the cache compresses, `{layer: [batch][kv_head]}`."""
+    """Return `cache.kept` of every layer that the cache compresses, `{layer: [batch][kv_head]}`."""
     layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "tiers")]
     assert layers
     if cache.get_seq_length() == 0:
@@ -217,7 +217,7 @@ def kept_by(cache: Any, heads: int, batch: int) -> dict[int, list[list[Tensor]]]
 def record(
     model: PreTrainedModel, cache: Any, input_ids: Tensor, attention_mask: Tensor, chunks: list[int]
 ) -> tuple[Tensor, Visibility]:
-    """Logits `[B, T, V]` of `feed`, and what its queries may have seen."""
+    """Return logits `[B, T, V]` of `feed`, and the tokens that its queries may see."""
     visibility = Visibility(attention_mask)
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     kept, logits = kept_by(cache, heads, len(input_ids)), []
@@ -243,7 +243,7 @@ def oracle_attention(
     oracle: Visibility,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Plain softmax attention over all tokens, -inf on what `oracle` says the KV head does not hold."""
+    """Compute plain softmax attention over all tokens, with -inf on tokens that the KV head does not hold."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     key, value = (x.to(dtype).repeat_interleave(group, 1) for x in (key, value))
@@ -258,7 +258,7 @@ AttentionInterface.register(ORACLE, oracle_attention)
 
 
 def oracle_logits(name: str, visibility: Visibility, input_ids: Tensor, **model_arguments: Any) -> Tensor:
-    """Logits `[B, T, V]` of one dense forward of `make_model(name, ...)` whose queries see what `visibility` says."""
+    """Return logits `[B, T, V]` of one dense forward of `make_model(name, ...)`, masked by `visibility`."""
     model = make_model(name, ORACLE, **model_arguments)
     position_ids = (visibility.exists.long().cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
@@ -267,7 +267,7 @@ def oracle_logits(name: str, visibility: Visibility, input_ids: Tensor, **model_
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory is NaN, so that reading it shows in every run and not in one of a thousand."""
+    """Fill uninitialised memory with NaN, so that every run notices reading it."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -276,7 +276,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a test register implementations that are gone afterwards."""
+    """Let a test register implementations, and remove them afterwards."""
     for interface in (AttentionInterface, AttentionMaskInterface):
         monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
 
@@ -285,7 +285,7 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hand_out(name: str, function: Callable[..., Any]) -> Any:
-    """A fixture whose value is `function`."""
+    """Make a fixture whose value is `function`."""
 
     @pytest.fixture(name=name, scope="session")
     def fixture() -> Callable[..., Any]:

@@ -1,7 +1,7 @@
-"""Holds every forward of a model that runs with an evicting cache to the oracle, whatever calls the model.
+"""Compare every forward of a model with an evicting cache with the oracle, whatever calls the model.
 
-`Follower` looks on: it notes what the cache holds when each layer attends, follows the calls that move, repeat and drop
-rows and columns on its own copy of the past, and after every forward repeats the whole past densely, masked by that.
+`Follower` records what the cache holds when each layer attends. It applies the calls that move, repeat and drop
+rows and columns to its own copy of the past. After every forward it repeats the whole past densely, with that mask.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ from tests.cache.conftest import ORACLE, Visibility, make_model
 
 
 class Follower:
-    """Compares each forward of `model` that uses `cache` with the oracle.
+    """Compare each forward of `model` that uses `cache` with the oracle.
 
     Args:
         model: from `make_model(name, ...)`. cache: an empty cache, some of whose methods are replaced on the object.
-        name, arguments: `make_model`'s, to build the oracle with the same weights.
+        name, arguments: as for `make_model`, to build the oracle with the same weights.
 
     `forwards` counts the comparisons, `evicted` those in which some head did not see all of its past.
     """
@@ -52,7 +52,7 @@ class Follower:
     # ------------------------------------------------------------------ what happens to the past
 
     def _update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> None:
-        """Right before a layer attends: events that had been held have run, the new tokens are not stored yet."""
+        """Record a layer right before it attends: held events have run, and the new tokens are not stored yet."""
         if hasattr(self.cache.layers[layer_idx], "tiers"):
             nothing = [[torch.zeros(0, dtype=torch.long)] * keys.shape[1]] * keys.shape[0]
             self.kept[layer_idx] = self.cache.kept(layer_idx) or nothing
@@ -80,7 +80,7 @@ class Follower:
     # ------------------------------------------------------------------ a forward
 
     def _unhidden(self, exists: Tensor) -> dict[int, Any]:
-        """What the cache held when the layers began, without columns that the mask of this forward hides."""
+        """Return what the cache held when the layers began, without columns that this forward's mask hides."""
         return {
             idx: [[head[row[head]] for head in heads] for row, heads in zip(exists, kept, strict=True)]
             for idx, kept in self.kept.items()

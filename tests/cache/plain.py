@@ -1,6 +1,6 @@
-"""A plain account of what a HardKVCache must hold and compute, column by column; it imports nothing of hardkv.
+"""Model in plain code what a HardKVCache must hold and compute, column by column; import nothing from hardkv.
 
-Queries, keys and values are small integers, so that every score is exact and ties abound. What a token is worth to a
+Queries, keys and values are small integers, so that scores are exact and ties are frequent. The worth of a token to a
 head is the sum of its dot products with the queries observed; the scorer is `tests.cache.test_machine.Worth`.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 4
 SCALE = 0.3
 
-# Of one sequence and layer: per head the candidates as (worth, position), best first, and n - |F| -> how many to keep.
+# For one sequence and layer: candidates per head as (worth, position), best first, and n - |F| -> counts to keep.
 Share = Callable[[list[list[tuple[float, int]]], list[int]], list[int]]
 
 
@@ -28,7 +28,7 @@ class Columns:
 
     @classmethod
     def random(cls, exists: Tensor, generator: torch.Generator) -> "Columns":
-        """Integers in float64, drawn on the CPU."""
+        """Draw integers in float64 on the CPU."""
         batch, count = exists.shape
 
         def integers(heads: int, most: int) -> Tensor:
@@ -38,24 +38,24 @@ class Columns:
         return cls(integers(HEADS * GROUP, 2), integers(HEADS, 2), integers(HEADS, 9), exists)
 
     def of(self, rows: Sequence[int]) -> "Columns":
-        """The given batch rows, in that order."""
+        """Return the given batch rows, in this order."""
         index = torch.as_tensor(rows, dtype=torch.long)
         return Columns(self.queries[:, index], self.keys[:, index], self.values[:, index], self.exists[index])
 
     def until(self, column: int) -> "Columns":
-        """Without `column` and later."""
+        """Return the columns before `column`."""
         cut = [x[..., :column, :] for x in (self.queries, self.keys, self.values)]
         return Columns(*cut, self.exists[:, :column])
 
     def followed_by(self, new: "Columns") -> "Columns":
-        """These columns and then the new ones."""
+        """Return these columns followed by the new ones."""
         pairs = [(self.queries, new.queries), (self.keys, new.keys), (self.values, new.values)]
         return Columns(*(torch.cat(pair, -2) for pair in pairs), torch.cat([self.exists, new.exists], 1))
 
 
 @dataclass
 class Observed:
-    """The queries that one event of one layer was shown: columns `[W]`, queries `[B, Hq, W, D]`, valid `[B, W]`."""
+    """Hold the queries given to one event of one layer: columns `[W]`, queries `[B, Hq, W, D]`, valid `[B, W]`."""
 
     columns: list[int]
     queries: Tensor
@@ -64,11 +64,11 @@ class Observed:
 
 @dataclass
 class Plain:
-    """What every KV head of every layer and sequence holds, and when that changes.
+    """Track what every KV head of every layer and sequence holds, and when that changes.
 
     Args:
-        window, sinks, interval, patience, pin_prompt: as HardKVCache's.
-        share: how many candidates each head keeps. n: tokens a head keeps, protected ones included.
+        window, sinks, interval, patience, pin_prompt: as for HardKVCache.
+        share: function for the number of candidates each head keeps. n: tokens kept per head, including protected ones.
     """
 
     window: int
@@ -84,8 +84,8 @@ class Plain:
     last_event: int | None = None
     recording: bool = False
     prompt_length: int | None = None
-    revocable: int = 0  # newest columns whose queries came on top of a full window, so that a crop costs none
-    missing: int = 0  # queries that the window may lack, since a crop went further back than that
+    revocable: int = 0  # newest columns that extend a full window of queries, so that a crop loses none
+    missing: int = 0  # queries that the window may lack after a longer crop
 
     @property
     def seen(self) -> int:
@@ -97,7 +97,7 @@ class Plain:
 
     @property
     def due(self) -> bool:
-        """Whether an event is due."""
+        """Return whether an event is due."""
         if self.columns is None:
             return False
         return self.last_event is None or self.seen - self.last_event >= self.interval
@@ -107,14 +107,14 @@ class Plain:
     def forward(
         self, new: Columns, observed: list[Observed], fails: bool = False, hidden: Tensor | None = None
     ) -> list[Tensor]:
-        """Take new columns; `observed` is emptied by the events that run, `fails` tells that the one behind does not.
+        """Take new columns; events that run empty `observed`; `fails` means that the event after this forward fails.
 
-        Columns that are `hidden`, bool `[B, columns so far]`, are padding from now on.
+        `hidden` columns, bool `[B, columns so far]`, count as padding from now on.
 
         Returns:
-            Per layer the attention output `[B, Hq, q, D]`, NaN where a column does not exist.
+            The attention output per layer, `[B, Hq, q, D]`, NaN where a column does not exist.
         """
-        if self.due:  # a draft's, or one that failed
+        if self.due:  # the event of a draft, or one that failed
             self.event(observed)
         if hidden is not None and self.columns is not None:
             self.columns = replace(self.columns, exists=self.columns.exists & ~hidden)
@@ -142,7 +142,7 @@ class Plain:
         return out
 
     def refuses_crop(self, remove: int) -> bool:
-        """Whether the columns are too old to be taken back."""
+        """Return whether the columns are too old to be taken back."""
         length, window_start = self.seen - remove, (self.last_event or 0) - self.window
         return bool(remove) and 0 < length < window_start
 
@@ -176,7 +176,7 @@ class Plain:
         self.recording, self.revocable = True, 0
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with the given sequences, in that order."""
+        """Continue with the given sequences, in this order."""
         if self.columns is not None:
             self.columns = self.columns.of(rows)
             self.held = [[[dict(head) for head in heads] for heads in self.held[row]] for row in rows]
@@ -184,11 +184,11 @@ class Plain:
     # ------------------------------------------------------------------ what it must hold
 
     def event(self, observed: list[Observed]) -> None:
-        """Every head judges its tokens by the queries that it was shown."""
+        """Run an event: every head ranks its tokens by the queries given to it."""
         assert self.columns is not None
         for layer in range(LAYERS):
             if not any(head for b in range(self.batch) for head in self.held[b][layer]):
-                continue  # nothing is held, so nobody is asked
+                continue  # nothing is held, so the scorer is not called
             shown = observed.pop(0)
             self._check_observed(shown, layer)
             for b in range(self.batch):
@@ -196,7 +196,7 @@ class Plain:
         self.events, self.last_event, self.revocable = self.events + 1, self.seen, 0
 
     def _check_observed(self, shown: Observed, layer: int) -> None:
-        """The queries of the window's columns, true and complete."""
+        """Check that the queries of the window's columns are correct and complete."""
         assert self.columns is not None
         width = len(shown.columns)
         assert shown.columns == list(range(self.seen - width, self.seen))
@@ -207,7 +207,7 @@ class Plain:
         assert torch.equal(shown.queries * exists[:, None, :, None], true * exists[:, None, :, None])
 
     def worth(self, b: int, layer: int, head: int, observed: list[int], positions: list[int]) -> list[float]:
-        """The sum of a token's dot products with the queries observed, over the head's group."""
+        """Return the sum of a token's dot products with the observed queries, over the head's group."""
         assert self.columns is not None
         real = [column for column in observed if self.columns.exists[b, column]]
         queries = self.columns.queries[layer, b, head * GROUP : (head + 1) * GROUP, real]
@@ -224,7 +224,7 @@ class Plain:
             worth = self.worth(b, layer, head, observed, tokens)
             candidates = [(w, p) for w, p in zip(worth, tokens, strict=True) if p not in always]
             protected.append(always)
-            ranked.append(sorted(candidates, reverse=True))  # of equals the newer one first
+            ranked.append(sorted(candidates, reverse=True))  # at ties the newer one first
         counts = self.share(ranked, [max(0, self.n - len(always)) for always in protected])
         for head, held in enumerate(self.held[b][layer]):
             selected = protected[head] | {position for _, position in ranked[head][: counts[head]]}
@@ -235,16 +235,16 @@ class Plain:
             }
 
     def kept(self, b: int, layer: int, head: int) -> list[int]:
-        """Positions that attention reads."""
+        """Return the positions that attention reads."""
         return sorted(position for position, missed in self.held[b][layer][head].items() if missed == 0)
 
     def waiting(self, b: int, layer: int, head: int) -> dict[int, int]:
-        """Positions on probation, with their misses."""
+        """Return the positions on probation, with their misses."""
         held = self.held[b][layer][head]
         return {position: held[position] for position in sorted(held) if held[position]}
 
     def _attend(self, layer: int, start: int) -> Tensor:
-        """Dense attention of the columns from `start` on, over all columns, -inf on what is not held."""
+        """Compute dense attention of the columns from `start` on over all columns, with -inf on tokens not held."""
         columns = self.columns
         assert columns is not None
         queries = columns.queries[layer, :, :, start:]
@@ -265,12 +265,12 @@ class Plain:
 
 
 def evenly(ranked: list[list[tuple[float, int]]], room: list[int]) -> list[int]:
-    """TopK: every head fills its own room."""
+    """Share like TopK: every head fills its own room."""
     return room
 
 
 def best_of_all(ranked: list[list[tuple[float, int]]], room: list[int]) -> list[int]:
-    """AdaKV with alpha 0: the heads' rooms go to the best tokens of all of them; the newer and the lower head first."""
+    """Share like AdaKV with alpha 0: the best tokens of all heads share the room; newer tokens, lower heads first."""
     everyone = sorted(((w, p, -head) for head, tokens in enumerate(ranked) for w, p in tokens), reverse=True)
     taken = [-head for _, _, head in everyone[: sum(room)]]
     return [taken.count(head) for head in range(len(ranked))]

@@ -1,6 +1,6 @@
-"""What a CUDA graph makes of a decode step, on any device: the operators of one run, again on the same memory.
+"""Imitate a CUDA graph of a decode step on any device: run the recorded operators again on the same memory.
 
-Nothing in Python runs at a replay, so a step that depends on what changes there goes wrong.
+A replay runs no Python, so a step that depends on changing Python state fails.
 """
 
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from torch.utils._pytree import tree_leaves
 from hardkv.decoding import fixed_tokens
 from hardkv.decoding.step import DecodeSteps
 
-# Operators that tell the host what a tensor holds: a capture fails at them.
+# Operators that read a tensor's content on the host; a capture fails at them.
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
 
 
 class Recording(TorchDispatchMode):
-    """The operators that run within, with their very arguments and results."""
+    """Record the operators that run in this context, with their arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run and note an operator."""
+        """Run and record an operator."""
         name, kwargs = func._schema.name, kwargs or {}
         if name in WAITING:
             raise NotImplementedError(
@@ -38,7 +38,7 @@ class Recording(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
-        """Run them again; results go to where those of the recording lie."""
+        """Run the operators again; write results into the memory of the recorded results."""
         for func, args, kwargs, out in self.calls:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # neither in place nor a view
@@ -47,9 +47,9 @@ class Recording(TorchDispatchMode):
 
 @contextmanager
 def replaying() -> Iterator[list[Recording]]:
-    """Static steps within are replayed; the value has one entry a replay.
+    """Replay the static steps in this context; the value has one entry per replay.
 
-    The PyTorch reference of attention reads what an event leaves on the host, so there is a new recording after each.
+    The PyTorch reference of attention reads host data that each event changes, so each event needs a new recording.
     """
     step, known, replays = DecodeSteps._run, {}, []
 
@@ -67,7 +67,7 @@ def replaying() -> Iterator[list[Recording]]:
         known[running] = place, recording, logits
         return logits
 
-    # what torch.compile sees as one operator reads the host's numbers
+    # an operator that torch.compile treats as one reads host numbers
     seen_through = patch.object(fixed_tokens, "static_attention", fixed_tokens.static_attention._init_fn)
     with seen_through, patch.object(DecodeSteps, "_run", run):
         yield replays

@@ -1,4 +1,4 @@
-"""The name under which transformers hands a cache on, which changed in 5.24."""
+"""Test the name of the argument that passes a cache in transformers, which changed in 5.24."""
 
 import warnings
 
@@ -52,7 +52,7 @@ def test_no_cache_under_a_name_is_none():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_forward_with_either_name_is_calibrated(model, name, monkeypatch):
-    """Models whose code comes from the Hub have the old name, or the new one."""
+    """Models with code from the Hub use the old name or the new one."""
     forward = model.forward
 
     def old(input_ids, past_key_values, **kwargs):

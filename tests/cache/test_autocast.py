@@ -1,7 +1,7 @@
-"""The caller's autocast: the model runs under it as with any cache, our own arithmetic does not.
+"""Test the caller's autocast: it applies to the model as with any cache, but not to our own arithmetic.
 
-Under autocast keys come in one dtype and values in another, and attention reads both in a third. Rounding to bfloat16
-is what two runs may differ by; what autocast must not reach is equal to the last bit.
+Under autocast keys and values have different dtypes, and attention reads both in a third. Two runs may differ by
+rounding to bfloat16; arithmetic outside autocast must be equal bit by bit.
 """
 
 import copy
@@ -38,7 +38,7 @@ def half(dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
 
 
 def logits_of(feed: Any, model: Any, cache: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of a prompt of 13 columns, a chunk of 3 and ten single tokens, `[B, 26, V]`."""
+    """Return the logits of a prompt of 13 columns, a chunk of 3 and ten single tokens, `[B, 26, V]`."""
     return torch.cat([logits for _, _, logits in feed(model, cache, **inputs, chunks=[13, 3, *[1] * 10])], 1)
 
 
@@ -71,7 +71,7 @@ def test_nothing_lost_is_dynamic_cache(name, attn, dtype, tiny_model, tiny_promp
 
 @pytest.mark.parametrize(("name", "attn"), MODELS)
 def test_attention_gives_the_dtype_that_it_gives_without_us(name, attn, tiny_model, tiny_prompts, run_feed):
-    """At every layer and every forward; the model's own arithmetic goes on from there."""
+    """This holds at every layer and every forward; the model's own arithmetic continues with this dtype."""
     model, inputs, dtypes = tiny_model(name, attn), tiny_prompts(1, new=13), []
     for path, module in model.named_modules():
         if path.endswith(("o_proj", "attn.c_proj")):
@@ -138,7 +138,7 @@ def test_a_scorer_of_ones_own_computes_in_what_it_is_given(tiny_model, tiny_prom
 
 
 def test_kernels_and_fits_are_outside_it():
-    """What scorers and calibrations of one's own call, outside of any cache."""
+    """Test the functions that custom scorers and calibrations call outside a cache."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -198,7 +198,7 @@ def test_graphed(name, compile, tiny_model, tiny_prompts):
 
 
 def test_begun_outside_goes_on_inside(tiny_model, tiny_prompts, run_feed):
-    """What is held stays as it is, new tokens are stored beside it, and attention has autocast's dtype."""
+    """Held tokens do not change, new tokens are stored beside them, and attention has autocast's dtype."""
     model, inputs = tiny_model("gpt2"), tiny_prompts(3, new=13)
     results = []
     for past in (HardKVCache(config=model.config, **HOLD_ALL), DynamicCache(config=model.config)):
@@ -230,7 +230,7 @@ def test_begun_inside_does_not_go_on_outside(tiny_model, tiny_prompts):
 
 
 def test_float64_is_spared(tiny_model, tiny_prompts, run_feed):
-    """As by autocast itself."""
+    """Autocast itself does not change float64 either."""
     model, inputs = tiny_model("llama", dtype=torch.float64), tiny_prompts(1, new=13)
     results = []
     for around in (nullcontext(), half()):

@@ -1,4 +1,4 @@
-"""What the caller has set for the whole process or block reaches none of our arithmetic: equal to the last bit.
+"""Test that settings of the caller's process or block do not change our arithmetic: results are equal bit by bit.
 
 For autocast, which changes what the model itself computes, see test_autocast.py.
 """
@@ -75,7 +75,7 @@ def run(model: Any, cache: Any, inputs: dict[str, torch.Tensor], **options: Any)
 
 
 def told(cache: HardKVCache) -> str:
-    """What every head holds, and its temperature."""
+    """Return what every head holds, and its temperature."""
     return str([[cache.kept(layer.layer_idx) for layer in cache._compressed], cache.stats().temperatures])
 
 

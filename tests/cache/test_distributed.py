@@ -1,4 +1,4 @@
-"""Models over several processes or places: tensor parallel, data parallel, weights on the disk."""
+"""Test models over several processes or devices: tensor parallel, data parallel, weights on disk."""
 
 import datetime
 import os
@@ -101,7 +101,7 @@ def tensor_parallel(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_tensor_parallel_equals_one_process(name, tensor_parallel):
-    """Each process keeps, of its own heads, what one process keeps of them: budgets are cut where the heads are."""
+    """Each process keeps the same tokens of its heads as a single process: budgets are split like the heads."""
     ranks, whole = tensor_parallel
     expected = whole[name]
     assert expected["events"] >= 3
@@ -140,7 +140,7 @@ def test_calibrating_a_split_model_is_refused(tensor_parallel):
 
 @pytest.mark.parametrize("settings", [ALIKE["risk"], ALIKE["calibrated"]], ids=["risk", "temperatures"])
 def test_heads_that_do_not_fit_the_calibration(settings, tmp_path, tiny_prompts):
-    """Nothing tells which heads these are: refused before anything is stored."""
+    """The cache cannot know which heads these are, so it refuses before storing anything."""
     model = make_model("llama", **HEADS)
     texts = [torch.arange(2, 66)]
     calibration = calibrate(model, texts, scorer="snapkv", interval=8, window=4, sinks=1, progress=False)
@@ -189,7 +189,7 @@ state.destroy_process_group()
 
 
 def test_accelerate_launch(tmp_path):
-    """Data parallel: every process its own model, caches and prompts."""
+    """Test data parallel: every process has its own model, caches and prompts."""
     pytest.importorskip("accelerate")
     model = make_model("llama")
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Drafts that are taken back leave the queries of the window before them, and no room for more than a draft."""
+"""Test that drafts taken back restore the earlier window queries, and that only one draft can be taken back."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def draft(tiny_model, tiny_prompts):
 
 
 def test_rounds_without_an_event_do_not_add_up(draft):
-    """Each may take back its own draft only, however long ago the last event was."""
+    """Each round may take back only its own draft, however old the last event is."""
     cache, read = draft(interval=1000)
     for _ in range(20):
         read(5)

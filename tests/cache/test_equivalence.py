@@ -1,4 +1,4 @@
-"""A cache that evicts nothing computes what DynamicCache does, and models without one compute what they always did."""
+"""Test that a cache without eviction equals DynamicCache, and that models without our cache do not change."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Bad input gets a clear error before anything changes, and a failure in the middle never leaves a cache half-done."""
+"""Test that bad input raises a clear error before any change, and that no failure leaves a cache half updated."""
 
 import copy
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ def no_grad():
 
 
 def step(model, cache, token: int = 5, batch: int = 1, mask: Tensor | None = None) -> Tensor:
-    """Logits `[B, V]` after one more token in every row."""
+    """Return logits `[B, V]` after one more token in every row."""
     ids = torch.full((batch, 1), token)
     return model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits[:, -1]
 
@@ -61,7 +61,7 @@ def step_or_refusal(model, cache, token: int = 5) -> Tensor | None:
 
 
 def held(cache: HardKVCache) -> list[Any]:
-    """Everything a cache says about what it holds."""
+    """Return everything that a cache reports about its contents."""
     layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "tiers")]
     kept = [[[head.tolist() for head in heads] for heads in cache.kept(idx)] for idx in layers]
     lengths = [layer.get_seq_length() for layer in cache.layers]

@@ -1,6 +1,6 @@
-"""Failures injected everywhere: at every torch operation and at every line of the cache's code.
+"""Inject failures at every torch operation and at every line of the cache's code.
 
-After a failure the cache goes on exactly as one that never failed, from before or from after what died, or it refuses
+After a failure the cache continues exactly like one that never failed, before or after the failed action, or refuses
 to be used until it is reset. CI injects 2 failures, evenly spread, into every scenario; HARDKV_FAULTS=100000
 injects every possible one.
 """

@@ -1,6 +1,6 @@
-"""Nothing is left behind from one generation to the next, or from one step to the next: no object, no context variable.
+"""Test that generations and steps leave nothing behind: no object, no context variable.
 
-With the garbage collector off, so that a cycle shows as an object left behind. What `generate()` itself leaves with a
+The garbage collector is off, so that a cycle shows as an object left behind. What `generate()` itself leaves with a
 DynamicCache (three objects a generation with transformers 5.17, none with 5.24) does not count.
 """
 

@@ -1,4 +1,4 @@
-"""With gradients enabled: right ones for the first forward, an error for later ones, and no graph in the cache."""
+"""Test gradients: the first forward has correct ones, later forwards raise, and the cache holds no graph."""
 
 import pytest
 import torch

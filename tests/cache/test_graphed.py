@@ -1,4 +1,4 @@
-"""Decoding by static steps against generate()'s own loop with the same cache settings: same tokens, same cache.
+"""Test decoding by static steps against generate()'s own loop with the same settings: same tokens, same cache.
 
 On a CPU the steps run uncaptured; with HARDKV_TEST_DEVICE=cuda they are replays of a CUDA graph.
 """

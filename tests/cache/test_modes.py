@@ -34,7 +34,7 @@ def extended(inputs: dict[str, Tensor], ids: Tensor, new: list[int], only_new: b
 
 
 def held(cache: HardKVCache) -> list[Any]:
-    """Everything a cache says about what it holds."""
+    """Return everything that a cache reports about its contents."""
     layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "tiers")]
     kept = [[[head.tolist() for head in heads] for heads in cache.kept(idx)] for idx in layers]
     lengths = [layer.get_seq_length() for layer in cache.layers]
@@ -66,7 +66,7 @@ def check_invariants(cache: HardKVCache, attention_mask: Tensor | None = None) -
 
 
 def step(model, cache, token: int | list[int], attention_mask: Tensor | None = None) -> Tensor:
-    """Logits `[B, V]` after one more token in every row."""
+    """Return logits `[B, V]` after one more token in every row."""
     tokens = torch.tensor([token] if isinstance(token, int) else token)
     return model(input_ids=tokens[:, None], attention_mask=attention_mask, **{CACHE: cache}).logits[:, -1]
 

@@ -154,7 +154,7 @@ def test_layers_that_differ_are_scored_apart(differ, groups, monkeypatch, run_fe
         config._attn_implementation = "eager"  # which knows soft caps
         model = Gemma2ForCausalLM(config).double().eval()
         for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.data *= 40  # sharp enough that tokens differ in weight
+            layer.self_attn.q_proj.weight.data *= 40  # make attention sharp enough that tokens differ in weight
         cache = HardKVCache(config=config, scorer="snapkv", budget=Adaptive(20), **SIZES)
         differ(model, cache)
         inputs = tiny_prompts(3, 40, new=19)["input_ids"]
