@@ -47,7 +47,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def running_ahead(request, monkeypatch):
-    """On a CPU too, the host draws and steps before it reads whether all sequences have ended, unless told to wait."""
+    """Make the host draw and step, on a CPU too, before it reads whether all sequences have ended."""
     monkeypatch.setattr(module, "runs_ahead", lambda device: getattr(request, "param", True))
 
 
@@ -55,7 +55,7 @@ waiting_too = pytest.mark.parametrize("running_ahead", [False, True], ids=["wait
 
 
 def risk(model, n):
-    """A risk budget whose heads differ, and what it was measured by."""
+    """Return a risk budget whose heads differ, and its calibration."""
     config = model.config
     counts = torch.tensor([0, 4, 8, 16, 32, 64])
     steep = torch.linspace(0.02, 0.6, config.num_hidden_layers * config.num_key_value_heads)
@@ -69,7 +69,7 @@ def risk(model, n):
 
 
 def same(model, inputs, new=NEW, atol=2e-6, cache_settings=None, **kwargs):
-    """Both loops; returns their caches, the static one second."""
+    """Run both loops; return their caches, the static one second."""
     arguments = EVICT | (cache_settings or {})
     caches = HardKVCache(config=model.config, **arguments), HardKVCache(config=model.config, **arguments)
     torch.manual_seed(3)
@@ -83,7 +83,7 @@ def same(model, inputs, new=NEW, atol=2e-6, cache_settings=None, **kwargs):
 
 
 def alike(one, other):
-    """The same tokens in the same tiers, and the same numbers on the host."""
+    """Check for the same tokens in the same tiers, and the same numbers on the host."""
     assert one.get_seq_length() == other.get_seq_length()
     assert one.stats().events == other.stats().events
     for idx in range(len(one.layers)):
@@ -146,7 +146,7 @@ def test_processors_and_copies_of_a_prompt(model):
 @waiting_too
 @pytest.mark.parametrize("after", [1, 2, 5, 6])
 def test_the_last_sequence_ends(model, after):
-    """Whenever it does, also in the step of an event: nothing of a step too many stays."""
+    """The last sequence may end at any step, also in the step of an event; an extra step leaves nothing behind."""
     inputs = make_prompts(1)
     tokens, _ = generate_logits(model, HardKVCache(config=model.config, **EVICT), inputs, NEW)
     eos = int(tokens[0, inputs["input_ids"].shape[1] + after])
@@ -235,7 +235,7 @@ def test_in_one_call(model):
 
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_prefill_in_chunks_and_further_turns(model, chunk):
-    """A second question on the compressed context of the first, and the same pools."""
+    """A second question uses the compressed context of the first, and the same pools."""
     inputs = make_prompts(2)
     caches = [HardKVCache(config=model.config, **EVICT) for _ in range(2)]
     tokens = [inputs["input_ids"], inputs["input_ids"]]
@@ -283,7 +283,7 @@ def test_a_reset_cache_fills_its_pools_at_once(model):
 
 
 def test_what_follows_without_static_steps(model):
-    """The cache is an ordinary one before and after: eager steps, crop, and other batches."""
+    """Before and after static steps the cache works as usual: eager steps, crop, and other batches."""
     inputs = make_prompts(2)
     caches = same(model, inputs)
     more = make_prompts(2, seed=9)["input_ids"][:, -1:]
@@ -331,7 +331,7 @@ def test_fixed_totals_never_move(model):
 
 
 def test_rows_of_one_length_are_compacted_in_place(model, monkeypatch):
-    """Once all heads keep as many tokens as before, an event writes them over themselves and makes nothing new."""
+    """Once all heads keep as many tokens as before, an event rewrites them in place and allocates nothing."""
     held, in_place, after = [], [], Pool.compacted
     monkeypatch.setattr(Pool, "compacted", lambda *args: in_place.append(after(*args)) or in_place[-1])
     for budget in (TopK(12), AdaKV(12)):
@@ -380,7 +380,7 @@ def test_other_budgets_grow(model):
 
 
 class Watch(StoppingCriteria):
-    """Notes where pools lie and what they hold."""
+    """Record the addresses and contents of pools."""
 
     def __init__(self, find):
         self.find, self.seen, self.totals = find, set(), {}
@@ -476,7 +476,7 @@ def test_refusals(model, arguments, error, message):
 
 
 def test_ranks_that_go_on_together_are_refused(model, monkeypatch):
-    """Where `generate()` itself decides so: a model of FSDP among several ranks."""
+    """This happens where `generate()` itself decides it: with FSDP on several ranks."""
     monkeypatch.setattr("transformers.generation.utils.is_fsdp_managed_module", lambda _: True)
     monkeypatch.setattr("transformers.generation.utils._get_torch_distributed_world_size", lambda: 2)
     with pytest.raises(NotImplementedError, match="synced_gpus"):
@@ -517,7 +517,7 @@ def test_handles_of_static_steps_are_opaque():
 
 @pytest.mark.parametrize("shares", ["even", "risk"])
 def test_nothing_is_made_on_the_default_device(model, shares):
-    """Here it is one where tensors hold no numbers."""
+    """The default device here is one whose tensors hold no numbers."""
     inputs, arguments = make_prompts(2), EVICT | (risk(model, 12) if shares == "risk" else {})
     with torch.device("meta"):
         cache = HardKVCache(config=model.config, **arguments)

@@ -1,7 +1,7 @@
-"""Static steps of layers of other kinds: sliding windows, linear attention, keys of another layer, latents.
+"""Test static steps of other kinds of layers: sliding windows, linear attention, shared keys, latents.
 
-Against generate()'s own loop, as in test_graphed.py. On a CPU steps are recorded once and replayed, as a CUDA graph is;
-with HARDKV_TEST_DEVICE=cuda they are one.
+Compare with generate()'s own loop, as in test_graphed.py. On a CPU steps are recorded and replayed like a CUDA graph;
+with HARDKV_TEST_DEVICE=cuda they are a CUDA graph.
 """
 
 from contextlib import nullcontext
@@ -34,12 +34,12 @@ EXACT = {"atol": 5e-6, "rtol": 1e-5}
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    """Nothing to compress in a Mistral whose layers all slide, which the cache says."""
+    """Silence the warning that a Mistral with only sliding layers has nothing to compress."""
     monkeypatch.setattr(HardKVCache, "_warn", lambda *_: None)
 
 
 def capturable(name):
-    """Skip what a real capture refuses and its stand-in on a CPU cannot see."""
+    """Skip cases that a real capture refuses and the imitation on a CPU cannot detect."""
     if ON_GPU and name == "gemma3n_text" and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("its forward copies a number from the host to the GPU there")
 
@@ -49,7 +49,7 @@ def both(model):
 
 
 def alike(one, other):
-    """The same tokens kept, and all that is transformers' own."""
+    """Check for the same kept tokens, and the same state of transformers' own layers."""
     assert one.get_seq_length() == other.get_seq_length()
     for idx, (layer, other_layer) in enumerate(zip(one.layers, other.layers, strict=True)):
         if isinstance(layer, HardKVLayer):
@@ -61,7 +61,7 @@ def alike(one, other):
 
 
 def same(model, inputs, new, **kwargs):
-    """Both loops; returns the caches, and how many steps were replays."""
+    """Run both loops; return the caches, and the number of replayed steps."""
     caches = both(model)
     tokens, logits = generate_logits(model, caches[0], inputs, new, **kwargs)
     with nullcontext([]) if ON_GPU else replaying() as replays:
@@ -192,7 +192,7 @@ def test_what_windows_hold_is_counted():
 
 @pytest.mark.skipif(ON_GPU, reason="of what stands in for a GPU")
 def test_replays_notice_what_python_decides(monkeypatch):
-    """A ring whose slot the host counts."""
+    """The ring's slot is counted on the host, so a replay must notice it."""
     attend = StaticWindow.attend
 
     def by_the_host(self, query: Tensor, keys: Tensor, values: Tensor, column: Tensor, *args, **kwargs):

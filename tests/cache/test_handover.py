@@ -1,4 +1,4 @@
-"""A cache that generate() was given and the model runs without, or that is fed again what it holds: never silent."""
+"""Test caches that generate() gets but the model does not use, or that get held tokens again: this is never silent."""
 
 import inspect
 import threading
@@ -29,7 +29,7 @@ def nothing_waits():
 
 @contextmanager
 def prepared_by(model, change):
-    """generate() whose inputs `change(inputs, cache's name)` changes, at every forward."""
+    """Make a generate() whose inputs `change(inputs, cache's name)` changes at every forward."""
     original = model.prepare_inputs_for_generation
 
     def prepare(*args, **kwargs):
@@ -45,7 +45,7 @@ def prepared_by(model, change):
 
 
 def prefix_tuned(model):
-    """What PEFT's prefix tuning does: a cache of its own, that holds the prefix, in place of an empty one."""
+    """Do as PEFT's prefix tuning: replace an empty cache by its own cache, which holds the prefix."""
 
     def change(inputs, name):
         if not inputs[name].get_seq_length():

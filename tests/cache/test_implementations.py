@@ -1,4 +1,4 @@
-"""The attention implementations and the surroundings of a model that routing has to survive."""
+"""Test routing with all attention implementations and environments of a model."""
 
 import sys
 import threading
@@ -83,7 +83,7 @@ def flash_attn_varlen_func(
 
 @pytest.fixture
 def nothing_loaded(monkeypatch):
-    """transformers keeps the flash-attention that it loaded last in globals."""
+    """Clear the globals in which transformers stores the flash-attention that it loaded last."""
     for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn"):
         monkeypatch.setattr(flash, name, None)
     for name in ("_unpad_fn", "_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn"):
@@ -95,7 +95,7 @@ FLASH = ["flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 @pytest.fixture
 def fake_flash(monkeypatch, nothing_loaded):
-    """flash-attention on the CPU. Like the real one it is looked up by the name in the config."""
+    """Fake flash-attention on the CPU. Like the real one, the config's name selects it."""
 
     def lazy_imports(implementation, *args, **kwargs):
         assert implementation in FLASH, "transformers would look for this kernel on the hub"
@@ -129,7 +129,7 @@ HUB = ["kernels-community/flash-attn2", "kernels-community/vllm-flash-attn3@main
 
 @pytest.fixture
 def hub(monkeypatch, registries, nothing_loaded):
-    """Kernels of the hub, without the hub: transformers' own code registers them under their names."""
+    """Fake kernels of the Hub: transformers' own code registers them under their names."""
     fake = types.SimpleNamespace(
         flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func, flash_attn_with_kvcache=None
     )
@@ -163,7 +163,7 @@ def test_a_kernel_that_is_loaded_again_within_a_forward(hub, tiny_model, tiny_pr
 
 @pytest.fixture
 def uncompiled():
-    """FlexAttention and its masks as plain PyTorch: compiling them takes long, and on some CPUs fails."""
+    """Run FlexAttention and its masks as plain PyTorch: compiling them is slow, and fails on some CPUs."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -230,7 +230,7 @@ def test_layers_that_share_keys_and_values(tiny_prompts):
 
 
 class InStep(LogitsProcessor):
-    """Lets every thread go on with its next token only when all have come to it."""
+    """Let every thread continue with its next token only when all threads have reached it."""
 
     def __init__(self, barrier: threading.Barrier):
         self.barrier = barrier
@@ -313,7 +313,7 @@ def test_a_compiled_model(tiny_model, tiny_prompts):
 
 
 def breaks_and_graphs() -> tuple[int, int]:
-    """What torch.compile has counted since its last reset."""
+    """Return the counts of torch.compile since its last reset."""
     counters = torch._dynamo.utils.counters
     return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
 

@@ -1,4 +1,4 @@
-"""What a cache says about itself: kept, lengths, bytes, stats, repr, logical length."""
+"""Test what a cache reports about itself: kept, lengths, bytes, stats, repr, logical length."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def no_grad():
 
 
 def run(model, inputs, new: int = 6, **settings: Any) -> HardKVCache:
-    """A cache after a generation of `new` tokens, the last of which is not in it."""
+    """Return a cache after generating `new` tokens; it does not hold the last one."""
     cache = HardKVCache(config=model.config, **(EVICT | settings))
     model.generate(**inputs, **{CACHE: cache}, max_new_tokens=new, do_sample=False)
     return cache

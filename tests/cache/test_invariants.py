@@ -1,4 +1,4 @@
-"""What holds after any number of events: which tokens are held, where and for how long, and that nothing else is."""
+"""Test invariants after any number of events: which tokens are held, where and for how long, and nothing else."""
 
 import gc
 import weakref
@@ -23,7 +23,7 @@ SIZES = {"window": 3, "sinks": 2, "interval": 4}
 
 @dataclass
 class Shuffle:
-    """A user's scorer that changes its mind at every event: tokens are deselected, revived and dropped all the time."""
+    """A user's scorer with new scores at every event, so that tokens are deselected, revived and dropped often."""
 
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(5))
 
@@ -45,12 +45,12 @@ class Wanted:
 
 
 def ragged_rows(tier, of):
-    """`of [N, ...]` of a ragged tier as one tensor a row."""
+    """Split `of [N, ...]` of a ragged tier into one tensor per row."""
     return of.split(tier.cu_seqlens.diff().tolist())
 
 
 def tier_positions(layer):
-    """`{tier: [row][positions]}`, read from the storage and not through `kept()`."""
+    """Return `{tier: [row][positions]}`, read from the storage and not through `kept()`."""
     tiers = layer.tiers
     dense = [tiers.dense.positions[b, :fill].tolist() for b, fill in enumerate(tiers.dense.fill.tolist())]
     return {
@@ -61,7 +61,7 @@ def tier_positions(layer):
 
 
 class Ledger:
-    """What one layer must hold by the definition of Cautious Update, kept beside it token by token.
+    """Track token by token what one layer must hold by the definition of Cautious Update.
 
     The selection of an event is read from `kept()`; everything else follows from it: who is on probation, with how many
     misses, and who is gone.

@@ -1,4 +1,4 @@
-"""Random sequences of everything a cache can be asked for, beside a plain account of every token (`plain.py`).
+"""Test random sequences of all cache operations against a plain model of every token (`plain.py`).
 
 After every step of the state machine the cache must hold exactly the positions, misses, keys and values that the plain
 account says, and what attention returned must be dense attention masked by it.
@@ -35,7 +35,7 @@ MOST_ROWS = 5
 
 @dataclass(frozen=True)
 class Worth:
-    """The sum of a token's dot products with the queries observed; tells of every call and fails when told to."""
+    """Score a token by its summed dot products with the observed queries; record every call and fail on request."""
 
     calls: ClassVar[list[Observed]] = []
     fail_in: ClassVar[list[int]] = []  # how many calls succeed before one that runs out of memory
@@ -55,7 +55,7 @@ class Worth:
 
 @dataclass(frozen=True)
 class Uneven(Budget):
-    """Heads keep numbers of candidates of their own, however long the rows are."""
+    """Each head keeps its own number of candidates, for rows of any length."""
 
     candidates: tuple[int, ...]
 
@@ -67,7 +67,7 @@ class Uneven(Budget):
 
 
 class Attention(torch.nn.Module):
-    """What hardkv and transformers' kernels look at in a model's attention module."""
+    """Provide the attributes that hardkv and transformers' kernels read from a model's attention module."""
 
     is_causal = True
     num_key_value_groups = GROUP
@@ -90,7 +90,7 @@ MODULES = [Attention(idx).eval() for idx in range(LAYERS)]
 
 
 def attend(cache: HardKVCache, new: Columns, exists: Tensor | None) -> list[Tensor]:
-    """What a model's forward pass does with a cache: a mask, and per layer `update` and attention.
+    """Use a cache like a model's forward pass: make a mask, then call `update` and attention per layer.
 
     Args:
         new: the new columns. exists: bool `[B, columns so far]`, the 2D attention mask.
@@ -114,7 +114,7 @@ some_rows = st.lists(st.integers(0, MOST_ROWS - 1), min_size=1, max_size=MOST_RO
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Caches and their plain accounts; all but the first are copies that went their own way."""
+    """Hold caches and their plain models; all but the first are copies that continued separately."""
 
     @initialize(
         window=st.integers(1, 5),

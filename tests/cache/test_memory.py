@@ -1,4 +1,4 @@
-"""The bytes a cache reports are the bytes it holds, and it holds few."""
+"""Test that a cache reports the bytes it holds, and holds few."""
 
 import gc
 
@@ -17,7 +17,7 @@ BUDGETS = [TopK(24), TopP(0.6, floor=12, cap=40), Adaptive(24), AdaKV(24), Pyram
 
 
 def walk(root):
-    """Every tensor reachable from `root` through attributes and containers, each object once."""
+    """Return every tensor reachable from `root` through attributes and containers, each object once."""
     tensors, seen, stack = [], set(), [root]
     while stack:
         item = stack.pop()

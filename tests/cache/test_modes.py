@@ -1,4 +1,4 @@
-"""What generate() does with a cache: the same as with DynamicCache while nothing is evicted."""
+"""Test generate() with a cache: results equal DynamicCache's while nothing is evicted."""
 
 import copy
 from typing import Any

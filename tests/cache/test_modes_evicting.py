@@ -1,4 +1,4 @@
-"""What generate() and the cache protocol do with a cache that evicts: every forward equals masked dense attention."""
+"""Test generate() and the cache protocol with an evicting cache: every forward equals masked dense attention."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def no_grad():
 
 
 def followed(model, name: str, **settings) -> tuple[HardKVCache, Follower]:
-    """An evicting cache and who checks it."""
+    """Return an evicting cache and its `Follower`."""
     cache = HardKVCache(config=model.config, **(EVICT | settings))
     return cache, Follower(model, cache, name)
 

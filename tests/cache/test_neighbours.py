@@ -1,4 +1,4 @@
-"""A row's tokens, and what is kept of it, do not depend on its neighbours in the batch, whatever the settings.
+"""Test that a row's tokens and kept positions do not depend on its neighbours in the batch, with any settings.
 
 In float64, so that products of other shapes round to the same choice. Where events come is told by columns, so a row
 is compared with itself at the same distance from the prompt's end, or behind the same padding.

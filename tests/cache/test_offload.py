@@ -1,4 +1,4 @@
-"""Ragged tiers in host memory between forwards: right results, and on the device only while a layer needs them.
+"""Test ragged tiers in host memory between forwards: results are right, and tiers visit the device only when needed.
 
 There is no second memory here, so the transfers are replaced: what is at home is scrambled, and whoever reads it there
 computes nonsense, which the oracle notices. Transfers are counted, and copies on the device watched until they go.
@@ -36,7 +36,7 @@ def scrambled(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Transfers:
-    """Stands in for `to_host` and `to_device`."""
+    """Replace `to_host` and `to_device`."""
 
     def __init__(self):
         self.out = self.back = 0

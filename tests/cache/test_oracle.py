@@ -1,4 +1,4 @@
-"""After evictions logits equal dense attention with a per-head -inf mask on everything that `cache.kept()` leaves out.
+"""Test that logits after evictions equal dense attention with a per-head -inf mask on tokens not in `cache.kept()`.
 
 The oracle (conftest.py) is one dense forward without any cache: query t of a layer sees, per KV head, what `kept()`
 said right before t's forward, and the tokens of that forward up to t itself.

@@ -1,4 +1,4 @@
-"""Events while no sequence has a token yet: left-padded prompts by chunks, of which the first are pads only."""
+"""Test events before any sequence has a token: chunked, left-padded prompts whose first chunks hold only pads."""
 
 from dataclasses import replace
 

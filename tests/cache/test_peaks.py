@@ -1,4 +1,4 @@
-"""Memory on the way: a prompt and its events take hardly more than with DynamicCache, on the PyTorch path too."""
+"""Test peak memory: a prompt and its events need hardly more than with DynamicCache, on the PyTorch path too."""
 
 import json
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch.get_default_device().type != "cpu", reason
 
 
 def peak_bytes(call, path):
-    """The most that was allocated at a time during a call, beyond what was before."""
+    """Return the peak of allocated bytes during a call, beyond those allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     profiler.export_chrome_trace(str(path))

@@ -1,4 +1,4 @@
-"""Rows that were picked out of a batch, put in another order or repeated take with them all that belongs to them."""
+"""Test that rows selected from a batch, reordered or repeated keep all their state."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Half precision: finite over many events, and as close to the masked oracle as rounding allows.
+"""Test half precision: results are finite over many events, and as close to the masked oracle as rounding allows.
 
 The oracle runs in the same dtype, with attention in float32 like ours, so what differs is the rounding of intermediate
 results: the order of sums and the model's own kernel for the prompt. Logits here are O(1) with a maximum near 4.

@@ -1,4 +1,4 @@
-"""The cache protocol: rows of the batch, crop, recording, copies; the same as DynamicCache while nothing is evicted."""
+"""Test the cache protocol (batch rows, crop, recording, copies): it equals DynamicCache while nothing is evicted."""
 
 import copy
 import io

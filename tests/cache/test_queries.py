@@ -1,4 +1,4 @@
-"""The ring of queries against a dictionary of columns."""
+"""Test the ring of queries against a dictionary of columns."""
 
 import torch
 from hypothesis import given, settings

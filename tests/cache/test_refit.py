@@ -1,4 +1,4 @@
-"""When temperatures are fitted online, and to what: at a sequence's first event, and after every `refit` later ones."""
+"""Test online fits of temperatures: at a sequence's first event, and after every `refit` later events."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise

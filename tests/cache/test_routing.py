@@ -1,4 +1,4 @@
-"""The way into transformers: registries, configs, handles and masks."""
+"""Test the routing into transformers: registries, configs, handles and masks."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Linear layers of one input, whose weights the compiled step reads as one."""
+"""Test linear layers with a common input, whose weights the compiled step reads as one."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A very long generation: what the cache holds does not grow, and no column is lost count of."""
+"""Test a very long generation: the cache's memory does not grow, and its length stays exact."""
 
 import gc
 import resource

@@ -1,4 +1,4 @@
-"""Layers that go through an event together keep exactly what each would keep by itself."""
+"""Test that layers in a joint event keep exactly the tokens that each would keep alone."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Recording: a trace says what `kept()` said after every event, survives a file, and follows what else changes."""
+"""Test recording: a trace equals `kept()` after every event, survives a file, and follows other changes."""
 
 import copy
 import pickle

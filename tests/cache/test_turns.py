@@ -1,6 +1,6 @@
-"""Batches of conversations: a mask that hides columns which were stored, such as the pads behind a row's last token.
+"""Test batches of conversations: masks that hide stored columns, such as the pads after a row's last token.
 
-DynamicCache is the reference where everything is kept, the oracle of conftest.py where tokens were evicted.
+DynamicCache is the reference if everything is kept, the oracle of conftest.py if tokens were evicted.
 """
 
 import copy
