@@ -40,7 +40,7 @@ APART: dict[str, dict[str, Any]] = {"adakv": {"budget": AdaKV(9, alpha=0.0)}}
 
 
 def run(model: Any, settings: dict[str, Any], folder: str, **options: Any) -> dict[str, Any]:
-    """What a generation gave and kept."""
+    """Return the output of a generation and the tokens kept."""
     settings = SIZES | settings
     if settings.get("calibration") == "file":
         settings |= {"calibration": os.path.join(folder, "calibration.safetensors")}
@@ -52,7 +52,7 @@ def run(model: Any, settings: dict[str, Any], folder: str, **options: Any) -> di
 
 
 def tensor_parallel_process(rank: int, folder: str, backend: str) -> None:
-    """One of two."""
+    """Run one of two processes."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     if backend == "nccl":
@@ -81,7 +81,7 @@ def tensor_parallel_process(rank: int, folder: str, backend: str) -> None:
 
 @pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=TWO_GPUS)])
 def tensor_parallel(request, tmp_path_factory):
-    """What two processes, and one, computed."""
+    """Return the results of two processes and of one."""
     folder = str(tmp_path_factory.mktemp("tensor-parallel"))
     model = make_model("llama", **HEADS)
     model.save_pretrained(folder)
@@ -115,7 +115,7 @@ def test_tensor_parallel_equals_one_process(name, tensor_parallel):
 
 
 def test_graphed_in_every_process(tensor_parallel):
-    """The collectives are captured with the rest."""
+    """The graph captures the collectives too."""
     for result in tensor_parallel[0]:
         if "graphed" in result:
             assert result["graphed"]["kept"] == result["risk"]["kept"]

@@ -60,7 +60,7 @@ def test_a_crop_behind_the_last_event_counts_from_there(draft):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("recording", [False, True])
 def test_a_batch_goes_on_as_if_what_was_cropped_had_never_been(recording, padded, tiny_model, tiny_prompts):
-    """The crop brings a held event, at which rows with pads hold unequal numbers of new tokens."""
+    """The crop runs a held event, at which rows with pads hold unequal numbers of new tokens."""
     model, inputs = tiny_model("llama", num_hidden_layers=1), tiny_prompts(2, PROMPT, new=12)
     inputs["attention_mask"][0, [PROMPT + 1, PROMPT + 4]] = 0
     cache, twin = (HardKVCache(config=model.config, window=WINDOW, sinks=1, interval=3, budget=8) for _ in range(2))

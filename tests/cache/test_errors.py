@@ -51,7 +51,7 @@ def step(model, cache, token: int = 5, batch: int = 1, mask: Tensor | None = Non
 
 
 def step_or_refusal(model, cache, token: int = 5) -> Tensor | None:
-    """Logits of `step`, or None when the cache calls itself unusable."""
+    """Return the logits of `step`, or None when the cache reports itself unusable."""
     try:
         return step(model, cache, token)
     except RuntimeError as error:
@@ -462,7 +462,7 @@ def test_a_sliding_window_without_a_config(name, tiny_model, tiny_prompts):
 
 
 def test_a_sliding_window_that_the_config_does_not_mark(tiny_model, tiny_prompts):
-    """The other model's config has the layers as full ones."""
+    """The config of the other model marks the layers as full ones."""
     model = tiny_model("mistral", "sdpa", sliding_window=6)
     cache = HardKVCache(config=tiny_model("mistral", "sdpa").config)
     with pytest.raises(NotImplementedError, match="sliding window of 6 tokens.*use DynamicCache"):
@@ -611,7 +611,7 @@ def test_a_forward_that_dies_between_layers(name, path, when, tiny_model, tiny_p
 
 
 def test_a_forward_that_dies_after_all_layers_is_whole(tiny_model, tiny_prompts):
-    """Every layer has stored the token: the cache goes on behind it."""
+    """Every layer has stored the token, so the cache continues after it."""
     model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
     cache, fresh = (HardKVCache(config=model.config, **EVICT) for _ in range(2))
     for past in (cache, fresh):
@@ -649,7 +649,7 @@ class Failing:
 @pytest.mark.parametrize("event", [0, 1, 2])
 @pytest.mark.parametrize("patience", [0, 1])
 def test_an_event_that_raises(patience, event, layer, error, tiny_model, tiny_prompts):
-    """Afterwards the cache is either unusable and says so, or goes on exactly as one that nothing happened to."""
+    """Afterwards the cache either reports itself unusable, or continues exactly like a cache without the failure."""
     model, inputs = tiny_model("llama", "sdpa"), tiny_prompts(1)
     cache = HardKVCache(config=model.config, scorer=Failing(3 * event + layer, error), patience=patience, **EVICT)
     fresh = HardKVCache(config=model.config, scorer="attention", patience=patience, **EVICT)
@@ -748,7 +748,7 @@ BAD_SCORES = {
 
 @pytest.fixture(params=["object", "registered"])
 def scorer_of(request):
-    """Makes a scorer of a function, given as an object or by a registered name."""
+    """Make a scorer from a function, given as an object or by a registered name."""
     before = dict(SCORERS)
 
     def make(function):

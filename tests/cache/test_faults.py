@@ -36,7 +36,7 @@ def no_grad():
 
 
 class OutOfMemory(TorchDispatchMode):
-    """Lets `count` torch operations pass and fails at the next."""
+    """Let `count` torch operations pass and fail at the next."""
 
     error = torch.OutOfMemoryError
 
@@ -52,7 +52,7 @@ class OutOfMemory(TorchDispatchMode):
 
 
 class Interrupt:
-    """Lets `count` lines of the cache's code pass, hardkv's and transformers', and interrupts before the next."""
+    """Let `count` lines of the cache's code pass, in hardkv and transformers, and interrupt before the next."""
 
     error = KeyboardInterrupt
 
@@ -160,7 +160,7 @@ SCENARIOS: dict[str, tuple[list[Action], Action, list[Action]]] = {
 
 
 def held(cache: HardKVCache) -> list[Any]:
-    """Everything that a cache says about what it holds."""
+    """Return everything that a cache reports about its contents."""
     layers = [idx for idx, layer in enumerate(cache.layers) if hasattr(layer, "tiers")]
     kept = [[[head.tolist() for head in heads] for heads in cache.kept(idx)] for idx in layers]
     return [kept, cache.get_seq_length(), cache.lengths("sparse").tolist(), cache.stats().events]
@@ -176,7 +176,7 @@ def go_on(model, cache, actions: list[Action]) -> list[Any]:
 
 
 def refuses(model, cache) -> bool:
-    """Whether the cache calls itself unusable; if so, that it says so again and that reset() helps."""
+    """Return whether the cache reports itself unusable; if so, check that it does so again and that reset() helps."""
 
     def forward(past):
         model(input_ids=torch.full((2, 1), 7), **{CACHE: past})
@@ -211,7 +211,7 @@ def models(tiny_model):
 
 
 def transformers_can(model, actions: list[Action]) -> bool:
-    """Whether DynamicCache survives the actions."""
+    """Return whether DynamicCache survives the actions."""
     cache = DynamicCache(config=model.config)
     try:
         for action in [*actions, token]:
@@ -268,7 +268,7 @@ def test_a_fault(name, scenario, fault, models):
 
 
 def assert_refuses(model, cache):
-    """Says so, however it is used, and works again once it is reset."""
+    """Check that the cache refuses every use, and works again after a reset."""
     for call in (token, crop, reorder, repeat, select):
         with pytest.raises(RuntimeError, match=r"stopped .*reset\(\)"):
             call(model, cache)
@@ -290,7 +290,7 @@ def out_of_memory(*args, **kwargs):
 
 @pytest.mark.parametrize("name", ["sliding first", "sliding last"])
 def test_a_sliding_layer_that_dies_while_it_stores(name, models, monkeypatch):
-    """It counts a token before it has it: in the last layer all lengths agree then."""
+    """The layer counts a token before storing it, so in the last layer all lengths agree."""
     model = models[name]
     cache = filled(model)
 

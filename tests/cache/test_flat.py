@@ -35,7 +35,7 @@ def generations(model, count, new, cache=None, kind=HardKVCache, **options):
 
 
 def left_behind(run):
-    """Objects and context variables that a call leaves behind, after one that fills what is filled once."""
+    """Count objects and context variables that a call leaves behind, after a first call that fills one-time state."""
     run()
     gc.collect()
     gc.disable()
@@ -48,7 +48,7 @@ def left_behind(run):
 
 
 def by_generate(model, count, new):
-    """Objects that transformers leaves behind without us."""
+    """Count the objects that transformers leaves behind without our cache."""
     return left_behind(lambda: generations(model, count, new, kind=DynamicCache, do_sample=False))[0]
 
 
@@ -74,7 +74,7 @@ def test_steps_leave_nothing_behind(way):
 
 @pytest.mark.parametrize("name", ["gemma3_text", "falcon_h1", "deepseek_v3"])
 def test_layers_of_other_kinds_leave_nothing_behind(name):
-    """Sliding windows, linear attention, latents."""
+    """Test sliding windows, linear attention and latents."""
     model, options = tiny_model(name), OPTIONS["graphed"] | {"do_sample": False}
     objects, variables = left_behind(lambda: generations(model, GENERATIONS, 6, **options))
     assert objects - by_generate(model, GENERATIONS, 6) < GENERATIONS

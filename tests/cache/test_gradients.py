@@ -58,7 +58,7 @@ def test_later_forwards_run_and_refuse_backward(name, attn, tiny_model, tiny_pro
 
 
 def test_nothing_to_refuse_without_a_graph(tiny_model, tiny_prompts):
-    """Frozen models, as most that generate."""
+    """Test frozen models, the usual case for generation."""
     model = tiny_model("llama").requires_grad_(False)
     cache = HardKVCache(config=model.config, **EVICT)
     model(**tiny_prompts(1), **{CACHE: cache})

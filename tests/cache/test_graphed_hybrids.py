@@ -75,7 +75,7 @@ def same(model, inputs, new, **kwargs):
 @pytest.mark.parametrize("length", [2, WINDOW, 20])
 @pytest.mark.parametrize("name", SLIDING)
 def test_windows(name, length):
-    """Prompts below, at and beyond the window, one padded by two thirds; the shortest grows through all lengths."""
+    """Use prompts below, at and beyond the window, one padded by two thirds; the shortest grows through all lengths."""
     capturable(name)
     caches, replays = same(tiny_model(name), make_prompts(3, length=length), 2 * WINDOW)
     assert replays >= WINDOW
@@ -90,7 +90,7 @@ def test_states_and_latents(name):
 
 @pytest.mark.parametrize("name", ["gemma2", "mistral", "gemma3n_text", "qwen3_next"])
 def test_turns_with_pads_between(name):
-    """Pads of a later turn stand within the window; then eager steps, and static ones again."""
+    """A later turn has pads within the window; eager steps follow, then static steps again."""
     capturable(name)
     model = tiny_model(name)
     caches = both(model)
@@ -152,7 +152,7 @@ def test_an_interrupt_between_steps(name):
 @pytest.mark.skipif(ON_GPU, reason="a replay comes whole or not at all")
 @pytest.mark.parametrize("name", ["gemma2", "qwen3_next"])
 def test_a_step_that_fails(name):
-    """Is not there; but the state of a linear attention cannot go back, so such a cache is unusable until reset."""
+    """A failed step leaves nothing; but linear attention cannot go back, so its cache is unusable until reset."""
     model, inputs = tiny_model(name), make_prompts(2)
     cache, other = both(model)
     calls = []

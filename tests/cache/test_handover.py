@@ -84,7 +84,7 @@ def test_graphed_notices_it_too(lost, tiny_model, tiny_prompts):
 
 
 def test_graphed_looks_itself(monkeypatch, tiny_model, tiny_prompts):
-    """For attention that transformers' functions do not see."""
+    """Test attention that bypasses transformers' functions."""
     monkeypatch.setattr("hardkv.cache.handover.check_given", lambda module: None)
     model = tiny_model("llama")
     cache = HardKVCache(config=model.config, **EVICT)
@@ -147,7 +147,7 @@ def test_the_same_model_without_the_cache_while_it_waits(tiny_model, tiny_prompt
 
 
 def test_generate_is_wrapped_once_and_has_its_signature():
-    """transformers, PEFT and others read it."""
+    """transformers, PEFT and others read the signature."""
     names = ("generate", "_prefill", "_prepare_cache_for_generation")
     before = [getattr(GenerationMixin, name) for name in names]
     install()
@@ -236,7 +236,7 @@ def test_use_cache_false_with_all_tokens_again_is_refused_by_forward(name, sourc
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "olmo3"])
 def test_layers_that_are_not_told_of_use_cache_take_any_chunk(model_type, tiny_prompts):
-    """Gemma 3's get nothing, OLMo 3's always False."""
+    """Gemma 3's layers do not get `use_cache`, OLMo 3's always get False."""
     model, ids = any_tiny_model(model_type), tiny_prompts(1)["input_ids"]
     cache = HardKVCache(config=model.config, **EVICT)
     for _ in range(2):

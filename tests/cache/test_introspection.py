@@ -74,7 +74,7 @@ def test_lengths_agree_with_kept_and_with_each_other(cache):
 
 
 def test_bytes_are_those_of_the_storage(cache):
-    """Counted again, over everything that can be reached from a layer; and asking does not add to it."""
+    """Count the bytes of everything reachable from a layer; asking for them adds none."""
 
     def tensors(thing, seen):
         if isinstance(thing, torch.Tensor):

@@ -184,7 +184,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(which=which, times=st.integers(1, 6), finished=st.sets(st.integers(0, MOST_ROWS - 1), max_size=2))
     def decode(self, which, times, finished):
-        """Single tokens; rows that have finished get pads."""
+        """Feed single tokens; rows that have finished get pads."""
         cache, plain = self.begun(which)
         exists = torch.tensor([[row not in finished] for row in range(plain.batch)])
         for _ in range(times if plain.seen else 0):
@@ -192,7 +192,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(which=which, columns=st.integers(2, 7), holes=st.lists(st.integers(0, 7 * MOST_ROWS - 1), max_size=12))
     def chunk(self, which, columns, holes):
-        """Several tokens at once, with pads anywhere; of the prompt, if none but chunks came before."""
+        """Feed several tokens at once, with pads anywhere; they belong to the prompt if only chunks came before."""
         cache, plain = self.begun(which)
         if plain.seen:
             exists = torch.ones(plain.batch, columns, dtype=torch.bool)
@@ -282,7 +282,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(which=which, rows=some_rows)
     def reorder(self, which, rows):
-        """Beam search."""
+        """Reorder rows as beam search does."""
         cache, plain = self.begun(which)
         rows = [rows[row % len(rows)] % plain.batch for row in range(plain.batch)]
         cache.reorder_cache(torch.tensor(rows, dtype=torch.long))
@@ -320,13 +320,13 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.pairs) < 3)
     @rule(which=which)
     def fork(self, which):
-        """Copy and original both go on."""
+        """Copy a cache; copy and original both continue."""
         self.pairs.append(copy.deepcopy(self.pair(which)))
 
     @precondition(lambda self: len(self.pairs) > 1)
     @rule(which=which)
     def forget(self, which):
-        """A copy that goes takes nothing with it."""
+        """Drop a copy; this does not affect the others."""
         self.pairs.pop(which % len(self.pairs))
 
     @rule(which=which)
@@ -336,7 +336,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(which=which)
     def refusals(self, which):
-        """Bad calls change nothing, which the invariants see."""
+        """Make bad calls; the invariants check that these change nothing."""
         cache, plain = self.pair(which)
         with pytest.raises(ValueError, match="minus the number of tokens"):
             cache.crop(1)
@@ -363,7 +363,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 def check(cache: HardKVCache, plain: Plain) -> None:
-    """The cache holds what the plain account says: positions, misses, keys, values, lengths, and nothing else."""
+    """Check that the cache equals the plain model: positions, misses, keys, values, lengths, and nothing else."""
     assert cache.get_seq_length() == plain.seen
     assert cache.stats().events == plain.events
     if not plain.seen:

@@ -124,7 +124,7 @@ def test_nothing_is_held_outside_the_cache(batch, tiny_model, tiny_prompts, run_
 
 
 def test_a_cache_goes_with_its_last_reference(tiny_model, tiny_prompts, run_generate):
-    """Not at the garbage collector's next visit: a device has no other way to tell it that memory is short."""
+    """Memory must not wait for the garbage collector, which a device cannot call when memory is short."""
     model = tiny_model("llama")
     cache = HardKVCache(config=model.config, budget=24, **SIZES)
     run_generate(model, cache, tiny_prompts(1, 40), 14)

@@ -172,7 +172,7 @@ def test_mode(mode, name, attn, tiny_model, tiny_prompts):
 
 @pytest.mark.parametrize(("name", "attn"), MODELS)
 def test_reset_and_reuse(name, attn, tiny_model, tiny_prompts):
-    """With fewer rows before than after."""
+    """Reset and reuse a cache with fewer rows before than after."""
     model, inputs = tiny_model(name, attn), tiny_prompts(3)
     fresh, cache = (HardKVCache(config=model.config, **EVICT) for _ in range(2))
     greedy(model, {name: value[:2] for name, value in inputs.items()}, cache, max_new_tokens=5)

@@ -111,7 +111,7 @@ def assert_same_row(one, row: int, other, other_row: int, shift: int = 0) -> Non
 @pytest.mark.parametrize(("budget", "settings"), CASES, ids=str)
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
 def test_a_row_does_not_depend_on_its_neighbours(scorer, budget, settings, model):
-    """Beside others, elsewhere in the batch, and alone without pads."""
+    """Compare a row beside others, elsewhere in the batch, and alone without pads."""
     settings = settings | {"scorer": scorer, "budget": budget}
     if settings.get("calibration") == "file":
         settings["calibration"] = measured(model, scorer)
@@ -145,7 +145,7 @@ def test_a_prompt_in_chunks_that_a_row_begins_late(scorer, settings, model):
 
 @pytest.mark.parametrize("refit", [1, 2, 3])
 def test_each_row_is_fitted_again_from_its_own_first_fit_on(refit, model):
-    """And not in between: temperatures change at these events alone.
+    """Temperatures change only at these events.
 
     The short row's first fit has two candidates, which determine nothing.
     """

@@ -237,7 +237,7 @@ def test_the_argument(tiny_model):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", MODES)
 def test_on_a_gpu(mode, tiny_model, tiny_prompts):
-    """The real transfers: pinned memory at home, and the same tokens and bits as without."""
+    """Test the real transfers: pinned host memory, and the same tokens and bits as without offloading."""
     model, inputs = tiny_model("qwen3").cuda(), {name: tensor.cuda() for name, tensor in tiny_prompts(3).items()}
     plain, away = (HardKVCache(config=model.config, offload=flag, patience=1, **EVICT) for flag in (False, True))
     with torch.device("cuda"):
@@ -259,7 +259,7 @@ def test_on_a_gpu(mode, tiny_model, tiny_prompts):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_host_does_not_wait_for_what_leaves(tiny_model, tiny_prompts):
-    """And a copy of the cache is whole all the same."""
+    """A copy of the cache is complete anyway."""
     model, inputs = tiny_model("llama").cuda(), {name: tensor.cuda() for name, tensor in tiny_prompts(3).items()}
     cache = HardKVCache(config=model.config, offload=True, **EVICT)
     model(**inputs, **{CACHE: cache})
@@ -277,7 +277,7 @@ def test_the_host_does_not_wait_for_what_leaves(tiny_model, tiny_prompts):
 
 
 class Stream:
-    """Writes down what a CUDA stream is told, in the order of telling."""
+    """Record the calls on a CUDA stream, in order."""
 
     def __init__(self, name, log):
         self.name, self.log, self.events = name, log, 0

@@ -164,7 +164,7 @@ def test_extreme_window_sinks_and_interval(sizes, tiny_model, tiny_prompts, run_
 
 
 class KeptRecorder(LogitsProcessor):
-    """Asks the cache after every forward of generate()."""
+    """Record `kept()` after every forward of generate()."""
 
     def __init__(self, cache):
         self.cache, self.kept = cache, []

@@ -34,7 +34,7 @@ def cache_of(model, scorer, budget, options):
 @pytest.mark.parametrize("budget", ALL_BUDGETS, ids=str)
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
 def test_as_if_they_had_not_been(scorer, budget, options, tiny_model, tiny_prompts, run_feed):
-    """What follows a chunk of pads is as in a cache that never saw them, evicting."""
+    """After a chunk of pads, an evicting cache equals one that never saw the pads."""
     model, inputs = tiny_model("llama"), padded(tiny_prompts, 16)
     whole, without = (cache_of(model, scorer, budget, options) for _ in range(2))
     steps = run_feed(model, whole, **inputs, chunks=CHUNKS)
@@ -77,7 +77,7 @@ def test_generate_by_chunks(scorer, tiny_model, tiny_prompts):
 
 
 def test_scorers_are_not_asked(tiny_model, tiny_prompts, run_feed):
-    """One of a user's own need not expect that there is nothing to score."""
+    """A user's scorer need not handle an empty set of tokens."""
 
     class Own:
         def score(self, observation):
@@ -91,7 +91,7 @@ def test_scorers_are_not_asked(tiny_model, tiny_prompts, run_feed):
 
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
 def test_nothing_to_score_where_the_host_knows_a_bound_only(scorer):
-    """The longest row may be thought longer than it is."""
+    """The host's bound may exceed the longest row."""
     states, none = torch.zeros(1, 2, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
     empty = replace(Observation.from_dense(states, states, states, mask=none), longest=16)
     assert get_scorer(scorer).score(empty).shape == (0,)

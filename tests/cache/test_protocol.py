@@ -46,7 +46,7 @@ def test_repeating_and_selecting_rows(name, indices, tiny_model, tiny_prompts):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "falcon_h1", "bamba"])
 def test_it_is_initialized_when_dynamic_cache_is(kind):
-    """Some models ask, to tell the first forward from later ones."""
+    """Some models read this, to distinguish the first forward from later ones."""
     model = make_model(kind)
     caches = [HardKVCache(config=model.config, **EVICT), DynamicCache(config=model.config)]
     assert [cache.is_initialized for cache in caches] == [False, False]

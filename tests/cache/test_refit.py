@@ -12,7 +12,7 @@ from hardkv.selectors import Adaptive, SnapKV, fit_temperatures
 
 @dataclass
 class Watched:
-    """SnapKV, which keeps what each event showed it."""
+    """SnapKV that stores the observation of each event."""
 
     seen: list = field(default_factory=list)
 

@@ -362,7 +362,7 @@ def handle():
 
 @pytest.fixture
 def mask(tiny_model, tiny_prompts):
-    """What a layer gets as its attention mask."""
+    """Return the attention mask that a layer gets."""
     model, seen = tiny_model("llama", "sdpa"), []
     attention = model.model.layers[0].self_attn
     attention.register_forward_pre_hook(
@@ -528,7 +528,7 @@ def test_new_tokens_that_see_each_other_both_ways(form, prefilled):
 
 
 def dense_copy(cache: DynamicCache, remove: int) -> DynamicCache:
-    """A DynamicCache without the newest tokens."""
+    """Return a copy of a DynamicCache without the newest tokens."""
     twin = copy.deepcopy(cache)
     twin.crop(-remove)
     return twin

@@ -11,7 +11,7 @@ from hardkv.decoding import joined_linears
 
 
 class Attention(nn.Module):
-    """Projections of one input, of different widths, and one of what they make."""
+    """Projections of one input, with different widths, and a projection of their result."""
 
     def __init__(self, bias=False):
         super().__init__()
@@ -149,7 +149,7 @@ def part():
 
 
 class Scaled(nn.Linear):
-    """A linear layer of a kind of its own."""
+    """A custom linear layer."""
 
 
 @pytest.mark.parametrize(

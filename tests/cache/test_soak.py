@@ -16,7 +16,7 @@ PROMPT, BUDGET, INTERVAL = 20, 16, 8
 
 
 def peak_resident() -> int:
-    """The most bytes that this process ever had in memory."""
+    """Return the peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -19,7 +19,7 @@ STEPS = [40, *[1] * 19]
 
 @dataclass(frozen=True)
 class ByValue:
-    """Reads the values, which are only gathered when asked for."""
+    """A scorer that reads the values, which are gathered only on request."""
 
     across_layers = True
 
@@ -34,7 +34,7 @@ class Alone(ByValue):
 
 @pytest.fixture
 def groups(monkeypatch):
-    """Sizes of the groups that went through `select` together."""
+    """Record the sizes of the groups that go through `select` together."""
     sizes = []
     select = event.select
 
@@ -47,7 +47,7 @@ def groups(monkeypatch):
 
 
 def apart(monkeypatch):
-    """Layers that wait for no other, each in an event of its own."""
+    """Run each layer in a separate event, without waiting for others."""
     monkeypatch.setattr("hardkv.cache.schedule.WAITING_BYTES", 0)
     monkeypatch.setattr(event, "TOGETHER_BYTES", 0)
     monkeypatch.setattr(event, "TOGETHER_SHARE", 0)
@@ -88,7 +88,7 @@ def share_by_risk(cache):
 
 
 def give_temperatures(cache):
-    """Calibrated before, another for every head."""
+    """Set calibrated temperatures, different for every head."""
     for idx, layer in enumerate(cache.layers):
         layer.temperatures = torch.tensor([0.5 + idx, 3.0 / (1 + idx)])
 
@@ -169,7 +169,7 @@ def test_layers_that_differ_are_scored_apart(differ, groups, monkeypatch, run_fe
 
 
 class Waits(TorchDispatchMode):
-    """Counts the numbers that the host reads from tensors one by one."""
+    """Count the numbers that the host reads from tensors one by one."""
 
     count = 0
 

@@ -27,7 +27,7 @@ def compressed(cache):
 
 
 def snapshot(cache):
-    """What the cache itself says, as a trace should."""
+    """Return the state of the cache in the form of a trace."""
     return {
         "kept": {idx: cache.kept(idx) for idx in compressed(cache)},
         "lengths": {tier: cache.lengths(tier) for tier in TIERS},
@@ -66,7 +66,7 @@ def same_traces(one, other):
 
 
 def recorded(model, cache, inputs, chunks):
-    """The trace of some forwards, and what the cache said after every event and at the end."""
+    """Return the trace of some forwards, and the cache's state after every event and at the end."""
     expected, events = [], 0
     with cache.record() as trace:
         for _ in feed(model, cache, inputs["input_ids"], inputs["attention_mask"], chunks):

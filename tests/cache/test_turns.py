@@ -246,7 +246,7 @@ def test_what_comes_back_is_refused_and_changes_nothing(dtype, tiny_model):
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool])
 def test_a_mask_that_is_changed_in_place(dtype, tiny_model):
-    """What a cache remembers of masks is its own."""
+    """The cache must store its own copy of masks."""
     model, inputs = tiny_model("llama", dtype=torch.float64), make_prompts(3, 12)
     results = []
     for cache in (DynamicCache(config=model.config), HardKVCache(config=model.config, **KEEP_ALL)):
