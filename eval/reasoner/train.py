@@ -38,8 +38,7 @@ class Settings:
             old tokens; these have their own warm-up and decay, because the first schedule ends too low to learn.
         stages: (up to this fraction of the steps, lengths in tokens to draw from): long solutions are
             learned faster once short ones work. hide_from: from this fraction on, batches come from `encode_hiding`,
-            with
-            `hidden_lengths`, so that the model needs only the results of older lines.
+            with `hidden_lengths`, so that the model needs only the results of older lines.
         fewest_lines: minimum lines per problem; the number is drawn from here up to what fits. At the longest
             length the larger of two draws counts, because only the longest problems look up some of the cells.
         compile: torch.compile the layers.
