@@ -32,7 +32,8 @@ from eval.machine import device_name
 from eval.speed.checks import TOLERANCE, reference_kernels
 from eval.speed.events import QWEN, SMALL_EVENTS, Model, measure_events
 from eval.speed.inputs import QUICK, SHAPES, Setting, Shape
-from eval.speed.operations import KINDS, Operation
+from eval.speed.operation import Operation
+from eval.speed.operations import KINDS
 from eval.speed.timing import COPY_BYTES, CudaTimer, copy_bandwidth, describe
 from hardkv.files import file_to_write, write_text
 from hardkv.kernels.attention import packages

@@ -169,6 +169,7 @@ class HardKVCache(GivenCache):
         self._check_whole()
         for ours in self._compressed:
             ours.check_crop(tokens_to_remove)
+        self.forget_ids()
 
         def ours_alone(layer: Any) -> bool:
             return isinstance(layer, HardKVLayer) and not isinstance(layer, HybridLayer)
@@ -200,7 +201,7 @@ class HardKVCache(GivenCache):
         """
         self._check_rows(beam_idx)
         with self._whole_or_broken():
-            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            super().reorder_cache(beam_idx)
             if self._recorder is not None:
                 self._recorder.select(beam_idx)
 

@@ -10,10 +10,12 @@ from threading import get_ident
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.utils import GenerationMixin
 
 from hardkv.cache.argument import CACHE
+from hardkv.cache.continuation import HeldIds
 from hardkv.cache.integrity import WholeCache
 from hardkv.cache.model import Traits
 from hardkv.cache.routing.under_way import WAITING, innermost, wrap_method
@@ -33,13 +35,14 @@ class GivenCache(WholeCache):
         self._limit = None if traits is None else traits.original_max_positions
         self._rotates_anew = traits is not None and traits.rotates_anew  # if False, keys stay right beyond the limit
         self._insists = False  # True while a model that would drop the cache prepares its inputs again
+        self._ids: HeldIds | None = None  # of the columns held, where a generate() left them
         super().__init__(config=config)
 
     def given(self, model: Any, generation_config: Any) -> None:
         """Note that the `generate()` of `model` was given this cache.
 
         Raises:
-            ValueError: `use_cache=False`.
+            ValueError: `use_cache=False`, or ids that do not continue what the cache holds.
         """
         if generation_config.use_cache is False:
             raise ValueError(
@@ -52,10 +55,40 @@ class GivenCache(WholeCache):
         call = innermost()
         if call is None or call.model is not model:  # the model has a generate() of its own
             return
+        if self._ids is not None:
+            self._ids.check(call.arguments)
         if self._rotates_anew and call.arguments.get("custom_generate") is None:
             self._warn_of_limit(call.arguments, generation_config.max_length)
         call.cache = self
         WAITING[get_ident()] = call
+
+    def generated(self, result: Any) -> None:
+        """Take note of what the `generate()` returned that was given this cache."""
+        self._ids = HeldIds.of(result, self.get_seq_length())
+
+    def forget_ids(self) -> None:
+        """Forget which tokens are held, as columns or sequences change."""
+        self._ids = None
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.forget_ids()
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Pick sequences of the batch, in order (beam search)."""
+        self.forget_ids()
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch."""
+        self.forget_ids()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given sequences of the batch, in that order."""
+        self.forget_ids()
+        super().batch_select_indices(indices)
 
     def _warn_of_limit(self, arguments: dict[str, Any], longest: int) -> None:
         """Warn if a generation with these arguments starts within the limit and may exceed it."""

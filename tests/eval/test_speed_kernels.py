@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from eval.speed import events, kernels, kernels_report
+from eval.speed.event_operations import Compaction, ScoringMean
 from eval.speed.events import Model
 from eval.speed.inputs import SEEN, SHAPES, Setting, Shape, make_tiers
 from eval.speed.kernels import OPERATIONS
 from eval.speed.kernels_report import Target, targets
-from eval.speed.operations import KINDS, Append, Attention, Chunk, Compaction, ScoringMean
+from eval.speed.operations import KINDS, Append, Attention, Chunk
 from hardkv.kernels.attention import attend, packages
 
 CPU = torch.device("cpu")

@@ -77,7 +77,10 @@ def _noting_call(generate: Callable[..., Any]) -> Callable[..., Any]:
         call = Call(self, dict(zip(names, args, strict=False)) | kwargs)
         _thread.calls.append(call)
         try:
-            return generate(self, *args, **kwargs)
+            result = generate(self, *args, **kwargs)
+            if call.cache is not None:
+                call.cache.generated(result)
+            return result
         finally:
             _thread.calls.pop()
             if WAITING.get(get_ident()) is call:
