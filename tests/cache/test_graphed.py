@@ -332,8 +332,8 @@ def test_fixed_totals_never_move(model):
 
 def test_rows_of_one_length_are_compacted_in_place(model, monkeypatch):
     """Once all heads keep as many tokens as before, an event rewrites them in place and allocates nothing."""
-    held, in_place, after = [], [], Pool.compacted
-    monkeypatch.setattr(Pool, "compacted", lambda *args: in_place.append(after(*args)) or in_place[-1])
+    held, in_place, after = [], [], Pool.compact
+    monkeypatch.setattr(Pool, "compact", lambda *args: in_place.append(after(*args)) or in_place[-1])
     for budget in (TopK(12), AdaKV(12)):
         cache = same(model, make_prompts(2, length=30), cache_settings={"budget": budget, "scorer": "snapkv"})[1]
         held.append([tiers is not None for tiers in in_place])

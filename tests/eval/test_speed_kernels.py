@@ -376,13 +376,13 @@ def test_an_event_is_checked_against_the_reference():
     assert events.event_error(layer, old) == 0
     settings = [events.settings_for(MODEL, SETTING, name) for name in ("attention", "snapkv")]
     answers = iter(settings)
-    original = layer.event
+    original = layer.event_inputs
 
     def another(*args):
         layer.settings = next(answers)
         return original(*args)
 
-    layer.event = another
+    layer.event_inputs = another
     assert events.event_error(layer, old) > 0.01
 
 
