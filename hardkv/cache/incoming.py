@@ -5,6 +5,20 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 
+def check_numbers(keys: Tensor, layer_idx: int) -> None:
+    """Raise NotImplementedError for keys that have no numbers, which decide what a cache keeps."""
+    if keys.device.type == "meta":
+        kind = "on the meta device"
+    elif type(keys).__name__ == "FakeTensor":  # whose module imports much
+        kind = "of FakeTensorMode"
+    else:
+        return
+    raise NotImplementedError(
+        f"layer {layer_idx} gets keys {kind}, which have no numbers, and a HardKVCache keeps tokens by numbers: run the "
+        "model with DynamicCache there, or ask hardkv.plan(model.config) for the cache's bytes"
+    )
+
+
 def check_alike(keys: Tensor, values: Tensor, layer_idx: int) -> None:
     """Raise ValueError unless keys and values agree in batch, heads, tokens and dtype. Call it if they differ.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hardkv.cache.events.run import Events
-from hardkv.cache.incoming import check_alike, what_else
+from hardkv.cache.incoming import check_alike, check_numbers, what_else
 from hardkv.cache.layer_events import LayerEvents
 from hardkv.cache.protocol import LayerProtocol
 from hardkv.cache.routing.handles import KVHandle, LatentHandle, UnroutedKVError
@@ -56,6 +56,7 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         if key_states.shape[:-1] != value_states.shape[:-1] or key_states.dtype != value_states.dtype:
             check_alike(key_states, value_states, self.layer_idx)
         if not self.is_initialized:
+            check_numbers(key_states, self.layer_idx)
             self.lazy_initialization(key_states, value_states)
         got = (key_states.shape[0], key_states.shape[1], key_states.shape[3], value_states.shape[3])
         held = (self.batch_size, self.num_kv_heads, self.head_dim, self.value_dim)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -142,3 +143,17 @@ def test_fits(context, solver):
         actual = fit_temperatures(z, reference, 0.9, solver=solver)
     for one, other in zip(vars(actual).values(), vars(expected).values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_keys_without_numbers(tiny_model):
+    """Refused by name, and nothing is held."""
+    model = tiny_model("llama")
+    cache = HardKVCache(config=model.config)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        ids = mode.from_tensor(torch.full((1, 12), 5))
+        with pytest.raises(NotImplementedError, match="FakeTensorMode, which have no numbers"):
+            model(ids, **{CACHE: cache})
+    with pytest.raises(NotImplementedError, match="on the meta device"):
+        cache.update(*torch.empty(2, 1, 2, 12, 8, device="meta"), 0)
+    assert cache.get_seq_length() == 0
+    assert model(torch.full((1, 12), 5), **{CACHE: cache}).logits.isfinite().all()

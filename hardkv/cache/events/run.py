@@ -48,12 +48,13 @@ class Events:
             ValueError: a scorer returned scores that are not finite. Nothing has changed then.
             NotImplementedError: see `_check`. Nothing has changed then.
         """
-        for selected, on_the_way in self._selected:
-            read = [Sizes(*each) for each in on_the_way.wait().tolist()]
-            for i, sizes in zip([i for group, _ in selected for i in group], read, strict=True):
-                _check(self._inputs[i], sizes)
+        found = [(selected, [Sizes(*each) for each in read.wait().tolist()]) for selected, read in self._selected]
+        for selected, sizes in found:
+            for i, each in zip([i for group, _ in selected for i in group], sizes, strict=True):
+                _check(self._inputs[i], each)
+        for selected, sizes in found:
             for group, selection in selected:
-                own, read = read[: len(group)], read[len(group) :]
+                own, sizes = sizes[: len(group)], sizes[len(group) :]
                 for place, (i, index) in enumerate(zip(group, selection.index(own), strict=True)):
                     inputs, self._inputs[i] = self._inputs[i], None
                     if inputs is not None and wanted(i):
