@@ -14,8 +14,8 @@ def check_numbers(keys: Tensor, layer_idx: int) -> None:
     else:
         return
     raise NotImplementedError(
-        f"layer {layer_idx} gets keys {kind}, which have no numbers, and a HardKVCache keeps tokens by numbers: run the "
-        "model with DynamicCache there, or ask hardkv.plan(model.config) for the cache's bytes"
+        f"layer {layer_idx} gets keys {kind}, which have no numbers, and a HardKVCache keeps tokens by numbers: run "
+        "the model with DynamicCache there, or ask hardkv.plan(model.config) for the cache's bytes"
     )
 
 
