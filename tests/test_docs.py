@@ -21,7 +21,8 @@ import hardkv
 import hardkv.selectors
 import hardkv.viz
 from docs import tables
-from hardkv import HardKVCache, calibration
+from hardkv import HardKVCache
+from hardkv.calibration import calibrate as calibration
 from hardkv.cache.argument import CACHE
 from hardkv.loading import MODEL_PACKAGE, load
 from hardkv.selectors import BUDGETS, SCORERS

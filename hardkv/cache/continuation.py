@@ -18,7 +18,7 @@ class HeldIds:
         ids = getattr(result, "sequences", result)
         if not isinstance(ids, Tensor) or ids.dim() != 2 or not columns <= ids.shape[1] <= columns + 1:
             return None  # such as new tokens only, after inputs_embeds
-        return cls(ids[:, :columns].cpu())
+        return cls(ids[:, :columns].to("cpu", copy=True))
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Compare with the arguments of the next `generate()`, where its mask shows tokens.
