@@ -22,8 +22,8 @@ import hardkv.selectors
 import hardkv.viz
 from docs import tables
 from hardkv import HardKVCache
-from hardkv.calibration import calibrate as calibration
 from hardkv.cache.argument import CACHE
+from hardkv.calibration import calibrate as calibration
 from hardkv.loading import MODEL_PACKAGE, load
 from hardkv.selectors import BUDGETS, SCORERS
 from tests.eval import tiny
@@ -86,12 +86,12 @@ def check_turns(model, tokenizer, monkeypatch, **settings):
         fed.append(kwargs["input_ids"])
         return forward(*args, **kwargs)
 
-    def turn(ids, **kwargs):
+    def turn(ids, past_key_values, **kwargs):
         held = torch.cat(fed, 1) if fed else ids[:, :0]
-        assert kwargs["past_key_values"].get_seq_length() == held.shape[1] < ids.shape[1]
+        assert past_key_values.get_seq_length() == held.shape[1] < ids.shape[1]
         assert torch.equal(ids[:, : held.shape[1]], held)
         turns.append(ids)
-        return generate(ids, **(kwargs | settings))
+        return generate(ids, **{CACHE: past_key_values}, **(kwargs | settings))
 
     monkeypatch.setattr(model, "forward", wraps(forward)(watched))
     monkeypatch.setattr(model, "generate", turn)
