@@ -25,6 +25,9 @@ OPTIONS = {
 }
 
 
+WAYS = ["eager", "graphed", pytest.param("compiled", marks=pytest.mark.slow)]
+
+
 def generations(model, count, new, cache=None, kind=HardKVCache, **options):
     """Generate `count` times, each with a cache of its own unless one is reset."""
     for _ in range(count):
@@ -52,7 +55,7 @@ def by_generate(model, count, new):
     return left_behind(lambda: generations(model, count, new, kind=DynamicCache, do_sample=False))[0]
 
 
-@pytest.mark.parametrize("way", OPTIONS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("reused", [False, True], ids=["new", "reset"])
 def test_generations_leave_nothing_behind(way, reused):
     model = make_model("qwen3", num_hidden_layers=2)
@@ -63,7 +66,7 @@ def test_generations_leave_nothing_behind(way, reused):
     assert variables == 0
 
 
-@pytest.mark.parametrize("way", OPTIONS)
+@pytest.mark.parametrize("way", WAYS)
 def test_steps_leave_nothing_behind(way):
     model, new = make_model("qwen3", num_hidden_layers=2), 80
     options = OPTIONS[way] | {"do_sample": True, "top_k": 5, "repetition_penalty": 1.1}
@@ -72,7 +75,9 @@ def test_steps_leave_nothing_behind(way):
     assert variables == 0
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "falcon_h1", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["gemma3_text", *(pytest.param(name, marks=pytest.mark.slow) for name in ("falcon_h1", "deepseek_v3"))]
+)
 def test_layers_of_other_kinds_leave_nothing_behind(name):
     """Test sliding windows, linear attention and latents."""
     model, options = tiny_model(name), OPTIONS["graphed"] | {"do_sample": False}

@@ -70,6 +70,7 @@ def test_a_filled_cache_holds_what_its_budget_keeps(bench, kind):
     assert storage_nbytes(cache.layers[0].tensors()) > 0
 
 
+@pytest.mark.slow
 def test_first_token_and_errors(bench, monkeypatch):
     records = list(run(bench, ["topk"], [Case(100, 3, 90)], [60]))
     assert [record["measure"] for record in records] == ["first token"] * 3 + ["decode"]

@@ -29,7 +29,7 @@ from tests.models.probe import (
 from tests.models.tiny import TYPES, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about tiny configs
-# Of every kind one; beside `test_architecture`, tests of the others are slow.
+# Of every kind one; tests of the others are slow.
 KINDS = ["llama", "deepseek_v3", "gemma2", "llama4", "mistral", "qwen2_moe", "qwen3_next", "recurrent_gemma", "whisper"]
 OF_EVERY_KIND = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in TYPES]
 # Whose own code stores float32 beside bfloat16, with any cache.
@@ -43,9 +43,7 @@ def verdict_of(model_type: str):
     return probe(model_type)
 
 
-@pytest.mark.parametrize(
-    "model_type", [pytest.param(name, marks=[] if name in KINDS else pytest.mark.every_type) for name in TYPES]
-)
+@pytest.mark.parametrize("model_type", OF_EVERY_KIND)
 def test_architecture(model_type):
     verdict, committed = verdict_of(model_type), compatibility.committed()
     if committed is not None and not verdict.reason.startswith("ImportError"):
