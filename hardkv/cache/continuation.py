@@ -20,17 +20,15 @@ class HeldIds:
             return None  # such as new tokens only, after inputs_embeds
         return cls(ids[:, :columns].to("cpu", copy=True))
 
-    def check(self, arguments: dict[str, Any]) -> None:
-        """Compare with the arguments of the next `generate()`, where its mask shows tokens.
+    def check(self, ids: Any, mask: Any) -> None:
+        """Compare with the ids and the attention mask of the next `generate()`, where the mask shows tokens.
 
         Raises:
             ValueError: a token differs.
         """
-        given = [arguments[name] for name in ("inputs", "input_ids") if isinstance(arguments.get(name), Tensor)]
         rows, columns = self.ids.shape
-        if not given or given[0].dim() != 2 or given[0].shape[0] != rows or given[0].shape[1] < columns:
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != rows or ids.shape[1] < columns:
             return
-        ids, mask = given[0], arguments.get("attention_mask")
         if mask is not None and mask.shape != ids.shape:  # the ids are new ones only
             return
         differ = ids[:, :columns].cpu() != self.ids

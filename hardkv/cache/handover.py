@@ -56,9 +56,9 @@ class GivenCache(WholeCache):
         if call is None or call.model is not model:  # the model has a generate() of its own
             return
         if self._ids is not None:
-            self._ids.check(call.arguments)
+            self._ids.check(call.ids, call.arguments.get("attention_mask"))
         if self._rotates_anew and call.arguments.get("custom_generate") is None:
-            self._warn_of_limit(call.arguments, generation_config.max_length)
+            self._warn_of_limit(call.ids, generation_config.max_length)
         call.cache = self
         WAITING[get_ident()] = call
 
@@ -90,10 +90,9 @@ class GivenCache(WholeCache):
         self.forget_ids()
         super().batch_select_indices(indices)
 
-    def _warn_of_limit(self, arguments: dict[str, Any], longest: int) -> None:
-        """Warn if a generation with these arguments starts within the limit and may exceed it."""
-        tokens = next((arguments[name] for name in ("inputs", "input_ids") if arguments.get(name) is not None), None)
-        length = 0 if tokens is None else tokens.shape[1]
+    def _warn_of_limit(self, ids: Any, longest: int) -> None:
+        """Warn if a generation from these ids starts within the limit and may exceed it."""
+        length = 0 if ids is None else ids.shape[1]
         if length <= self._limit < longest:  # type: ignore[operator]  # it has a limit
             self._warn(
                 f"this generation may grow from {length} to {longest} tokens, and beyond {self._limit} "

@@ -139,11 +139,11 @@ class StaticDecoding:
         Raises:
             NotImplementedError: the model moved the state of a linear attention.
         """
-        current.decoding, self.midway, before = self, True, self.addresses
+        current.attend, self.midway, before = self.attend, True, self.addresses
         try:
             yield
         finally:
-            current.decoding = None
+            current.attend = None
         if self.addresses != before:
             raise NotImplementedError(
                 "custom_generate=graphed needs the states of linear attention to stay where they are, and this model "

@@ -1,7 +1,7 @@
 """The new token of a static step on its way to attention, and the operator that stores it and attends."""
 
 import threading
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,29 +11,10 @@ from hardkv.cache.routing.latent import Latent
 from hardkv.kernels.autocast import attended_dtype
 
 
-class Decoding(Protocol):
-    """What the operator needs from the `StaticDecoding` that is stepping."""
-
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        store: bool,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Store one token per sequence and attend, `[B, Hq, 1, Dv]`."""
-        ...
-
-
 class Current(threading.local):
-    """The `StaticDecoding` that is stepping in this thread."""
+    """`StaticDecoding.attend` of the step under way in this thread."""
 
-    decoding: Decoding | None = None
+    attend: Callable[..., Tensor] | None = None
 
 
 current = Current()
@@ -94,10 +75,10 @@ def static_attention(
 
     It writes only to the pools, which no other operator of a forward reads.
     """
-    decoding = current.decoding
-    if decoding is None:
+    attend = current.attend
+    if attend is None:
         raise RuntimeError("hardkv::static_attention works within StaticDecoding.step() only")
-    out = decoding.attend(layer_idx, query, keys, values, store, scale=scale, softcap=softcap, sinks=sinks)
+    out = attend(layer_idx, query, keys, values, store, scale=scale, softcap=softcap, sinks=sinks)
     return out.transpose(1, 2).contiguous()
 
 

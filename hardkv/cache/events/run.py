@@ -22,9 +22,9 @@ class Events:
     """
 
     def __init__(self, inputs: Sequence[EventInputs]):
-        self._inputs: list[EventInputs | None] = [*with_fills(inputs)]
+        counted = with_fills(inputs)
+        self._inputs: list[EventInputs | None] = [*counted]
         selections: dict[torch.device, list[tuple[list[int], Selection]]] = {}
-        counted = [each for each in self._inputs if each is not None]
         for group in groups(counted):
             device = counted[group[0]].tiers.dense.keys.device
             with suspended(device):

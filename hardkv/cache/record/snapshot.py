@@ -58,11 +58,10 @@ class HeldByLayer:
             return Positions(host(flat, torch.int32), host(lengths, torch.int64))
 
         dense = tiers.dense
-        held = torch.arange(dense.capacity, device=dense.fill.device) < dense.fill[:, None]
         found = {
             "condensed": positions(tiers.condensed.positions, tiers.condensed.lengths),
             "sparse": positions(tiers.sparse.positions, tiers.sparse.lengths),
-            "dense": positions(dense.positions[held], dense.fill),
+            "dense": positions(dense.positions[dense.held()], dense.fill),
         }
         return cls(tiers.shape[1], found)
 

@@ -28,6 +28,13 @@ class Call:
     arguments: dict[str, Any]
     cache: Any = None
 
+    @property
+    def ids(self) -> Any:
+        """The token ids that its caller passed; None without any."""
+        return next(
+            (self.arguments[name] for name in ("inputs", "input_ids") if self.arguments.get(name) is not None), None
+        )
+
 
 class _Thread(threading.local):
     def __init__(self) -> None:
