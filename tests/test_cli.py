@@ -335,6 +335,7 @@ def test_the_demo_takes_what_calibrate_wrote(model_folder, long_texts, text_file
         assert report["calibration"] == str(saved)
 
 
+@pytest.mark.slow
 def test_the_demo_refuses_a_calibration_that_does_not_fit(model_folder, long_texts, text_file, tmp_path, capsys):
     saved = tmp_path / "c.safetensors"
     assert run_calibrate(model_folder, long_texts, saved, *SMALL) == 0

@@ -40,7 +40,8 @@ transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # the models are too small for several threads
 # The default device of all tests; HARDKV_TEST_DEVICE=cuda tests the kernels.
 DEVICE = os.environ.get("HARDKV_TEST_DEVICE", "cpu")
-torch.set_default_device(DEVICE)
+if DEVICE != "cpu":  # a default device is a mode that every operation passes through: it would halve the tests' speed
+    torch.set_default_device(DEVICE)
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -5,7 +5,7 @@ rounding to bfloat16; arithmetic outside autocast must be equal bit by bit.
 """
 
 import copy
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -266,16 +266,6 @@ def test_accelerate_prepares_a_model(tiny_model, tiny_prompts):
 # ---------------------------------------------------------------------------------------------- on a GPU
 
 
-@contextmanager
-def on(device: str):
-    before = torch.get_default_device()
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(before)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("attention", ["auto", "torch", "flash_attn"])
@@ -284,7 +274,7 @@ def on(device: str):
 def test_on_a_gpu(name, dtype, attention, tiny_model, tiny_prompts, run_feed):
     if attention == "flash_attn":
         pytest.importorskip("flash_attn")
-    with on("cuda"):
+    with torch.device("cuda"):
         model = tiny_model(name).cuda()
         inputs = {key: value.cuda() for key, value in tiny_prompts(3, new=13).items()}
         pasts = HardKVCache(config=model.config, attention=attention, **HOLD_ALL), DynamicCache(config=model.config)
@@ -303,7 +293,7 @@ def test_graphs_on_a_gpu(compile, tiny_model, tiny_prompts):
 
     One cache goes through two blocks of autocast and none, in turn; each answer is that of a new cache's eager steps.
     """
-    with on("cuda"):
+    with torch.device("cuda"):
         model, cache = tiny_model("qwen3").cuda(), None
         options = dict(max_new_tokens=16, do_sample=False, return_dict_in_generate=True, output_logits=True)
         cache = HardKVCache(config=model.config, **EVICT)

@@ -188,6 +188,7 @@ state.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_accelerate_launch(tmp_path):
     """Test data parallel: every process has its own model, caches and prompts."""
     pytest.importorskip("accelerate")

@@ -156,7 +156,7 @@ def test_other_caches_stay_bit_identical(name, attn, kind, without_hardkv, tiny_
     assert torch.equal(logits, expected_logits)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_static_cache_compiles_in_one_graph_through_the_wrapped_registry(attn, tiny_model, tiny_prompts, run_generate):
     model, inputs = tiny_model("llama", attn), tiny_prompts(1)
     run_generate(model, HardKVCache(config=model.config, budget=9, **EVENTFUL), inputs, 8)

@@ -318,7 +318,8 @@ def breaks_and_graphs() -> tuple[int, int]:
     return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("layers", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [1, 3])
 def test_graph_breaks_of_a_compiled_model(layers, tiny_model, tiny_prompts):
     """Storing and attending are outside the graphs: few breaks a layer, and no new graph once decoding has settled."""
     torch.compiler.reset()

@@ -3,7 +3,7 @@
 After every step of the state machine the cache must hold exactly the positions, misses, keys and values that the plain
 account says, and what attention returned must be dense attention masked by it.
 
-CI runs 40 examples, the same ones every time. HARDKV_EXAMPLES=20000 runs so many new random ones instead, and says
+CI runs 25 examples, the same ones every time. HARDKV_EXAMPLES=20000 runs so many new random ones instead, and says
 how to reproduce a failure.
 """
 
@@ -406,7 +406,7 @@ def check(cache: HardKVCache, plain: Plain) -> None:
 
 TestCache = CacheMachine.TestCase
 TestCache.settings = settings(
-    max_examples=EXAMPLES or 40,
+    max_examples=EXAMPLES or 25,
     stateful_step_count=25,
     derandomize=not EXAMPLES,
     deadline=None,

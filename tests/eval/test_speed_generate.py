@@ -26,7 +26,13 @@ def bench():
     return Bench("tiny", config, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if "compile" not in name and name != "kvpress"])
+HERE = [name for name in METHODS if "compile" not in name and name != "kvpress"]
+QUICK = ("dynamic", "topk")
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HERE]
+)
 def test_decode(bench, method):
     record = bench.decode(method, Case(200, 2, 100), steps=130)
     assert record["steps"] == 130

@@ -51,6 +51,7 @@ def test_every_scorer_is_in_its_cache(bench, monkeypatch):
     assert [record["scorer"] for record in records] == ["", "snapkv", "rkv"]
 
 
+@pytest.mark.slow
 def test_a_second_run_replaces_its_own_records(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(prompts, "Bench", lambda *args: bench)
     bench.name = "two small layers"

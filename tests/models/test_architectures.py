@@ -170,6 +170,7 @@ def test_the_probe_notices_a_cache_that_does_nothing(monkeypatch):
         probe("mistral")
 
 
+@pytest.mark.slow
 def test_refusals_name_the_way_out():
     reasons = [verdict_of(model_type).reason for model_type in TYPES if verdict_of(model_type).status == REFUSED]
     assert len(reasons) > 10

@@ -1,5 +1,6 @@
 """The plugin counts what it should, and the committed page is that of the JSON."""
 
+import pytest
 import torch
 from transformers import DynamicCache
 
@@ -59,6 +60,7 @@ class LlamaTest(GenerationTesterMixin, unittest.TestCase):
 """
 
 
+@pytest.mark.slow
 def test_the_plugin_tells_what_a_test_did(tmp_path):
     file = "tests/models/llama/test_modeling_llama.py"
     (tmp_path / file).parent.mkdir(parents=True)
