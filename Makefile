@@ -19,9 +19,9 @@ ARGS ?=
 # Waiting threads give their core away instead of spinning, without which torch crawls on a busy machine of few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# What Triton's interpreter runs: every kernel, and a few models whose caches use them all.
+# What Triton's interpreter runs: every kernel, and a model whose cache uses nearly all.
 INTERPRETED := tests/kernels/*/test_triton*.py tests/eval/test_speed_kernels.py tests/cache/test_oracle.py \
-	tests/cache/test_graphed.py -k "triton or (Adaptive and qwen3-3-2) or in_place"
+	-k "triton or (every_step and rkv and Adaptive and llama-1-2)"
 
 # Whoever has no test left takes some of the others'.
 SHARED := --numprocesses $(JOBS) --dist worksteal
