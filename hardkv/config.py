@@ -7,12 +7,25 @@ from typing import Any
 
 from hardkv.calibration.file import Calibration
 from hardkv.kernels.attention import check_backend
+from hardkv.kernels.codes import BITS
 from hardkv.selectors.budgets import Adaptive, Budget, Risk, TopK, budget_to_dict, get_budget
 from hardkv.selectors.checks import check_count
 from hardkv.selectors.scorers.scorer import Scorer, get_scorer, scorer_to_dict
 
 # The miss counters of Cautious Update are bytes.
 MAX_PATIENCE = 254
+
+
+def check_bits(bits: Any) -> int | tuple[int, int]:
+    """Return the bits of keys and values, as one number if they are equal.
+
+    Raises:
+        ValueError: they are not allowed.
+    """
+    pair = tuple(bits) if isinstance(bits, list | tuple) else (bits, bits)
+    if len(pair) != 2 or any(type(each) is not int or each not in BITS for each in pair):
+        raise ValueError(f"bits={bits!r} must be one of {BITS}, or a pair of them for keys and values")
+    return pair[0] if pair[0] == pair[1] else pair
 
 
 @dataclass
@@ -40,6 +53,8 @@ class HardKVConfig:
             "flash_attn" (whichever flash_attn_varlen_func is installed, or PyTorch's) or "torch" (anywhere).
         offload: keep condensed keys and values in host memory, and copy those of a layer to the device while the layer
             before it computes. The dense tier, positions and sliding-window layers stay on the device.
+        bits: per coordinate of the tokens that events keep: 16 (as they are), 8, 4, 3 or 2, or a pair for keys and
+            values. The first `sinks` tokens and those since the last event always have 16.
 
     Raises:
         ValueError, TypeError: a value is not allowed; the message says which are.
@@ -71,6 +86,7 @@ class HardKVConfig:
     refit: int = 0
     attention: str = "auto"
     offload: bool = False
+    bits: "int | tuple[int, int]" = 16
 
     def __post_init__(self) -> None:
         self.scorer = get_scorer(self.scorer)
@@ -84,6 +100,7 @@ class HardKVConfig:
         self.budget = get_budget(
             self.budget, of_int=Risk if has_risk else Adaptive if self.calibration is not None else TopK
         )
+        self.bits = check_bits(self.bits)
         self.window = check_count("window", self.window, 1)
         self.sinks = check_count("sinks", self.sinks, 0)
         self.interval = check_count("interval", self.interval, 1)
@@ -106,7 +123,8 @@ class HardKVConfig:
                 f"the budget {self.budget} needs measured risk curves: pass calibration='auto', or what "
                 "hardkv.calibrate(model) returned, or the path it was saved to"
             )
-        if self.calibration is not None and not (self.budget.uses_temperature or self.budget.uses_risk):
+        means = self.bits != 16 and getattr(self.calibration, "key_means", None) is not None  # which codes use
+        if self.calibration is not None and not (self.budget.uses_temperature or self.budget.uses_risk or means):
             raise ValueError(
                 f"calibration={self.calibration!r}: the budget {self.budget} ranks by scores alone and cannot use a "
                 "calibration; pass calibration=None, or a budget that can: Risk(n), or one that reads scores as "
@@ -143,6 +161,7 @@ class HardKVConfig:
             "refit": self.refit,
             "attention": self.attention,
             "offload": self.offload,
+            "bits": list(self.bits) if isinstance(self.bits, tuple) else self.bits,
         }
 
     def to_json(self) -> str:

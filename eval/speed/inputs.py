@@ -110,6 +110,7 @@ def make_tiers(setting: Setting, lengths: Tensor, fill: int, seen: int, seed: in
         draw(rows.total, dim),
         (slot * (seen - fill) // length).to(torch.int32),
         torch.zeros(rows.total, dtype=torch.uint8, device=setting.device),
+        torch.zeros(rows.total, 0, dtype=torch.float16, device=setting.device),
     )
     condensed = RaggedTier(columns, rows)
     dense = DenseTier(

@@ -52,10 +52,15 @@ def build_layers(
         warn: receives warnings for the user. model: the model that calibration "auto" measures.
 
     Raises:
-        ValueError: the calibration is "auto" without a model, or was made for another model, or the budget does not fit
-            the number of layers.
+        ValueError: the bits do not suit the model; or the calibration is "auto" without a model, or was made for
+            another model; or the budget does not fit the number of layers.
     """
     cross = traits.cross_attention_layers
+    if traits.latent and settings.bits != 16:
+        raise ValueError(
+            f"bits={settings.bits}: {type(traits.config).__name__} has latent attention (MLA), whose latents are not "
+            "quantised: use bits=16"
+        )
     full = [idx for idx, layer in enumerate(layers) if type(layer) in FULL and idx not in cross]
     if settings.calibration == "auto":
         from hardkv.calibration.auto import auto  # imported here, because it imports this file
@@ -72,6 +77,9 @@ def build_layers(
         layer.shared, layer.latent = traits.shares_keys, traits.latent
         if isinstance(calibration, Calibration) and budget.uses_temperature:
             layer.temperatures = calibration.temperatures[rank]
+        if isinstance(calibration, Calibration) and calibration.key_means is not None:
+            assert calibration.value_means is not None
+            layer.means = calibration.key_means[rank], calibration.value_means[rank]
         built[idx] = layer
     if warning := _not_compressed(traits, layers):
         warn(warning)

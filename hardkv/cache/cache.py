@@ -46,7 +46,7 @@ class HardKVCache(GivenCache):
     Args:
         config: `model.config`, or the model, which `calibration="auto"` needs. Without it, every layer of the model
             must use full attention.
-        scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload: see
+        scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload, bits: see
             `HardKVConfig`.
 
     Raises:
@@ -78,9 +78,10 @@ class HardKVCache(GivenCache):
         refit: int = HardKVConfig.refit,
         attention: str = HardKVConfig.attention,
         offload: bool = HardKVConfig.offload,
+        bits: "int | tuple[int, int]" = HardKVConfig.bits,
     ):
         self.settings = HardKVConfig(
-            scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload
+            scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload, bits
         )
         self._offload = Offload() if offload else None
         self._schedule: EventSchedule | None = None

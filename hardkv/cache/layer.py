@@ -18,6 +18,7 @@ from hardkv.cache.storage.dense import DenseTier
 from hardkv.cache.storage.hidden import Past, noted, seen_through
 from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.cache.storage.queries import QueryRing
+from hardkv.cache.storage.ragged import Columns
 from hardkv.cache.storage.tiers import Tiers
 from hardkv.cache.tensor_parallel import local_heads
 from hardkv.kernels.attention import attend_tiers
@@ -93,6 +94,7 @@ class HardKVLayer(LayerEvents, LayerProtocol):
             first, last = local_heads(module, total, self.num_kv_heads)
             self.budget = self.budget.for_heads(first, last)
             self.temperatures = None if self.temperatures is None else self.temperatures[first:last]
+            self.means = None if self.means is None else (self.means[0][first:last], self.means[1][first:last])
 
     def prefill(
         self, new: NewTokens, query: Tensor, padding: Tensor | None, *, scale: float, softcap: float | None
@@ -113,7 +115,7 @@ class HardKVLayer(LayerEvents, LayerProtocol):
             dense = DenseTier.allocate(new.keys, new.values, new.keys.shape[2])
             dense = dense.append(new.keys, new.values, valid, 0)
         ring = self._observe(query, valid, None, new)
-        tiers = Tiers.of(dense, new.stop)
+        tiers = Tiers.of(dense, new.stop, self.codec)
         if self.first:
             tiers = noted(tiers, valid)
         if not self._event_held and not waits:
@@ -188,22 +190,22 @@ class HardKVLayer(LayerEvents, LayerProtocol):
         softcap: float | None,
         sinks: Tensor | None,
         new_mask: Tensor | None = None,
-        room: tuple[Tensor, Tensor] | None = None,
+        room: Columns | None = None,
     ) -> Tensor:
         """Attend over all tiers, which already hold the new tokens.
 
         Args:
             query: `[B, Hq, q, D]`.
             bound, start, scale, softcap, sinks, new_mask: as in `kernels.attention.attend_tiers`.
-            room: the memory that holds the condensed tier's keys and values, if it is larger than the tier. The tier
-                lies at its start.
+            room: the memory that holds the condensed tier, if it is larger than the tier, which lies at its start.
 
         Returns:
             `[B, Hq, q, Dv]`.
         """
         assert self.tiers is not None
         condensed, dense = self.tiers.condensed, self.tiers.dense
-        held, recent = room or (condensed.keys, condensed.values), (dense.keys, dense.values)
+        columns = room or condensed.columns
+        held, recent = (columns.keys, columns.values), (dense.keys, dense.values)
         if self.latent:  # values are the first part of what is stored
             held, recent = ((keys, keys[..., : self.head_dim]) for keys, _ in (held, recent))
         out, _ = attend_tiers(
@@ -220,6 +222,7 @@ class HardKVLayer(LayerEvents, LayerProtocol):
             sinks=sinks,
             new_mask=new_mask,
             padded=not dense.even,
+            coding=self.tiers.coding(columns),
             attention=self.settings.attention,
         )
         return out

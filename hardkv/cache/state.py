@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from hardkv.cache.incoming import check_dims
+from hardkv.cache.storage.codec import Codec
 from hardkv.cache.storage.offload import Offload
 from hardkv.cache.storage.pool import Pool
 from hardkv.cache.storage.queries import QueryRing
@@ -36,6 +38,7 @@ class LayerState(CacheLayerMixin):
         first: whether it is the first compressed layer. This layer checks masks for all layers.
         shared: whether later layers read the layer's keys again. Its events then wait for its next `update()`.
         temperatures: `[H]`, from a calibration; the budget divides scores by them. None without.
+        means: of keys and values, `[H, D]` and `[H, Dv]`, from a calibration; a codec subtracts them. None without.
         offloading: keeps the ragged tiers on the host while the layer does not attend. None: they stay on the device.
         latent: whether the model expands what the layer stores. "keys" are then latents and "values" are rotated keys;
             the layer stores both joined, as keys.
@@ -51,6 +54,7 @@ class LayerState(CacheLayerMixin):
         self.shared = False
         self.latent = False
         self.temperatures: Tensor | None = None
+        self.means: tuple[Tensor, Tensor] | None = None
         self.offloading: Offload | None = None
         self.pool: Pool | None = None
         self.listener: EventListener | None = None
@@ -79,6 +83,14 @@ class LayerState(CacheLayerMixin):
         return 0 if self.tiers is None else self.tiers.events
 
     @property
+    def codec(self) -> Codec | None:
+        """How the ragged tiers quantise their tokens; None: not at all."""
+        bits = self.settings.bits
+        if bits == 16:
+            return None
+        return Codec(bits if isinstance(bits, tuple) else (bits, bits), self.settings.sinks, self.means)
+
+    @property
     def key_dim(self) -> int:
         """Width of the vectors that queries are multiplied with."""
         return self.head_dim + self.value_dim if self.latent else self.head_dim
@@ -97,7 +109,11 @@ class LayerState(CacheLayerMixin):
 
         Under autocast keys and values may have different dtypes. DynamicCache keeps both; attention reads them in a
         third dtype, and this layer stores that one.
+
+        Raises:
+            ValueError: the cache quantises, and a head dim is not a multiple of 8.
         """
+        check_dims(self.settings.bits, key_states.shape[-1], value_states.shape[-1], self.layer_idx)
         self.dtype, self.device = attended_dtype(key_states), key_states.device
         dense = DynamicLayer().update(key_states[:, :, :0], value_states[:, :, :0])
         self.dense_dtypes = tuple(states.dtype for states in dense)

@@ -144,6 +144,7 @@ def calibrate(
         for module, training in modes.items():
             module.training = training
     counts = torch.tensor(edges, device="cpu") + window + sinks
+    key_means, value_means = (torch.stack(each) for each in zip(*(record.means() for record in records), strict=True))
     digest = hashlib.sha256()
     for ids in batches:
         digest.update(ids.cpu().numpy().tobytes())
@@ -153,6 +154,8 @@ def calibrate(
         kept=torch.stack([kept for _, _, kept in fits], 1),
         counts=counts,
         risk=torch.stack([record.curve() for record in records]),
+        key_means=key_means,
+        value_means=value_means,
         provenance={
             "name": traits.name,
             "geometry": traits.geometry,

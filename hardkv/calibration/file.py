@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = "1"
+# Fields of a calibration that are tensors.
+TENSORS = ("temperatures", "residuals", "counts", "risk", "kept", "key_means", "value_means")
 
 
 def describe_scorer(scorer: Scorer) -> dict[str, Any]:
@@ -43,6 +45,8 @@ class Calibration:
             keeps `counts [K]` (int64) tokens; see `hardkv.selectors.RiskCurves`. None: temperatures only.
         kept: int64 `[3, L, H]`, the median number of tokens that Top-p keeps: by raw attention, by scores before, and
             by scores after calibration.
+        key_means, value_means: float32 `[L, H, D]` and `[L, H, Dv]`, the mean key and value of each head, without the
+            first `sinks` tokens of a text. Caches with `bits` below 16 subtract them. None: not measured.
         provenance: model ("name", "geometry", "weights": a fingerprint of them, None where they could not be read),
             "layers", "scorer", "window", "sinks", "interval", "p", "texts_hash", "tokens", "length", "versions".
         path: the file it was loaded from or saved to.
@@ -53,6 +57,8 @@ class Calibration:
     counts: Tensor | None = None
     risk: Tensor | None = None
     kept: Tensor | None = None
+    key_means: Tensor | None = None
+    value_means: Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
@@ -110,7 +116,7 @@ class Calibration:
             provenance = json.loads(metadata["provenance"])
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is not a calibration file: {error}") from error
-        known = {name: tensors.get(name) for name in ("temperatures", "residuals", "counts", "risk", "kept")}
+        known = {name: tensors.get(name) for name in TENSORS}
         return cls(**known, provenance=provenance, path=path)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -142,7 +148,7 @@ class Calibration:
         return plot_calibration(self, path, budget)
 
     def _tensors(self) -> dict[str, Tensor]:
-        named = {name: getattr(self, name) for name in ("temperatures", "residuals", "counts", "risk", "kept")}
+        named = {name: getattr(self, name) for name in TENSORS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def check_settings(self, scorer: Scorer, window: int) -> None:

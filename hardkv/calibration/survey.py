@@ -64,6 +64,20 @@ class Record:
     lost: Tensor | None = None  # float64 [H, K - 1], the loss between two counts, summed over steps
     steps: int = 0
     samples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # z, A, candidates: each [H, n]
+    sums: list[Tensor] = field(default_factory=list)  # float64 [H, D] and [H, Dv], keys and values summed over tokens
+    tokens: int = 0  # of all texts, summed in `sums`
+
+    def add(self, observation: Observation, first: int) -> None:
+        """Sum the keys and values of the tokens from the `first` of every row on. All rows are of one length."""
+        shape = (observation.batch_size, observation.num_kv_heads, int(observation.lengths[0]), -1)
+        found = [states.view(shape)[:, :, first:] for states in (observation.keys, observation.values)]
+        sums = [states.sum((0, 2), dtype=torch.float64) for states in found]
+        self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)] if self.sums else sums
+        self.tokens += found[0].shape[0] * found[0].shape[2]
+
+    def means(self) -> list[Tensor]:
+        """Return the mean keys and values of the heads, float32 `[H, D]` and `[H, Dv]`."""
+        return [(states / max(self.tokens, 1)).float().cpu() for states in self.sums]
 
     def curve(self) -> Tensor:
         """Return the mean loss at each count, float32 `[H, K]`."""
@@ -98,12 +112,13 @@ def curve_edges(most: int) -> list[int]:
 class _Survey(Budget):
     """A budget that keeps everything, and records the loss that keeping fewer tokens would cause."""
 
-    def __init__(self, record: Record, layer_idx: int, every: int, measure: "Callable[[Step], Tensor]"):
+    def __init__(self, record: Record, layer_idx: int, every: int, measure: "Callable[[Step], Tensor]", sinks: int):
         self.record = record
         self.layer_idx = layer_idx
         self.every = every  # number of events from one sample for the temperatures to the next
         self.measure = measure
         self.events = 0  # in all texts
+        self.sinks = sinks  # first tokens of every text, which no mean counts
         self.begin(0)
 
     def begin(self, length: int) -> None:
@@ -111,6 +126,7 @@ class _Survey(Budget):
         self.context_from = length * CONTEXT_FROM
         self.queries: list[tuple[Tensor, Tensor, Tensor | None]] = []  # queries, positions, attention sinks
         self.order: Tensor | None = None  # int64 [R, C], candidates, grouped by the least count that keeps them
+        self.summed = 0  # tokens of a row that `Record.sums` has
         self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # what `restack` needs for the next order
 
     def counts(self, ranking: Ranking) -> Tensor:
@@ -121,6 +137,8 @@ class _Survey(Budget):
             for query, positions, sinks in self.queries:
                 self._measure(observation, query, positions, sinks)
         self.queries.clear()
+        self.record.add(observation, max(self.summed, self.sinks))
+        self.summed = length
 
         place = ranking.token - torch.arange(rows, device=ranking.token.device)[:, None] * length
         rank = torch.empty_like(place).scatter_(1, place, torch.arange(length, device=place.device).expand_as(place))
@@ -202,7 +220,7 @@ class SurveyCache(HardKVCache):
         settings: HardKVConfig,
     ):
         def make_layer(settings: HardKVConfig, budget: Budget, layer_idx: int, states: int) -> HardKVLayer:
-            survey = _Survey(Record(edges), layer_idx, every, measure)
+            survey = _Survey(Record(edges), layer_idx, every, measure, settings.sinks)
             if states:
                 return _HybridSurveyLayer(settings, survey, layer_idx, states)
             return _SurveyLayer(settings, survey, layer_idx)

@@ -204,7 +204,7 @@ class StaticDecoding:
             stored = dense.keys, dense.values, dense.positions, dense.fill
             append_step(*stored, pool.ring.buffer, self.column, query, keys, values[..., : dense.values.shape[-1]])
         # pass the whole room: PyTorch gives an empty slice no address, and events may fill it without a new capture
-        room = pool.tokens.keys, pool.tokens.values
+        room = pool.tokens
         return layer.attend(query, dense.capacity, LAST, scale=scale, softcap=softcap, sinks=sinks, room=room)
 
     def settle(self) -> None:
@@ -279,4 +279,5 @@ def _pool(layer: HardKVLayer, length: int) -> Pool:
     tiers, ring, settings = layer.tiers, layer.ring, layer.settings
     assert tiers is not None
     assert ring is not None
-    return Pool(tiers, ring, _room(layer, length), max(settings.window + settings.interval, tiers.dense.bound))
+    recent = tiers.first + settings.window + settings.interval
+    return Pool(tiers, ring, _room(layer, length), max(recent, tiers.dense.bound))

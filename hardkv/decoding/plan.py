@@ -91,7 +91,7 @@ def plan(
     traits = Traits.of(getattr(config, "config", config))
     if any(layer.latent for layer in cache._compressed):
         raise ValueError("plan() does not know latent attention (MLA): ask cache.nbytes() after a prompt")
-    window, columns = cache.settings.window, cache.settings.window + cache.settings.interval
+    window = cache.settings.window
     pinned = prompt_length if cache.settings.pin_prompt else 0
     condensed = recent = queries = sliding = dense = 0
     fixed, uncounted = cache.settings.patience == 0, set()
@@ -104,9 +104,14 @@ def plan(
             dense += batch * heads * max_length * token
             ragged, known = layer.most_condensed(heads, max_length, pinned)
             fixed = fixed and known
+            stay, at_rest = window, token  # what the dense tier keeps at events, and the bytes of other tokens
+            if layer.codec is not None:
+                stay, at_rest = window + layer.codec.sinks, layer.codec.nbytes(dim, value_dim, dtype.itemsize)
+                condensed += batch * heads * token  # centres
             if cache.settings.patience:  # all tokens outside the condensed tier may still be held
-                ragged = heads * (max_length - min(window, max_length))
-            condensed += batch * ragged * (token + 5)  # position, misses
+                ragged = heads * (max_length - min(stay, max_length))
+            columns = stay + cache.settings.interval
+            condensed += batch * ragged * (at_rest + 5)  # position, misses
             condensed += 2 * (batch * heads + 1) * 4 + batch * heads * 24  # cu_seqlens; schedules
             if cache.settings.calibration is not None and layer.budget.uses_temperature:
                 condensed += batch * heads * 4

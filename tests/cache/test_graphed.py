@@ -111,6 +111,8 @@ def alike(one, other):
         {"budget": 40},  # more than there is
         {"pin_prompt": True, "budget": 20},
         {"interval": 1},
+        {"bits": 4},
+        {"bits": (8, 3), "budget": AdaKV(12), "scorer": "snapkv", "patience": 1},
     ],
     ids=lambda each: ",".join(f"{key}={value}" for key, value in each.items()),
 )

@@ -27,20 +27,23 @@ def run(model, batch, length, new, static=True, **arguments):
 
 
 @pytest.mark.parametrize("budget", [TopK(60), AdaKV(60), Adaptive(60), Pyramid(60)], ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_fixed_totals_are_held_exactly(budget, batch):
+@pytest.mark.parametrize(("batch", "bits"), [(1, 16), (3, 16), (3, 4), (1, (16, 2))])
+def test_fixed_totals_are_held_exactly(budget, batch, bits):
     """To three in a hundred, as schedules differ between kernels."""
     model = make_model("qwen3")
-    planned = hardkv.plan(model.config, budget, batch, 80, 80 + 40, torch.float32, **SIZES)
+    planned = hardkv.plan(model.config, budget, batch, 80, 80 + 40, torch.float32, bits=bits, **SIZES)
     assert planned.fixed
-    held = run(model, batch, 80, 40, budget=budget)
+    held = run(model, batch, 80, 40, budget=budget, bits=bits)
     assert held.nbytes() == pytest.approx(planned.nbytes, rel=0.03)
-    plain = run(model, batch, 80, 40, static=False, budget=budget)
+    plain = run(model, batch, 80, 40, static=False, budget=budget, bits=bits)
     assert plain.nbytes() <= planned.nbytes
     assert planned.dense_nbytes == batch * model.config.num_hidden_layers * 2 * 120 * 2 * 8 * 4
 
 
-@pytest.mark.parametrize("arguments", [{"budget": TopP(0.9, cap=30)}, {"budget": TopP(0.9, cap=None)}, {"patience": 2}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"budget": TopP(0.9, cap=30)}, {"budget": TopP(0.9, cap=None)}, {"patience": 2}, {"patience": 1, "bits": 3}],
+)
 def test_others_are_bounded(arguments):
     model = make_model("llama")
     arguments = {"budget": 20} | arguments

@@ -20,7 +20,7 @@ class HeldTokens:
     positions: Tensor  # int32 [N]
     misses: Tensor  # uint8 [N]
     address: Tensor  # int64 [N], index over the condensed, sparse and dense slots of the token's layer
-    stays: Tensor  # bool [N], the newest tokens of the dense tier; they stay there
+    stays: Tensor  # bool [N], tokens that stay in the dense tier: the newest, and with codes the sinks
     window_mask: Tensor  # bool [N], the row's newest `window` tokens
     protected: Tensor  # bool [N], tokens that are kept whatever their score
     rows: Rows
@@ -43,7 +43,7 @@ class HeldTokens:
 
     def gather(self, layers: Sequence[Tiers], kind: int) -> Tensor:
         """Return keys (kind 0) or values (kind 1) of all tokens, `[N, D]`."""
-        sources = [[source[kind] for source in tiers.sources] for tiers in layers]
+        sources = [tiers.states(kind) for tiers in layers]
         out = sources[0][0].new_empty(self.rows.total, sources[0][0].shape[-1])
         for source, address, place in zip(
             sources, self.address.split(self.totals), out.split(self.totals), strict=True
@@ -74,7 +74,7 @@ def lay_out(tiers: Tiers, window: int, sinks: int, pinned: int) -> tuple[tuple[T
     """
     dense, device = tiers.dense, tiers.dense.fill.device
     _, num_kv_heads = tiers.shape
-    # ragged tokens come first in every row, because all of them are older than the dense tier
+    # ragged tokens come first in every row, because they are older than the dense tier, apart from its sinks
     ragged = [tier for tier in (tiers.condensed, tiers.sparse) if tier.rows.total] or [tiers.condensed]
     positions, misses, older, order = ragged[0].positions, ragged[0].misses, ragged[0].cu_seqlens, None
     if len(ragged) == 2:
@@ -96,6 +96,7 @@ def lay_out(tiers: Tiers, window: int, sinks: int, pinned: int) -> tuple[tuple[T
         window=window,
         sinks=sinks,
         pinned=pinned,
+        front=tiers.first,
     )
     return tokens, rows
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hardkv.cache.events.held import HeldTokens
 from hardkv.cache.events.inputs import EventInputs
+from hardkv.cache.storage.codec import Centres
 from hardkv.cache.storage.ragged import Columns, RaggedTier
 from hardkv.cache.storage.tiers import Tiers
 from hardkv.kernels.compaction import gather_tiers
@@ -89,15 +90,16 @@ class Selection:
         """
         old, settings, pool = inputs.tiers, inputs.settings, inputs.pool
         fits = self.temperatures[layer], self.fitted[layer]
-        if pool is not None and not sizes.sparse:
+        if pool is not None and old.codec is None and not sizes.sparse:
             chosen = self.address, index[0], self.positions, self.misses
             in_place = pool.compact(old, *chosen, sizes.longest_condensed, settings.window)
             if in_place is not None:
                 condensed, dense = in_place
                 return old.after_event(condensed, old.sparse, dense, *fits)
+        centres = old.next_centres()
         condensed, sparse = (
             RaggedTier(
-                Columns(*gather_tiers(old.sources, self.address, index[kind], self.positions, self.misses)),
+                self._gather(old, centres, index[kind]),
                 # a copy, so that no layer keeps the memory of the others alive
                 Rows(self.cu_seqlens[kind, layer].clone(), total, longest),
             )
@@ -106,6 +108,16 @@ class Selection:
                 (1, sizes.sparse, sizes.longest_sparse),
             )
         )
-        dense = old.dense.newest(settings.window, settings.window + settings.interval, sizes.least_fill)
-        tiers = old.after_event(condensed, sparse, dense, *fits)
+        capacity = old.first + settings.window + settings.interval
+        dense = old.dense.ends(old.first, settings.window, capacity, sizes.least_fill)
+        tiers = old.after_event(condensed, sparse, dense, *fits, centres)
         return tiers if pool is None else pool.hold(tiers)
+
+    def _gather(self, old: Tiers, centres: Centres | None, index: Tensor) -> Columns:
+        """Return the columns of the tokens in `index`, int64 `[n]`, out of one layer's tiers."""
+        if old.codec is None:
+            columns = gather_tiers(old.sources, self.address, index, self.positions, self.misses)
+            return Columns(*columns, old.condensed.columns.scales.new_empty(index.shape[0], 0))
+        assert centres is not None
+        chosen = self.address[index], self.positions[index], self.misses[index]
+        return old.codec.gather((old.condensed, old.sparse), old.dense, centres, *chosen)

@@ -87,7 +87,9 @@ class HeldByLayer:
         grouped = [ragged[b * self.heads : (b + 1) * self.heads] for b in range(len(newest))]
         if tier is not None:
             return grouped
-        return [[torch.cat([row, each]) for row in rows] for rows, each in zip(grouped, newest, strict=True)]
+        return [
+            [torch.cat([row, each]).sort().values for row in rows] for rows, each in zip(grouped, newest, strict=True)
+        ]
 
     def select(self, indices: Tensor) -> "HeldByLayer":
         """Return what the layer holds for the given sequences, in that order."""

@@ -88,6 +88,7 @@ class Stats:
         budget: decides how many tokens are kept.
         calibration: the calibration in use: its file, the model that it was made for and a fingerprint of that model's
             weights; "online"; "" for none.
+        bits: per coordinate of the tokens that events keep; "4", or "4, 3" for keys and values.
         attention: backend that computes attention after the prompt.
         kernels: "triton" or "torch"; they score, select and compact.
         decode: how `graphed` ran its steps: "" if it did not run, "captured", or "uncaptured" without CUDA.
@@ -110,6 +111,7 @@ class Stats:
     scorer: str
     budget: str
     calibration: str
+    bits: str
     attention: str
     kernels: str
     decode: str
@@ -141,7 +143,8 @@ class Stats:
             scorer=str(settings.scorer),
             budget=str(settings.budget),
             calibration="" if settings.calibration is None else str(settings.calibration),
-            attention=used(lambda layer: backend_for(settings.attention, layer.device, layer.dtype)),
+            bits=str(settings.bits).strip("()"),
+            attention=used(_attention),
             kernels=used(lambda layer: kernels_for(layer.device, layer.dtype, layer.key_dim)),
             decode="" if steps is None else steps.how,
             captures=0 if steps is None else steps.captures,
@@ -171,6 +174,7 @@ class Stats:
             f"selection       {self.scorer}, {self.budget}",
             *([f"calibration     {self.calibration}"] if self.calibration else []),
             *([f"temperatures    {_range(self.temperatures)}"] if self.temperatures else []),
+            *([f"bits            {self.bits}"] if self.bits != "16" else []),
             f"attention       {self.attention}, other kernels {self.kernels}",
             *(
                 [f"decode steps    {self.decode}, {self.replays} replays of {self.captures} captures"]
@@ -180,6 +184,11 @@ class Stats:
             *(f"warning         {warning}" for warning in self.warnings),
         ]
         return "HardKVCache stats\n  " + "\n  ".join(lines)
+
+
+def _attention(layer: HardKVLayer) -> str:
+    name = backend_for(layer.settings.attention, layer.device, layer.dtype)
+    return name if layer.codec is None or name == "torch" else f"{name} on decoded tokens"
 
 
 def _clamped(held: list[Tiers]) -> list[str]:

@@ -90,25 +90,27 @@ class DenseTier:
         least, most = torch.stack([fill.min(), fill.max()]).tolist()
         return replace(self, fill=fill, bound=most, even=least == most)
 
-    def newest(self, count: int, capacity: int, least: int) -> "DenseTier":
-        """Return a new tier with the newest `count` tokens of every sequence at its front.
+    def ends(self, first: int, newest: int, capacity: int, least: int) -> "DenseTier":
+        """Return a new tier with the `first` and the `newest` tokens of every sequence at its front, as they come.
 
         Every sequence holds at least `least` tokens.
         """
+        count = first + newest
         fill, bound = self.fill.clamp_max(count), min(self.bound, count)
         tier = DenseTier.allocate(self.keys, self.values, capacity, fill, bound)
-        if self.even:
+        if self.even and not first:
             for new, old in ((tier.keys, self.keys), (tier.values, self.values)):
                 new[:, :, :bound] = old[:, :, self.bound - bound : self.bound]
             tier.positions[:, :bound] = self.positions[:, self.bound - bound : self.bound]
             return tier
-        slot = (self.fill - fill)[:, None] + torch.arange(bound, device=fill.device)
+        slot = torch.arange(bound, device=fill.device)
+        slot = torch.where(slot < first, slot, (self.fill - fill)[:, None] + slot)
         slot = slot.clamp_max(max(self.capacity - 1, 0))  # beyond the fill of a short sequence: never counts
         sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
         tier.keys[:, :, :bound] = self.keys[sequence, :, slot].transpose(1, 2)
         tier.values[:, :, :bound] = self.values[sequence, :, slot].transpose(1, 2)
         tier.positions[:, :bound] = self.positions[sequence, slot]
-        return replace(tier, even=least >= bound)
+        return replace(tier, even=self.even or least >= bound)
 
     def held(self) -> Tensor:
         """Return which slots hold a token, bool `[B, C]`."""

@@ -38,8 +38,8 @@ class Past:
 
         Raises:
             NotImplementedError: the new tokens of a row do not all see the same past tokens; or they see a column that
-                holds no token (padding, or hidden by an earlier mask); or the mask of an earlier step of one token hid
-                or showed past columns.
+                holds no token (padding, or hidden by an earlier mask); or they do not see a sink of a quantised cache;
+                or the mask of an earlier step of one token hid or showed past columns.
         """
         hidden = ~self.every
         nothing = hidden.new_zeros(())
@@ -69,6 +69,7 @@ class Past:
             if tiers.shown is not None:
                 shown[:, : tiers.shown.shape[1]] &= tiers.shown
         if drops:
+            _check_first(tiers, hidden)
             condensed, sparse = (tier.without(_of_ragged(tier, hidden)) for tier in (tiers.condensed, tiers.sparse))
             dense = tiers.dense.without(_of_dense(tiers.dense, hidden))
             tiers = replace(tiers, condensed=condensed, sparse=sparse, dense=dense)
@@ -112,6 +113,18 @@ def _of_dense(tier: DenseTier, columns: Tensor) -> Tensor:
     """Return the entry of `columns [B, seen]` for every slot that holds a token, bool `[B, C]`."""
     held = tier.held()
     return columns.gather(1, tier.positions.long().masked_fill(~held, 0)) & held
+
+
+def _check_first(tiers: Tiers, hidden: Tensor) -> None:
+    """Raise NotImplementedError if the marked columns, bool `[B, seen]`, take first tokens from the dense tier.
+
+    Ragged tokens would then lie between these and the rest of the dense tier.
+    """
+    if tiers.first and bool(_of_dense(tiers.dense, hidden)[:, : tiers.first].any()):
+        raise NotImplementedError(
+            f"the attention mask hides one of the first {tiers.first} tokens, which a cache with bits="
+            f"{tiers.codec.bits} keeps as they are: pass sinks=0 or bits=16, or use DynamicCache"  # type: ignore[union-attr]
+        )
 
 
 def _holds(tiers: Tiers, columns: Tensor) -> Tensor:

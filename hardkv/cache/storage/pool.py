@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hardkv.cache.storage.codec import Centres
 from hardkv.cache.storage.dense import DenseTier
 from hardkv.cache.storage.queries import QueryRing
 from hardkv.cache.storage.ragged import Columns, RaggedTier
@@ -30,6 +31,7 @@ class Pool:
         rows = tiers.shape[0] * tiers.shape[1]
         with torch.inference_mode(False):
             self.cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=tiers.dense.fill.device)
+            self.centres = tiers.centres and Centres(*map(torch.empty_like, tiers.centres))
         self.ring = QueryRing(ring.buffer, ring.capacity)
         self.schedules: dict[Any, Any] = {}
         self._grow(tiers.condensed, room)
@@ -77,8 +79,11 @@ class Pool:
         _move(dense.positions[:, :bound], self.dense.positions[:, :bound])
         _move(dense.fill, self.dense.fill)
         _move(condensed.cu_seqlens, self.cu_seqlens)
+        for buffer, new in zip(self.centres or (), tiers.centres or (), strict=True):
+            _move(new, buffer)
         return replace(
             tiers,
+            centres=self.centres,
             condensed=self._condensed(held, condensed.rows.longest, bound),
             dense=replace(self.dense, bound=bound, even=dense.even),
         )
@@ -91,7 +96,7 @@ class Pool:
         It is possible if all rows have one length and the event does not change it.
 
         Args:
-            tiers: in this pool; the event leaves no sparse tier.
+            tiers: in this pool, without codes; the event leaves no sparse tier.
             address: int64 `[N]`, of all tokens. index: int64 `[n]`, the tokens that go to the condensed tier.
             positions: int32 `[N]`. misses: uint8 `[N]`. longest: length of the longest new row.
             window: tokens that stay in the dense tier.
@@ -110,7 +115,7 @@ class Pool:
         ):
             return None
         held = self.tokens.map(lambda buffer: buffer[: rows.total])
-        compact(held, (dense.keys, dense.values), self.cu_seqlens, address, index, positions, misses)
+        compact(held[:4], (dense.keys, dense.values), self.cu_seqlens, address, index, positions, misses)
         newest = slice(dense.bound - kept, dense.bound)
         for buffer in (self.dense.keys, self.dense.values):
             buffer[:, :, :kept].copy_(buffer[:, :, newest])
@@ -137,7 +142,15 @@ class Pool:
     def tensors(self) -> list[Tensor]:
         """Return all tensors held, for counting bytes."""
         schedules = [tensor for schedule in self.schedules.values() for tensor in schedule.tensors()]
-        return [*self.tokens, self.cu_seqlens, *self.dense.tensors(), self.ring.buffer, self.ring.valid, *schedules]
+        return [
+            *self.tokens,
+            *(self.centres or ()),
+            self.cu_seqlens,
+            *self.dense.tensors(),
+            self.ring.buffer,
+            self.ring.valid,
+            *schedules,
+        ]
 
 
 def _move(source: Tensor, target: Tensor) -> None:

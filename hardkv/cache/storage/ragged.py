@@ -13,10 +13,11 @@ from hardkv.kernels.rows import Rows, count_per_row, cumulative, padded_index
 class Columns(NamedTuple):
     """Everything stored per token, for N tokens. Storage and compaction move all columns alike."""
 
-    keys: Tensor  # [N, D]
-    values: Tensor  # [N, Dv]
+    keys: Tensor  # [N, D], or codes, see `storage.codec`
+    values: Tensor  # [N, Dv], or codes
     positions: Tensor  # int32 [N]
     misses: Tensor  # uint8 [N], consecutive events that did not select the token
+    scales: Tensor  # float16 [N, 2], of codes of keys and values; [N, 0] without codes
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Columns":
         """Return the columns with `function` applied to each."""
@@ -35,13 +36,17 @@ class RaggedTier:
     rows: Rows
 
     @classmethod
-    def empty(cls, rows: int, keys: Tensor, values: Tensor) -> "RaggedTier":
-        """Return a tier without tokens, with the head dims, dtype and device of `keys [..., D]`, `values [..., Dv]`."""
+    def empty(cls, rows: int, keys: Tensor, values: Tensor, scales: int = 0) -> "RaggedTier":
+        """Return a tier without tokens, with the widths, dtype and device of `keys [..., D]`, `values [..., Dv]`.
+
+        It has `scales` scales per token.
+        """
         columns = Columns(
             keys.new_empty(0, keys.shape[-1]),
             values.new_empty(0, values.shape[-1]),
             torch.empty(0, dtype=torch.int32, device=keys.device),
             torch.empty(0, dtype=torch.uint8, device=keys.device),
+            torch.empty(0, scales, dtype=torch.float16, device=keys.device),
         )
         return cls(columns, Rows(torch.zeros(rows + 1, dtype=torch.int32, device=keys.device), 0, 0))
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hardkv.cache.storage.codec import Centres, Codec
 from hardkv.cache.storage.dense import DenseTier
-from hardkv.cache.storage.ragged import RaggedTier
+from hardkv.cache.storage.ragged import Columns, RaggedTier
+from hardkv.kernels.codes import Coding
 
 # The places that hold tokens. Attention reads "condensed" and "dense".
 TIERS = ("condensed", "sparse", "dense")
@@ -31,6 +33,8 @@ class Tiers:
     sparse: RaggedTier
     dense: DenseTier
     tokens: Tensor  # int64 [B], tokens of each sequence so far; evicted ones count, pads do not
+    codec: Codec | None = None  # quantises the ragged tiers; None: they hold states
+    centres: Centres | None = None  # with a codec: what it subtracts
     seen: int = 0  # logical length: columns stored; pads and evicted tokens count
     compressed_at: int | None = None  # logical length at the last event
     events: int = 0
@@ -42,11 +46,14 @@ class Tiers:
     hidden: Tensor | None = None  # bool [B], sequences whose step mask changed since the last event; None: no sequence
 
     @classmethod
-    def of(cls, dense: DenseTier, seen: int) -> "Tiers":
+    def of(cls, dense: DenseTier, seen: int, codec: Codec | None = None) -> "Tiers":
         """Return tiers with only a dense tier."""
-        rows = dense.keys.shape[0] * dense.keys.shape[1]
-        empty = RaggedTier.empty(rows, dense.keys, dense.values)
-        return cls(empty, empty, dense, dense.fill, seen)
+        rows, states = dense.keys.shape[0] * dense.keys.shape[1], (dense.keys, dense.values)
+        if codec is None:
+            empty = RaggedTier.empty(rows, *states)
+            return cls(empty, empty, dense, dense.fill, seen=seen)
+        empty = codec.empty(rows, *states)
+        return cls(empty, empty, dense, dense.fill, codec, codec.first_centres(*states), seen)
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> "Tiers":
         """Return tiers that also hold the next columns; see `DenseTier.append`."""
@@ -67,15 +74,43 @@ class Tiers:
         return replace(self, dense=dense, tokens=tokens, seen=length, shown=shown)
 
     @property
+    def first(self) -> int:
+        """How many first tokens of every sequence stay in the dense tier at events."""
+        return 0 if self.codec is None else self.codec.sinks
+
+    @property
     def key_bytes(self) -> int:
-        """Bytes of the keys held."""
+        """Bytes of the keys held, decoded."""
         dense = self.dense.keys[:, :, : self.dense.bound]
-        return self.condensed.keys.nbytes + self.sparse.keys.nbytes + dense.numel() * dense.element_size()
+        ragged = (self.condensed.rows.total + self.sparse.rows.total) * dense.shape[-1]
+        return (ragged + dense.numel()) * dense.element_size()
 
     @property
     def sources(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of all tiers, in the order that addresses count them."""
+        """Keys and values of all tiers as they are stored, in the order that addresses count them."""
         return [(tier.keys, tier.values) for tier in (self.condensed, self.sparse, self.dense)]
+
+    def coding(self, columns: Columns) -> Coding | None:
+        """Return how to read the codes in a ragged tier's columns; None if they are states."""
+        if self.codec is None:
+            return None
+        assert self.centres is not None
+        return Coding(self.codec.bits, columns.scales, *self.centres)
+
+    def states(self, kind: int) -> list[Tensor]:
+        """Return the keys (kind 0) or values (kind 1) of all tiers, decoded, in the order that addresses count them."""
+        stored = [source[kind] for source in self.sources]
+        for i, tier in enumerate((self.condensed, self.sparse)):
+            coding = self.coding(tier.columns)
+            if coding is not None:
+                stored[i] = (coding.decoded_keys, coding.decoded_values)[kind](stored[i], tier.rows.ids)
+        return stored
+
+    def next_centres(self) -> Centres | None:
+        """Return the centres with which an event quantises; None without a codec."""
+        if self.codec is None or self.centres is None:
+            return None
+        return self.codec.centres(self.centres, self.condensed, self.sparse, self.dense)
 
     def after_event(
         self,
@@ -84,13 +119,16 @@ class Tiers:
         dense: DenseTier,
         temperatures: Tensor | None,
         fitted: tuple[int | None, ...],
+        centres: Centres | None = None,
     ) -> "Tiers":
-        """Return the tiers after an event that used these temperatures; see the fields."""
+        """Return the tiers after an event that used these temperatures and centres; see the fields."""
         return Tiers(
             condensed,
             sparse,
             dense,
             tokens=self.tokens,
+            codec=self.codec,
+            centres=centres,
             seen=self.seen,
             compressed_at=self.seen,
             events=self.events + 1,
@@ -113,6 +151,7 @@ class Tiers:
             sparse=self.sparse.select_rows(rows),
             dense=self.dense.select_sequences(indices),
             tokens=self.tokens[indices],
+            centres=None if self.centres is None else self.centres.select_rows(rows),
             temperatures=None if self.temperatures is None else self.temperatures[rows],
             fitted=fitted,
             shown=None if self.shown is None else self.shown[indices],
@@ -128,8 +167,11 @@ class Tiers:
         """Return the positions that attention reads, ascending, as `[batch][kv_head]` int64 tensors."""
         batch, num_kv_heads = self.shape
         rows = self.condensed.positions.long().split(self.condensed.lengths.tolist())
-        newest = [self.dense.positions[b, :fill].long() for b, fill in enumerate(self.dense.fill.tolist())]
-        return [[torch.cat([rows[b * num_kv_heads + h], newest[b]]) for h in range(num_kv_heads)] for b in range(batch)]
+        dense = [self.dense.positions[b, :fill].long() for b, fill in enumerate(self.dense.fill.tolist())]
+        return [
+            [torch.cat([rows[b * num_kv_heads + h], dense[b]]).sort().values for h in range(num_kv_heads)]
+            for b in range(batch)
+        ]
 
     def lengths(self, tier: str | None = None) -> Tensor:
         """Return the tokens per row, int64 `[B, H]`: all that attention reads, or one tier's if `tier` names one.
@@ -145,4 +187,5 @@ class Tiers:
     def tensors(self) -> list[Tensor]:
         """Return all tensors held, for counting bytes."""
         optional = [each for each in (self.temperatures, self.shown, self.hidden) if each is not None]
+        optional += self.centres or ()
         return [*self.condensed.tensors(), *self.sparse.tensors(), *self.dense.tensors(), self.tokens, *optional]

@@ -1,20 +1,22 @@
 """Attend new queries to a layer's tiers: the ragged condensed rows and the dense tail, merged by log-sum-exp."""
 
 import difflib
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hardkv.kernels.attention import packages
-from hardkv.kernels.attention.reference import accumulation_dtype, attend, dense_allowed, merge, tiered_attention
+from hardkv.kernels.attention.reference import attend, dense_allowed, merge, tiered_attention
 from hardkv.kernels.attention.varlen import varlen_attention
 from hardkv.kernels.backends import current, has_triton, kernels_for, why_not_triton
+from hardkv.kernels.codes import Coding
 from hardkv.kernels.rows import Rows
 
 __all__ = [
     "BACKENDS",
-    "accumulation_dtype",
     "attend",
     "attend_tiers",
     "backend_for",
@@ -63,6 +65,15 @@ def backend_for(attention: str, device: torch.device, dtype: torch.dtype) -> str
     return attention
 
 
+@cache
+def _warn_of_decoding(backend: str) -> None:
+    warnings.warn(
+        f"attention={backend!r} does not read quantised tokens yet: hardkv decodes a layer's tokens at every step, so "
+        "bits save memory here, but no time",
+        stacklevel=2,
+    )
+
+
 def attend_tiers(
     query: Tensor,
     keys: Tensor,
@@ -80,6 +91,7 @@ def attend_tiers(
     sinks: Tensor | None = None,
     new_mask: Tensor | None = None,
     padded: bool = False,
+    coding: Coding | None = None,
     attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend `q` new queries to a condensed ragged tier and a dense tier that already holds the new tokens.
@@ -94,6 +106,7 @@ def attend_tiers(
         sinks: `[Hq]`, learned logits that take part in the softmax with zero output (GPT-OSS).
         new_mask: bool `[B or 1, q, q]`, mask among the new tokens; None means causal.
         padded: whether some new tokens may be padding, which is not stored.
+        coding: how to read `keys` and `values` that are codes; None: they are states.
         attention: "auto" or a backend.
 
     Returns:
@@ -109,7 +122,10 @@ def attend_tiers(
         mask = dense_allowed(dense_positions[:, :bound], fill, start, q_len, new_mask)
     if backend == "torch":
         dense = dense_keys[:, :, :bound], dense_values[:, :, :bound]
-        return tiered_attention(query, keys, values, rows, *dense, mask, **options)
+        return tiered_attention(query, keys, values, rows, *dense, mask, coding=coding, **options)
+    if coding is not None:
+        _warn_of_decoding(backend)
+        keys, values = coding.decoded(keys, values, rows.cu_seqlens)
     tail = dense_keys, dense_values, dense_positions, fill
     options |= {"start": start, "bound": bound, "new_mask": None if new_mask is None else mask}
     if backend == "triton":

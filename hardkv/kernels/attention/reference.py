@@ -5,15 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hardkv.kernels.codes import Coding
+from hardkv.kernels.dtypes import accumulation_dtype
 from hardkv.kernels.rows import Rows
 
 # Logits that one block of the reference holds at a time (256 MB in float32); keys or queries may also be this large.
 MAX_LOGITS = 1 << 26
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for softmax and sums: float64 for a float64 model, else float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def attend(
@@ -24,6 +21,7 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute softmax attention over one padded block, and its log-sum-exp.
 
@@ -31,6 +29,7 @@ def attend(
         query: `[r, G, q, D]`; key: `[r, n, D]`; value: `[r, n, Dv]`.
         allowed: bool, broadcastable to `[r, G, q, n]`; False hides a token.
         scale: factor on the dot products. softcap: `tanh(logit / softcap) * softcap` when given (Gemma 2).
+        offset: `[r, G, q]`, added to every dot product of a query.
 
     Returns:
         `out [r, G, q, Dv]` and `lse [r, G, q]` in the accumulation dtype; a query that sees nothing gets 0 and -inf.
@@ -44,7 +43,8 @@ def attend(
     outs, lses = [], []
     for first in range(0, q_len, block):
         part = slice(first, first + block)
-        logits = torch.einsum("rgqd,rnd->rgqn", query[:, :, part].to(dtype), key) * scale
+        logits = torch.einsum("rgqd,rnd->rgqn", query[:, :, part].to(dtype), key)
+        logits = (logits if offset is None else logits + offset[:, :, part, None].to(dtype)) * scale
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         seen = allowed if allowed.shape[-2] == 1 else allowed[..., part, :]
@@ -93,6 +93,7 @@ def tiered_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    coding: Coding | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the PyTorch reference of `attend_tiers` on any device, with any dtype and any mask.
 
@@ -104,6 +105,7 @@ def tiered_attention(
         dense_mask: bool `[B, q, C]`, from `dense_allowed`.
         scale: factor on the dot products. softcap: as in `attend`.
         sinks: `[Hq]`, learned logits that take part in the softmax with zero output (GPT-OSS).
+        coding: how to read `keys` and `values` that are codes; None: they are states.
 
     Returns:
         `out [B, Hq, q, Dv]` in the query's dtype and `lse [B, Hq, q]` in the accumulation dtype.
@@ -120,9 +122,14 @@ def tiered_attention(
         lse = torch.full(out.shape[:-1], -torch.inf, dtype=dtype, device=query.device)
         for bucket in rows.buckets:
             index, valid = bucket.index()
-            out[bucket.rows], lse[bucket.rows] = attend(
-                queries[bucket.rows], keys[index], values[index], valid[:, None, None], scale=scale, softcap=softcap
+            asked, key, value, offset = queries[bucket.rows], keys[index], values[index], None
+            if coding is not None:
+                asked, offset = coding.query(asked.to(dtype), bucket.rows)
+                key, value = coding.rotated(key, value, index, dtype)
+            found, lse[bucket.rows] = attend(
+                asked, key, value, valid[:, None, None], scale=scale, softcap=softcap, offset=offset
             )
+            out[bucket.rows] = found if coding is None else coding.result(found, bucket.rows)
         parts.append((out, lse))
     if sinks is not None:
         logit = sinks.to(parts[0][1]).reshape(1, num_kv_heads, group, 1).expand(batch, -1, -1, q_len).flatten(0, 1)

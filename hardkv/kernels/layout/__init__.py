@@ -21,8 +21,9 @@ def layout(
     window: int,
     sinks: int,
     pinned: int,
+    front: int = 0,
 ) -> tuple[Tensor, ...]:
-    """List every row's tokens: first its ragged ones, then its dense ones.
+    """List every row's tokens: first dense slots below `front`, then its ragged tokens, then its other dense ones.
 
     Args:
         rows: rows of the result; N tokens, ragged and dense together.
@@ -31,19 +32,20 @@ def layout(
         positions: int32 `[M]`; misses: uint8 `[M]`.
         dense_positions: int32 `[B, C]`; fill: int64 `[B]`, valid dense slots. capacity: C.
         window, sinks: newest and first tokens per row to protect. pinned: positions below it are protected too.
+        front: slots of the dense tier whose tokens are older than the ragged ones.
 
     Returns:
         For every token, `[N]`: position (int32), misses (uint8, 0 for dense ones), address in the ragged tokens and
-        then the dense slots (int64), whether it is among the newest `window` dense ones, among the newest `window` of
-        its row, and whether it is protected.
+        then the dense slots (int64), whether it is among the first `front` or the newest `window` dense ones, among
+        the newest `window` of its row, and whether it is protected.
     """
     tensors = rows, older, order, positions, misses, dense_positions, fill
     if kernels_for(positions.device, torch.float32) == "triton":
         from hardkv.kernels.layout import triton as kernel
 
         with current(positions):
-            return kernel.layout(*tensors, capacity, window, sinks, pinned)
-    return layout_reference(*tensors, capacity, window, sinks, pinned)
+            return kernel.layout(*tensors, capacity, window, sinks, pinned, front)
+    return layout_reference(*tensors, capacity, window, sinks, pinned, front)
 
 
 def assign(

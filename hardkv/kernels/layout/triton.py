@@ -11,7 +11,7 @@ from hardkv.kernels.rows import Rows
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["capacity", "offset", "window", "sinks", "pinned"])
+@triton.jit(do_not_specialize=["capacity", "offset", "window", "sinks", "pinned", "front"])
 def _layout_kernel(
     positions_out,
     misses_out,
@@ -33,6 +33,7 @@ def _layout_kernel(
     window,
     sinks,
     pinned,
+    front,
     ORDERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -49,9 +50,11 @@ def _layout_kernel(
     sequence = row // heads
     fill = tl.load(fill_ptr + sequence).to(tl.int32)
 
-    slot = token - older  # slot in the dense tier, negative for older tokens
-    is_old, is_dense = live & (slot < 0), live & (slot >= 0)
-    place = (older_begin + token).to(tl.int64)
+    ahead = tl.minimum(front, fill)
+    slot = tl.where(token < ahead, token, token - older)  # slot in the dense tier
+    is_dense = live & ((token < ahead) | (slot >= ahead))
+    is_old = live & (token >= ahead) & (slot < ahead)
+    place = (older_begin + token - ahead).to(tl.int64)
     if ORDERED:
         place = tl.load(order_ptr + place, mask=is_old, other=0)
     dense = dense_positions_ptr + sequence.to(tl.int64) * position_stride_b + slot
@@ -60,7 +63,7 @@ def _layout_kernel(
     )
     misses = tl.load(misses_ptr + place, mask=is_old, other=0)
     address = tl.where(is_old, place, offset + row.to(tl.int64) * capacity + slot)
-    stays = slot >= tl.maximum(fill - window, 0)
+    stays = is_dense & ((slot < ahead) | (slot >= fill - window))
     window_mask = token >= length - window
     protected = window_mask | (token < sinks) | (position < pinned)
 
@@ -85,6 +88,7 @@ def layout(
     window: int,
     sinks: int,
     pinned: int,
+    front: int,
 ) -> tuple[Tensor, ...]:
     """See `hardkv.kernels.layout.layout`."""
     n, count = rows.total, rows.cu_seqlens.shape[0] - 1
@@ -113,6 +117,7 @@ def layout(
             window,
             sinks,
             pinned,
+            front,
             ORDERED=order is not None,
             BLOCK=BLOCK,
         )

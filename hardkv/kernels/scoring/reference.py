@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardkv.kernels.attention import accumulation_dtype
+from hardkv.kernels.dtypes import accumulation_dtype
 from hardkv.kernels.rows import Rows, padded_index
 
 Reduce = Literal["mean", "max", "max_logits", "mean_square"]

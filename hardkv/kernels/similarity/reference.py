@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hardkv.kernels.attention import accumulation_dtype
+from hardkv.kernels.dtypes import accumulation_dtype
 from hardkv.kernels.rows import Rows
 
 # How far from a row's end to look for near-duplicates. Rows of at most this many tokens are compared completely, like

@@ -16,7 +16,7 @@ def make_case(data):
     batch, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     capacity = data.draw(st.integers(1, 9))
     window, sinks = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 3))
-    pinned = data.draw(st.sampled_from([0, 0, 20]))
+    pinned, front = data.draw(st.sampled_from([0, 0, 20])), data.draw(st.integers(0, 3))
     fill = [rng.randint(0, capacity) for _ in range(batch)]
     counts = data.draw(st.lists(st.integers(0, 12), min_size=batch * heads, max_size=batch * heads))
     held = [sorted(rng.sample(range(50), count)) for count in counts]
@@ -32,10 +32,12 @@ def make_case(data):
     for row, tokens in enumerate(held):
         b = row // heads
         length = len(tokens) + fill[b]
-        entries = [(p, misses[row][i], place[row, i], False) for i, p in enumerate(tokens)]
-        for slot in range(fill[b]):
-            address = len(flat) + row * capacity + slot
-            entries.append((dense[b][slot], 0, address, slot >= fill[b] - window))
+        entries = [
+            (dense[b][slot], 0, len(flat) + row * capacity + slot, slot < front or slot >= fill[b] - window)
+            for slot in range(fill[b])
+        ]
+        ahead = min(front, fill[b])
+        entries[ahead:ahead] = [(p, misses[row][i], place[row, i], False) for i, p in enumerate(tokens)]
         expected += [
             (*entry, i >= length - window, i >= length - window or i < sinks or entry[0] < pinned)
             for i, entry in enumerate(entries)
@@ -49,7 +51,7 @@ def make_case(data):
         torch.tensor([misses[row][i] for row, i in flat], dtype=torch.uint8),
         torch.tensor(dense, dtype=torch.int32),
         torch.tensor(fill),
-        *(capacity, window, sinks, pinned),
+        *(capacity, window, sinks, pinned, front),
     )
     return arguments, expected
 

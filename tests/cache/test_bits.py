@@ -1,0 +1,307 @@
+"""Test a quantised cache against a plain account of every token, in float64."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from transformers import DeepseekV3Config, LlamaConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hardkv import Calibration, HardKVCache, HardKVConfig
+from hardkv.cache.argument import CACHE
+from hardkv.cache.model import Traits
+from hardkv.selectors import AdaKV, TopK
+from tests.cache.plain_codes import CodedRow
+
+LAYERS, HEADS, GROUP, DIM, SCALE = 2, 2, 2, 16, 0.3
+CONFIG = LlamaConfig(
+    vocab_size=8,
+    hidden_size=HEADS * GROUP * DIM,
+    num_attention_heads=HEADS * GROUP,
+    num_key_value_heads=HEADS,
+    head_dim=DIM,
+    num_hidden_layers=LAYERS,
+    attn_implementation="sdpa",
+)
+
+
+class Attention(torch.nn.Module):
+    """Provide the attributes that hardkv and transformers' kernels read from a model's attention module."""
+
+    is_causal = True
+    num_key_value_groups = GROUP
+
+    def __init__(self, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+
+MODULES = [Attention(idx).eval() for idx in range(LAYERS)]
+
+
+class Followed:
+    """A cache, and a plain account of the states that it reads. Which tokens it keeps is its own choice."""
+
+    def __init__(self, cache, batch, seed):
+        self.cache, self.batch = cache, batch
+        self.generator = torch.Generator().manual_seed(seed)
+        self.bits = cache.settings.bits if isinstance(cache.settings.bits, tuple) else (cache.settings.bits,) * 2
+        self.rows = [[[CodedRow(self.bits) for _ in range(HEADS)] for _ in range(batch)] for _ in range(LAYERS)]
+        self.keys = np.zeros((LAYERS, batch, HEADS, 0, DIM))
+        self.values = np.zeros((LAYERS, batch, HEADS, 0, DIM))
+        self.exists = torch.zeros(batch, 0, dtype=torch.bool)
+        self.dense = [[] for _ in range(batch)]  # positions in the dense tier
+        self.events = 0
+
+    def draw(self, heads, count):
+        # a head's own mean, so that centring matters
+        mean = torch.linspace(-2, 2, heads * DIM, dtype=torch.float64).view(1, 1, heads, 1, DIM)
+        shape = (LAYERS, self.batch, heads, count, DIM)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64) + mean
+
+    def forward(self, exists):
+        """Feed columns that exist, bool `[B, q]`, or not; compare what attention returns."""
+        start, count = self.exists.shape[1], exists.shape[1]
+        queries, keys, values = self.draw(HEADS * GROUP, count), self.draw(HEADS, count), self.draw(HEADS, count)
+        kept = [self.cache.kept(layer) or [[[]] * HEADS] * self.batch for layer in range(LAYERS)]
+        self.exists = torch.cat([self.exists, exists], 1)
+        self.keys, self.values = (
+            np.concatenate([old, new.numpy()], 3) for old, new in ((self.keys, keys), (self.values, values))
+        )
+        for b in range(self.batch):
+            self.dense[b] += (start + exists[b].nonzero()[:, 0]).tolist()
+        arguments = {"inputs_embeds": torch.empty(self.batch, count, 1), "attention_mask": self.exists}
+        mask = create_causal_mask(config=CONFIG, **arguments, **{CACHE: self.cache})
+        for module, query, key, value in zip(MODULES, queries, keys, values, strict=True):
+            layer, handles = module.layer_idx, self.cache.update(key, value, module.layer_idx)
+            out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *handles, mask, dropout=0.0, scaling=SCALE)
+            self.compare(out.transpose(1, 2).numpy(), query.numpy(), kept[layer], layer, start)
+        self.after_events()
+
+    def compare(self, out, query, kept, layer, start):
+        for b in range(self.batch):
+            for head in range(HEADS * GROUP):
+                row = self.rows[layer][b][head // GROUP]
+                keys, values = self.keys[layer, b, head // GROUP], self.values[layer, b, head // GROUP]
+                old = [int(p) for p in kept[b][head // GROUP]]
+                for i in range(query.shape[2]):
+                    new = [p for p in range(start, start + i + 1) if self.exists[b, p]]
+                    if not self.exists[b, start + i]:
+                        continue
+                    read = [row.read(p, keys, values) for p in old + new]
+                    logits = np.array([query[b, head, i] @ key for key, _ in read]) * SCALE
+                    weights = np.exp(logits - logits.max())
+                    expected = (weights[:, None] * np.array([value for _, value in read])).sum(0) / weights.sum()
+                    np.testing.assert_allclose(out[b, head, i], expected, atol=1e-9)
+
+    def after_events(self):
+        """Bring the account up to the events that the cache ran."""
+        tiers = [layer.tiers for layer in self.cache.layers]
+        if tiers[0].events == self.events:
+            return
+        self.events = tiers[0].events
+        sinks = 0 if self.bits == (16, 16) else self.cache.settings.sinks
+        for layer, held in enumerate(tiers):
+            for b in range(self.batch):
+                for h in range(HEADS):
+                    staying = [
+                        int(p)
+                        for tier in (held.condensed, held.sparse)
+                        for p in tier.positions[tier.cu_seqlens[b * HEADS + h] : tier.cu_seqlens[b * HEADS + h + 1]]
+                    ]
+                    states = self.keys[layer, b, h], self.values[layer, b, h]
+                    self.rows[layer][b][h].event(staying, self.dense[b], *states, sinks)
+        window = self.cache.settings.window
+        self.dense = [sorted({*tokens[:sinks], *tokens[-window:]}) for tokens in self.dense]
+        for b in range(self.batch):  # so each token is in the dense tier or in a row, never in both
+            assert tiers[0].dense.positions[b, : tiers[0].dense.fill[b]].tolist() == self.dense[b]
+
+    def check_observed(self):
+        """Scorers see the states that attention reads."""
+        for layer in range(LAYERS):
+            observation = self.cache.observe(layer)
+            for token, (position, row) in enumerate(zip(observation.positions.tolist(), observation.row, strict=True)):
+                b, h = divmod(int(row), HEADS)
+                states = self.keys[layer, b, h], self.values[layer, b, h]
+                key, value = self.rows[layer][b][h].read(position, *states)
+                np.testing.assert_allclose(observation.keys[token], key, atol=1e-9)
+                np.testing.assert_allclose(observation.values[token], value, atol=1e-9)
+
+    def copied(self):
+        """Return an account and a cache that go on by themselves."""
+        other = copy.copy(self)
+        for name in ("cache", "rows", "dense"):
+            setattr(other, name, copy.deepcopy(getattr(self, name)))
+        return other
+
+    def select(self, rows):
+        """Go on with some sequences of the batch."""
+        self.cache.reorder_cache(torch.tensor(rows))
+        self.batch, self.exists = len(rows), self.exists[rows]
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.dense = [[*self.dense[b]] for b in rows]
+        self.rows = [[[row.copy() for row in layer[b]] for b in rows] for layer in self.rows]
+
+    def crop(self, count):
+        """Take back columns since the last event."""
+        self.cache.crop(-count)
+        left = self.exists.shape[1] - count
+        self.exists, self.keys, self.values = (
+            self.exists[:, :left],
+            self.keys[..., :left, :],
+            self.values[..., :left, :],
+        )
+        self.dense = [[p for p in tokens if p < left] for tokens in self.dense]
+
+    def store(self):
+        """Go on with what torch.save wrote."""
+        stored = io.BytesIO()
+        torch.save(self.cache, stored)
+        stored.seek(0)
+        self.cache = torch.load(stored, weights_only=False)
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("forward"), st.integers(1, 7)),
+        st.tuples(st.just("select"), st.lists(st.integers(0, 2), min_size=1, max_size=3)),
+        st.tuples(st.just("store"), st.just(0)),
+        st.tuples(st.just("observe"), st.just(0)),
+    ),
+    min_size=2,
+    max_size=9,
+)
+
+
+@hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    bits=st.sampled_from([8, 4, 3, 2, (4, 2), (16, 3), (8, 16)]),
+    sizes=st.tuples(st.integers(1, 4), st.integers(0, 4), st.integers(1, 6), st.integers(0, 2)),
+    budget=st.sampled_from([TopK, AdaKV]),
+    extra=st.integers(1, 8),
+    prompt=st.integers(1, 20),
+    pads=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    offload=st.booleans(),
+    steps=steps,
+    seed=st.integers(0, 1 << 16),
+)
+def test_any_run_reads_what_a_plain_account_reads(bits, sizes, budget, extra, prompt, pads, offload, steps, seed):
+    window, sinks, interval, patience = sizes
+    cache = HardKVCache(
+        config=CONFIG, scorer="snapkv", budget=budget(window + sinks + extra), window=window, sinks=sinks,
+        interval=interval, patience=patience, bits=bits, offload=offload,
+    )  # fmt: skip
+    followed = Followed(cache, len(pads), seed)
+    pads = torch.tensor(pads).clamp_max(prompt - 1)
+    followed.forward(torch.arange(prompt) >= pads[:, None])
+    for kind, argument in steps:
+        if kind == "forward":
+            followed.forward(torch.ones(followed.batch, argument, dtype=torch.bool))
+        elif kind == "select":
+            followed.select([row % followed.batch for row in argument])
+        elif kind == "store":
+            followed.store()
+        else:
+            followed.check_observed()
+
+
+def test_crops_take_back_what_was_not_quantised():
+    cache = HardKVCache(config=CONFIG, budget=12, window=4, sinks=2, interval=6, bits=3)
+    followed = Followed(cache, 2, 0)
+    followed.forward(torch.ones(2, 20, dtype=torch.bool))
+    for _ in range(3):
+        followed.forward(torch.ones(2, 4, dtype=torch.bool))
+        followed.crop(3)
+        followed.forward(torch.ones(2, 5, dtype=torch.bool))
+    assert followed.events > 2
+
+
+def test_calibrated_means_are_subtracted():
+    """What is quantised lies at the calibrated centre, so it loses nothing; its own mean lies elsewhere."""
+    means = torch.randn(LAYERS, HEADS, DIM), torch.randn(LAYERS, HEADS, DIM)
+    provenance = {
+        "geometry": Traits.of(CONFIG).geometry, "layers": [0, 1], "scorer": {"name": "attention"}, "window": 4,
+    }  # fmt: skip
+    plain = torch.ones(LAYERS, HEADS)
+    calibration = Calibration(plain, plain, key_means=means[0], value_means=means[1], provenance=provenance)
+    settings = {"budget": 12, "window": 4, "sinks": 2, "interval": 6, "bits": 2, "scorer": "attention"}
+    cache = HardKVCache(config=CONFIG, calibration=calibration, **settings | {"budget": TopK(12)})
+    for module in MODULES:
+        keys, values = (mean[module.layer_idx][None, :, None].expand(2, -1, 20, -1) for mean in means)
+        handles = cache.update(keys, values, module.layer_idx)
+        query = torch.randn(2, HEADS * GROUP, 20, DIM)
+        ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *handles, None, dropout=0.0, scaling=SCALE)
+    for layer in range(LAYERS):
+        condensed = cache.layers[layer].tiers.condensed
+        assert condensed.rows.total == 2 * HEADS * 6
+        assert not condensed.columns.scales.any()
+        observation = cache.observe(layer)
+        assert torch.equal(observation.keys, means[0][layer][observation.row % HEADS])
+
+
+def test_copies_go_on_by_themselves():
+    cache = HardKVCache(config=CONFIG, budget=12, window=4, sinks=2, interval=6, bits=4)
+    followed = Followed(cache, 1, 0)
+    followed.forward(torch.ones(1, 20, dtype=torch.bool))
+    for each in (followed, followed.copied()):
+        for _ in range(3):
+            each.forward(torch.ones(1, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("bits", [1, 5, 4.0, True, "4", None, (4,), (4, 4, 4), (4, 7), "auto"])
+def test_bits_that_are_refused(bits):
+    with pytest.raises(ValueError, match=r"must be one of \(16, 8, 4, 3, 2\), or a pair"):
+        HardKVConfig(bits=bits)
+
+
+@pytest.mark.parametrize(("bits", "kept", "shown"), [((4, 4), 4, "4"), ([4, 2], (4, 2), "4, 2"), (16, 16, "16")])
+def test_settings(bits, kept, shown):
+    config = HardKVConfig(bits=bits)
+    assert config.bits == kept
+    assert HardKVConfig.from_json(config.to_json()) == config
+    stats = HardKVCache(config=CONFIG, bits=bits).stats()
+    assert stats.bits == shown
+    assert (f"bits            {shown}" in str(stats)) == (kept != 16)
+
+
+def test_head_dims_that_are_refused():
+    cache = HardKVCache(config=CONFIG, bits=4)
+    keys = torch.randn(1, HEADS, 3, 12)
+    with pytest.raises(ValueError, match="bits=4 needs head dims that are multiples of 8, and those of layer 0 are 12"):
+        cache.update(keys, keys, 0)
+    assert not cache.get_seq_length()
+
+
+def test_latents_are_refused():
+    with pytest.raises(ValueError, match="has latent attention"):
+        HardKVCache(config=DeepseekV3Config(), bits=4)
+
+
+def test_masks_that_hide_sinks_are_refused():
+    cache = HardKVCache(config=CONFIG, budget=12, window=4, sinks=2, interval=6, bits=4)
+    followed = Followed(cache, 1, 0)
+    followed.forward(torch.ones(1, 20, dtype=torch.bool))
+    followed.exists[0, 1] = False
+    with pytest.raises(NotImplementedError, match="hides one of the first 2 tokens"):
+        followed.forward(torch.ones(1, 2, dtype=torch.bool))
+
+
+def test_codes_take_the_bytes_that_they_say():
+    """Per token and head: the codes, two scales, position and misses."""
+    caches = {bits: HardKVCache(config=CONFIG, budget=60, window=8, sinks=4, bits=bits) for bits in (16, 8, 4, 3, 2)}
+    for cache in caches.values():
+        Followed(cache, 1, 0).forward(torch.ones(1, 90, dtype=torch.bool))
+    for bits, cache in caches.items():
+        condensed = cache.layers[0].tiers.condensed
+        tokens = HEADS * (60 - 8 - (4 if bits != 16 else 0))
+        assert condensed.rows.total == tokens
+        each = 2 * DIM * 8 if bits == 16 else 2 * DIM * bits // 8 + 4
+        assert sum(column.nbytes for column in condensed.columns) == tokens * (each + 5)
+    sizes = [cache.nbytes() for cache in caches.values()]
+    assert sizes == sorted(sizes, reverse=True)
