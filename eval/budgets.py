@@ -40,6 +40,8 @@ INTERVAL = 128
 def make_budget(entry: Entry, calibration: Calibration | None) -> Any:
     """Return the budget of an entry."""
     name, n = entry.label.split(",")[0], entry.n
+    if name == "all tokens":
+        return TopK(n)
     if name in ("TopK", "AdaKV", "Pyramid", "Adaptive"):
         return {"TopK": TopK, "AdaKV": AdaKV, "Pyramid": Pyramid, "Adaptive": Adaptive}[name](n)
     if name == "TopP":
@@ -59,7 +61,8 @@ def make_budget(entry: Entry, calibration: Calibration | None) -> Any:
 def make_cache(model: Any, entry: Entry, calibration: Calibration | None) -> HardKVCache:
     """Create a new cache for an entry."""
     budget = make_budget(entry, calibration)
-    uses = isinstance(budget, Risk) or "calibrated" in entry.label
+    bits = entry.options.get("bits", 16)
+    uses = isinstance(budget, Risk) or "calibrated" in entry.label or (bits != 16 and calibration is not None)
     return HardKVCache(
         config=model.config,
         scorer=entry.scorer,
@@ -67,6 +70,7 @@ def make_cache(model: Any, entry: Entry, calibration: Calibration | None) -> Har
         interval=INTERVAL,
         patience=entry.options.get("patience", 0),
         calibration=calibration if uses else None,
+        bits=bits,
     )
 
 

@@ -164,6 +164,20 @@ def _shares() -> list[Entry]:
     ]
 
 
+def _bits() -> list[Entry]:
+    """Bits and tokens: one is calibrated on texts, which gives the centres, and one centres on its own tokens."""
+    base = Entry("bits", "all tokens", 2048, "report")
+    choices: list[Any] = [8, 4, 3, 2, [4, 3], [3, 4], [4, 2], [2, 4]]
+    entries = [seeded(replace(base, options={"bits": bits}), 0) for bits in choices]
+    entries += [replace(base, label="all tokens, centred on their own", options={"bits": bits}) for bits in (4, 3, 2)]
+    for n in BUDGETS[2048]:
+        entries.append(replace(base, label="TopK", n=n))
+        for bits in (16, 4, 3):
+            entries.append(seeded(replace(base, label="Risk", n=n, options={"bits": bits}), 0))
+        entries.append(seeded(replace(base, label="TopK", n=n, options={"bits": 4}), 0))
+    return entries
+
+
 # Every section of the study, and the function that lists its caches.
 SECTIONS: dict[str, Callable[[], list[Entry]]] = {
     "main": _main,
@@ -176,6 +190,7 @@ SECTIONS: dict[str, Callable[[], list[Entry]]] = {
     "dynamic": _dynamic,
     "patience": _patience,
     "shares": _shares,
+    "bits": _bits,
 }
 
 

@@ -69,6 +69,8 @@ def label(record: dict[str, Any]) -> str:
     name, options = record["label"], record["options"]
     if options.get("scope") == "layer" and record["section"] != "shares":
         name += ", per layer"
+    if "bits" in options:
+        name += f", {str(options['bits']).strip('[]')} bits"
     return name + (f", calibrated at {options['from']:,}" if "from" in options else "")
 
 
@@ -94,17 +96,17 @@ def tables(study: Study) -> str:
     return "\n".join(lines)
 
 
-def patience(study: Study) -> str:
-    """Show the cost and gain of patience at the bytes that it really holds."""
+def at_bytes(study: Study, section: str) -> str:
+    """Show the losses of a section beside the bytes that its caches really held."""
     rows = []
     for group, labels in study.cells.items():
-        if group[0] == "patience":
+        if group[0] == section:
             for name, cell in labels.items():
                 for n, (record, *_) in sorted(cell.items()):
                     share = record["nbytes"] / record["dense_nbytes"]
                     rows.append([name, str(n), f"{share:.3f}", f"{np.mean(record['excess']):.4f}"])
     lines = table("| | n | bytes of dense | excess NLL |", rows, "---")
-    return "\n".join(["\n### patience, at the bytes held\n", *lines]) if rows else ""
+    return "\n".join([f"\n### {section}, at the bytes held\n", *lines]) if rows else ""
 
 
 def draw(study: Study, path: Path) -> None:
@@ -112,7 +114,7 @@ def draw(study: Study, path: Path) -> None:
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
 
-    groups = [group for group in study.cells if group[1] == "report" and group[3] != "rkv"]
+    groups = [group for group in study.cells if group[1] == "report" and group[0] != "bits" and group[3] != "rkv"]
     figure, axes = plt.subplots(
         1, len(groups), figsize=(4.6 * len(groups), 4.4), squeeze=False, sharey=True, layout="constrained"
     )
@@ -189,7 +191,8 @@ def report(path: Path) -> None:
         "# Ways to share a budget between heads\n\n"
         f"Written by `python -m eval.budgets report`, from {path.name}. {head}.\n\n"
         "Each cell: mean excess NLL over the dense cache = fraction of TopK's [95 % interval over texts]. TopP stands "
-        f"at TopK's bytes.\n{tables(study)}\n{patience(study)}\n"
+        f"at TopK's bytes.\n{tables(study)}\n{at_bytes(study, 'patience')}\n"
+        f"{at_bytes(study, 'bits')}\n"
     )
     write_text(path.with_suffix(".md"), text)
     if any(group[1] == "report" for group in study.cells):

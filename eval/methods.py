@@ -8,6 +8,7 @@ from typing import Any
 from transformers import DynamicCache
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
+from hardkv.config import check_bits
 from hardkv.selectors import AdaKV, Adaptive, Budget, Pyramid, Risk, TopK, TopP
 
 # Budgets by the mean number of tokens kept per head.
@@ -32,16 +33,19 @@ class Configuration:
         method: one of `METHODS`. scorer: ranks the tokens; None for the full cache.
         budget: as requested: tokens per head ("1024"), a fraction of the full cache's mean length ("1/8"), or a
             mass ("p0.95"); None for the full cache.
+        bits: of the tokens that events keep: "4", or "4:2" for keys and values.
     """
 
     method: str
     scorer: str | None = None
     budget: str | None = None
+    bits: str = "16"
 
     @property
     def label(self) -> str:
         """Return the name of the configuration's file and of its table rows."""
-        parts = (self.method, self.scorer, self.budget and self.budget.replace("/", "_"))
+        bits = None if self.bits == "16" else f"{self.bits.replace(':', '_')}bit"
+        parts = (self.method, self.scorer, self.budget and self.budget.replace("/", "_"), bits)
         return "-".join(part for part in parts if part)
 
     @property
@@ -80,7 +84,14 @@ class Configuration:
             budget: Budget = TopP(float(self.budget[1:]))
         else:
             budget = BY_COUNT[self.method](n)  # type: ignore[call-arg]
-        return HardKVConfig(self.scorer, budget, calibration=calibration if self.needs_calibration else None, **options)
+        bits: Any = tuple(map(int, self.bits.split(":")))
+        return HardKVConfig(
+            self.scorer,
+            budget,
+            calibration=calibration if self.needs_calibration else None,
+            bits=bits if len(bits) > 1 else bits[0],
+            **options,
+        )
 
 
 def new_cache(model: Any, settings: HardKVConfig | None) -> DynamicCache:
@@ -91,12 +102,18 @@ def new_cache(model: Any, settings: HardKVConfig | None) -> DynamicCache:
 
 
 def grid(
-    methods: list[str], scorers: list[str], budgets: list[str], masses: list[float], options: Mapping[str, Any]
+    methods: list[str],
+    scorers: list[str],
+    budgets: list[str],
+    masses: list[float],
+    bits: list[str],
+    options: Mapping[str, Any],
 ) -> list[Configuration]:
     """Return all configurations, the full cache first.
 
     Raises:
-        ValueError: a method is unknown, or a budget is unreadable or leaves no room beside window and sinks.
+        ValueError: a method is unknown; or a budget is unreadable or leaves no room beside window and sinks; or bits
+            are not allowed.
     """
     unknown = sorted(set(methods) - set(METHODS))
     if unknown:
@@ -105,7 +122,12 @@ def grid(
     for method in (name for name in METHODS if name in methods and name != "full"):
         for scorer in scorers:
             for budget in [f"p{mass:g}" for mass in masses] if method in BY_MASS else budgets:
-                found.append(Configuration(method, scorer, budget))
+                found += [Configuration(method, scorer, budget, each) for each in bits]
+    for each in bits:
+        try:
+            check_bits([int(part) for part in each.split(":")] if ":" in each else int(each))
+        except ValueError as error:
+            raise ValueError(f"--bits {each}: 16, 8, 4, 3 or 2, or two of them for keys and values (4:2)") from error
     for configuration in found:
         if configuration.method in BY_MASS:
             TopP(float((configuration.budget or "p")[1:]))

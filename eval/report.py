@@ -110,7 +110,12 @@ def budget_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return row["method"] + (f" ({row['scorer']})" if row["scorer"] else "")
+    return _method(row) + (f" ({row['scorer']})" if row["scorer"] else "")
+
+
+def _method(row: Mapping[str, Any]) -> str:
+    bits = row.get("bits", "16")
+    return row["method"] if bits == "16" else f"{row['method']}, {bits} bits"
 
 
 def percent(value: Mapping[str, float] | None, sign: str = "") -> str:
@@ -201,16 +206,17 @@ def _panel(axis: Any, full: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
         axis.axhspan(100 * row["accuracy"]["low"], 100 * row["accuracy"]["high"], color="0.92", zorder=0)
         axis.axhline(100 * row["accuracy"]["mean"], color="0.5", linewidth=1)
         axis.plot(row["bytes_mean"], 100 * row["accuracy"]["mean"], "s", color="0.3", label="full")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        points = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bytes_mean"])
+    for name in dict.fromkeys(_method(row) for row in rows):
+        points = sorted((row for row in rows if _method(row) == name), key=lambda row: row["bytes_mean"])
+        method, bits = points[0]["method"], points[0].get("bits", "16")
         low, mean, high = (np.array([100 * row["accuracy"][end] for row in points]) for end in ("low", "mean", "high"))
         axis.errorbar(
             [row["bytes_mean"] for row in points],
             mean,
             [mean - low, high - mean],
-            label=method,
+            label=name,
             color=colours[METHODS.index(method)],
-            linestyle="--" if method.endswith("-calibrated") else "-",
+            linestyle="--" if method.endswith("-calibrated") else "-" if bits == "16" else ":",
             linewidth=2.2 if method == "risk" else 1.2,
             marker=MARKERS[METHODS.index(method)],
             markersize=5,

@@ -101,7 +101,7 @@ def prepare(args: argparse.Namespace, state: Any) -> "tuple[Harness | None, list
         if state.is_main_process:
             print(text)
 
-    configurations = grid(args.method, args.scorer, args.budget, args.mass, cache_options(args))
+    configurations = grid(args.method, args.scorer, args.budget, args.mass, args.bits, cache_options(args))
     model = tokenizer = None
     if not args.self_check:
         check_writable(args.out / SETTINGS)
@@ -176,6 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="tokens a head, or a fraction of the full cache's length (1024)",
     )
     add("--mass", type=_masses, default=[0.95], metavar="P,P", help="attention mass of topp (default: 0.95)")
+    add("--bits", type=_list, default=["16"], metavar="N,4:2", help="of the tokens kept, or of keys:values (16)")
     add("--samples", type=_positive, default=1, metavar="K", help="answers to every problem (default: 1)")
     add("--limit", type=_positive, metavar="N", help="so many problems only (default: all; 100 generated ones)")
     add("--stop-when-separated", action="store_true", help="add no problems once a method differs clearly from full")

@@ -30,13 +30,17 @@ def summarise(store: Store) -> dict[str, Any]:
         ours = accuracies[row["label"]]
         if row["method"] != "full":
             row["versus_full"] = paired(ours, accuracies.get("full", {}))
-        if row["method"] not in ("full", "topk"):
-            uniform = [other for other in rows if other["method"] == "topk" and other["scorer"] == row["scorer"]]
+        if row["method"] not in ("full", "topk") or row["bits"] != "16":
+            uniform = [
+                other
+                for other in rows
+                if (other["method"], other["bits"], other["scorer"]) == ("topk", "16", row["scorer"])
+            ]
             nbytes, theirs = _at_bytes(uniform, accuracies, row["bytes_mean"])
             if (difference := paired(ours, theirs)) is not None:
                 row["versus_topk"] = difference | {"more_bytes": row["bytes_mean"] / nbytes - 1}
             same = next((other["bytes_mean"] for other in uniform if other["budget"] == row["budget"]), None)
-            if same is not None:
+            if same is not None and row["bits"] == "16":
                 row["more_bytes"] = row["bytes_mean"] / same - 1
     return {
         "kind": "harness",
@@ -47,7 +51,7 @@ def summarise(store: Store) -> dict[str, Any]:
 
 def _summary(label: str, records: Records, budgets: Mapping[str, int]) -> dict[str, Any]:
     on_gpu = all(record["allocated_mean"] is not None for record in records)
-    method, scorer, budget = split(label)
+    method, scorer, budget, bits = split(label)
     tokens = [np.array(record["tokens_per_head"]) for record in records]
     heads = np.mean(tokens, 0) if len({array.shape for array in tokens}) == 1 else tokens[0]
     return {
@@ -55,6 +59,7 @@ def _summary(label: str, records: Records, budgets: Mapping[str, int]) -> dict[s
         "method": method,
         "scorer": scorer,
         "budget": budget,
+        "bits": bits,
         "tokens": budgets.get(budget) if budget else None,
         "problems": len({record["id"] for record in records}),
         "samples": len(records),
@@ -72,12 +77,15 @@ def _summary(label: str, records: Records, budgets: Mapping[str, int]) -> dict[s
     }
 
 
-def split(label: str) -> tuple[str, str | None, str | None]:
-    """Split a `Configuration.label` into method, scorer and budget."""
+def split(label: str) -> tuple[str, str | None, str | None, str]:
+    """Split a `Configuration.label` into method, scorer, budget and bits."""
+    bits = "16"
+    if label.endswith("bit"):
+        label, _, bits = label.removesuffix("bit").rpartition("-")
     method = max((name for name in METHODS if label.split("-")[0] == name or label.startswith(f"{name}-")), key=len)
     rest = label.removeprefix(method).removeprefix("-")
     scorer, _, budget = rest.rpartition("-")
-    return method, scorer or None, budget.replace("_", "/") or None
+    return method, scorer or None, budget.replace("_", "/") or None, bits.replace("_", ":")
 
 
 def _mean(records: Records, name: str) -> float:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AttentionInterface,
+    DynamicCache,
     GptOssConfig,
     GptOssForCausalLM,
     PreTrainedTokenizerFast,
@@ -244,6 +245,22 @@ class TestMeasurement:
             assert (np.diff(expected) <= 1e-15).all()
             assert expected[:, 0].min() > 1e-4
             torch.testing.assert_close(found.risk[rank].double(), torch.tensor(expected), rtol=1e-5, atol=1e-9)
+
+    @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+    def test_means_of_keys_and_values(self, name):
+        """Of all tokens but the sinks, as DynamicCache holds them."""
+        model, texts = tiny.make_model(name, dtype=torch.float64), make_texts(100, 64)
+        found = calibrate(model, texts, scorer="attention", **SIZES, **QUIET)
+        for rank, layer in enumerate(found.provenance["layers"]):
+            for kind, means in (("keys", found.key_means), ("values", found.value_means)):
+                parts = []
+                for ids in texts:
+                    cache = DynamicCache(config=model.config)
+                    whole = len(ids) // SIZES["interval"] * SIZES["interval"]
+                    model(input_ids=ids[None, :whole], **{CACHE: cache})
+                    parts.append(getattr(cache.layers[layer], kind)[0, :, SIZES["sinks"] :])
+                expected = torch.cat(parts, 1).mean(1)
+                torch.testing.assert_close(means[rank].double(), expected, rtol=1e-5, atol=1e-6)
 
     def test_learned_sinks(self):
         """GPT-OSS: they take part in what later queries pay."""

@@ -26,7 +26,7 @@ TINY = {
 }
 # of `make`
 SETTINGS = {"scorer": "attention", "window": 8, "sinks": 2}
-TENSORS = ["temperatures", "residuals", "counts", "risk", "kept"]
+TENSORS = ["temperatures", "residuals", "counts", "risk", "kept", "key_means", "value_means"]
 
 
 def make(config=None, layers=(0, 1, 2), **changes):
@@ -40,6 +40,8 @@ def make(config=None, layers=(0, 1, 2), **changes):
         "counts": torch.tensor([10, 20, 40, 100, 200]),
         "risk": torch.rand(*shape, 5, generator=generator).cumsum(-1).flip(-1) * torch.tensor([1, 1, 1, 1, 0]),
         "kept": torch.randint(0, 200, (3, *shape), generator=generator),
+        "key_means": torch.rand(*shape, 8, generator=generator),
+        "value_means": torch.rand(*shape, 8, generator=generator),
         "provenance": {
             "name": Traits.of(config).name,
             "geometry": Traits.of(config).geometry,
@@ -57,7 +59,7 @@ def make(config=None, layers=(0, 1, 2), **changes):
 
 
 def temperatures_only(**changes):
-    return make(counts=None, risk=None, kept=None, **changes)
+    return make(counts=None, risk=None, kept=None, key_means=None, value_means=None, **changes)
 
 
 def bits(tensor):

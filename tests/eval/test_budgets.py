@@ -23,6 +23,7 @@ from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
 from hardkv.calibration.file import describe_scorer
+from hardkv.config import check_bits
 from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP, get_scorer
 from tests.cache import conftest as tiny
 
@@ -51,7 +52,7 @@ def test_calibrations_have_their_own_files():
 
 def test_report_texts_are_kept_for_the_final_tables():
     for entry in plan(SECTIONS):
-        assert entry.texts == ("report" if entry.section in ("main", "long") else "choose")
+        assert entry.texts == ("report" if entry.section in ("main", "long", "bits") else "choose")
 
 
 # ---------------------------------------------------------------- caches of entries
@@ -67,6 +68,8 @@ EXPECTED = {
     "HeadKV style": HeadKV,
     "DuoAttention style": DuoAttention,
     "layers only": LayerShares,
+    "all tokens": TopK,
+    "all tokens, centred on their own": TopK,
 }
 
 
@@ -90,6 +93,8 @@ def make_calibration(model, scorer):
         residuals=torch.zeros(3, 2),
         counts=counts,
         risk=weight * (36 / counts - 36 / 320),
+        key_means=torch.zeros(3, 2, 8),
+        value_means=torch.zeros(3, 2, 8),
         provenance={
             "geometry": Traits.of(model.config).geometry,
             "layers": [0, 1, 2],
@@ -123,7 +128,9 @@ def test_every_entry_makes_its_cache(entry, model):
     assert (settings.interval, settings.patience) == (128, entry.options.get("patience", 0))
     assert settings.scorer == get_scorer(entry.scorer)
     tempered = "calibrated" in entry.label
-    assert (settings.calibration is not None) == (tempered or isinstance(budget, Risk))
+    centred = "bits" in entry.options and entry.source is not None
+    assert (settings.calibration is not None) == (tempered or centred or isinstance(budget, Risk))
+    assert settings.bits == check_bits(entry.options.get("bits", 16))
     assert (cache.layers[1].temperatures is not None) == tempered
 
     ids = tiny.make_prompts(1, 384)["input_ids"]

@@ -58,7 +58,7 @@ def test_every_method_runs_and_is_reported(command, tmp_path, capsys):
     asked = ["--method", ",".join(METHODS), "--budget", "24,1/2", "--mass", "0.8,0.9", "--limit", "2"]
     main(command(*asked, "--calibration-length", "64"))
     out = tmp_path / "out"
-    labels = {c.label for c in grid(list(METHODS), ["rkv"], ["24", "1/2"], [0.8, 0.9], {"window": 4})}
+    labels = {c.label for c in grid(list(METHODS), ["rkv"], ["24", "1/2"], [0.8, 0.9], ["16"], {"window": 4})}
     assert {path.stem for path in out.glob("*.jsonl")} == labels
     assert len(labels) == 1 + 6 * 2 + 2 * 2
     full = lines(out, "full")
@@ -354,11 +354,12 @@ def test_calibrated_methods_get_the_calibration_and_others_do_not():
 
 
 def test_labels_name_files_and_are_read_back():
-    found = grid(list(METHODS), ["attention", "value-norm"], ["1024", "1/8"], [0.9], {})
+    found = grid(list(METHODS), ["attention", "value-norm"], ["1024", "1/8"], [0.9], ["16", "4", "4:2"], {})
     assert len({configuration.label for configuration in found}) == len(found)
     for configuration in found:
         assert "/" not in configuration.label
-        assert split(configuration.label) == (configuration.method, configuration.scorer, configuration.budget)
+        expected = configuration.method, configuration.scorer, configuration.budget, configuration.bits
+        assert split(configuration.label) == expected
     assert Configuration("topk", "attention", "1/8").tokens(803.0) == 100
 
 
