@@ -45,11 +45,11 @@ class Calibration:
             keeps `counts [K]` (int64) tokens; see `hardkv.selectors.RiskCurves`. None: temperatures only.
         kept: int64 `[3, L, H]`, the median number of tokens that Top-p keeps: by raw attention, by scores before, and
             by scores after calibration.
-        key_means, value_means: float32 `[L, H, D]` and `[L, H, Dv]`, the mean key and value of each head, without the
-            first `sinks` tokens of a text. Caches with `bits` below 16 subtract them. None: not measured.
         provenance: model ("name", "geometry", "weights": a fingerprint of them, None where they could not be read),
             "layers", "scorer", "window", "sinks", "interval", "p", "texts_hash", "tokens", "length", "versions".
         path: the file it was loaded from or saved to.
+        key_means, value_means: float32 `[L, H, D]` and `[L, H, Dv]`, the mean key and value of each head, without the
+            first `sinks` tokens of a text. Caches with `bits` below 16 subtract them. None: not measured.
     """
 
     temperatures: Tensor
@@ -57,10 +57,10 @@ class Calibration:
     counts: Tensor | None = None
     risk: Tensor | None = None
     kept: Tensor | None = None
-    key_means: Tensor | None = None
-    value_means: Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    key_means: Tensor | None = None
+    value_means: Tensor | None = None
 
     @property
     def curves(self) -> RiskCurves:

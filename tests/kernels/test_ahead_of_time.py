@@ -174,7 +174,7 @@ def lay_out(order):
     rows, older = Rows(cu_seqlens(), N, 300), cumulative(torch.tensor([260, 10, 0, 200]))
     tokens = torch.zeros(N, dtype=torch.int32), torch.zeros(N, dtype=torch.uint8)
     dense = torch.zeros(B, C, dtype=torch.int32), torch.zeros(B, dtype=torch.int64)
-    layout.layout(rows, older, order, *tokens, *dense, C, window=32, sinks=4, pinned=0)
+    layout.layout(rows, older, order, *tokens, *dense, C, window=32, sinks=4, pinned=0, front=4)
 
 
 def assign():

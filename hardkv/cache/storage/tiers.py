@@ -33,8 +33,6 @@ class Tiers:
     sparse: RaggedTier
     dense: DenseTier
     tokens: Tensor  # int64 [B], tokens of each sequence so far; evicted ones count, pads do not
-    codec: Codec | None = None  # quantises the ragged tiers; None: they hold states
-    centres: Centres | None = None  # with a codec: what it subtracts
     seen: int = 0  # logical length: columns stored; pads and evicted tokens count
     compressed_at: int | None = None  # logical length at the last event
     events: int = 0
@@ -44,6 +42,8 @@ class Tiers:
     # bool [B, columns] of one layer: which of the first columns hold or held tokens, by the masks; later columns all do
     shown: Tensor | None = None
     hidden: Tensor | None = None  # bool [B], sequences whose step mask changed since the last event; None: no sequence
+    codec: Codec | None = None  # quantises the ragged tiers; None: they hold states
+    centres: Centres | None = None  # with a codec: what it subtracts
 
     @classmethod
     def of(cls, dense: DenseTier, seen: int, codec: Codec | None = None) -> "Tiers":
@@ -51,9 +51,9 @@ class Tiers:
         rows, states = dense.keys.shape[0] * dense.keys.shape[1], (dense.keys, dense.values)
         if codec is None:
             empty = RaggedTier.empty(rows, *states)
-            return cls(empty, empty, dense, dense.fill, seen=seen)
+            return cls(empty, empty, dense, dense.fill, seen)
         empty = codec.empty(rows, *states)
-        return cls(empty, empty, dense, dense.fill, codec, codec.first_centres(*states), seen)
+        return cls(empty, empty, dense, dense.fill, seen, codec=codec, centres=codec.first_centres(*states))
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> "Tiers":
         """Return tiers that also hold the next columns; see `DenseTier.append`."""
