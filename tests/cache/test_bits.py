@@ -9,40 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from transformers import DeepseekV3Config, LlamaConfig
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import DeepseekV3Config
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
-from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
 from hardkv.selectors import AdaKV, TopK
+from tests.cache.bare_model import BareModel
 from tests.cache.plain_codes import CodedRow
 
 LAYERS, HEADS, GROUP, DIM, SCALE = 2, 2, 2, 16, 0.3
-CONFIG = LlamaConfig(
-    vocab_size=8,
-    hidden_size=HEADS * GROUP * DIM,
-    num_attention_heads=HEADS * GROUP,
-    num_key_value_heads=HEADS,
-    head_dim=DIM,
-    num_hidden_layers=LAYERS,
-    attn_implementation="sdpa",
-)
-
-
-class Attention(torch.nn.Module):
-    """Provide the attributes that hardkv and transformers' kernels read from a model's attention module."""
-
-    is_causal = True
-    num_key_value_groups = GROUP
-
-    def __init__(self, layer_idx):
-        super().__init__()
-        self.layer_idx = layer_idx
-
-
-MODULES = [Attention(idx).eval() for idx in range(LAYERS)]
+MODEL = BareModel(LAYERS, HEADS, GROUP, DIM, SCALE)
+CONFIG = MODEL.config
 
 
 class Followed:
@@ -51,7 +28,7 @@ class Followed:
     def __init__(self, cache, batch, seed):
         self.cache, self.batch = cache, batch
         self.generator = torch.Generator().manual_seed(seed)
-        self.bits = cache.settings.bits if isinstance(cache.settings.bits, tuple) else (cache.settings.bits,) * 2
+        self.bits = cache.settings.bits_of_both
         self.rows = [[[CodedRow(self.bits) for _ in range(HEADS)] for _ in range(batch)] for _ in range(LAYERS)]
         self.keys = np.zeros((LAYERS, batch, HEADS, 0, DIM))
         self.values = np.zeros((LAYERS, batch, HEADS, 0, DIM))
@@ -76,12 +53,8 @@ class Followed:
         )
         for b in range(self.batch):
             self.dense[b] += (start + exists[b].nonzero()[:, 0]).tolist()
-        arguments = {"inputs_embeds": torch.empty(self.batch, count, 1), "attention_mask": self.exists}
-        mask = create_causal_mask(config=CONFIG, **arguments, **{CACHE: self.cache})
-        for module, query, key, value in zip(MODULES, queries, keys, values, strict=True):
-            layer, handles = module.layer_idx, self.cache.update(key, value, module.layer_idx)
-            out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *handles, mask, dropout=0.0, scaling=SCALE)
-            self.compare(out.transpose(1, 2).numpy(), query.numpy(), kept[layer], layer, start)
+        for layer, out in enumerate(MODEL.attend(self.cache, queries, keys, values, self.exists)):
+            self.compare(out.numpy(), queries[layer].numpy(), kept[layer], layer, start)
         self.after_events()
 
     def compare(self, out, query, kept, layer, start):
@@ -152,11 +125,8 @@ class Followed:
         """Take back columns since the last event."""
         self.cache.crop(-count)
         left = self.exists.shape[1] - count
-        self.exists, self.keys, self.values = (
-            self.exists[:, :left],
-            self.keys[..., :left, :],
-            self.values[..., :left, :],
-        )
+        self.exists = self.exists[:, :left]
+        self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
         self.dense = [[p for p in tokens if p < left] for tokens in self.dense]
 
     def store(self):
@@ -232,11 +202,8 @@ def test_calibrated_means_are_subtracted():
     calibration = Calibration(plain, plain, key_means=means[0], value_means=means[1], provenance=provenance)
     settings = {"budget": 12, "window": 4, "sinks": 2, "interval": 6, "bits": 2, "scorer": "attention"}
     cache = HardKVCache(config=CONFIG, calibration=calibration, **settings | {"budget": TopK(12)})
-    for module in MODULES:
-        keys, values = (mean[module.layer_idx][None, :, None].expand(2, -1, 20, -1) for mean in means)
-        handles = cache.update(keys, values, module.layer_idx)
-        query = torch.randn(2, HEADS * GROUP, 20, DIM)
-        ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *handles, None, dropout=0.0, scaling=SCALE)
+    keys, values = (mean[:, None, :, None].expand(-1, 2, -1, 20, -1) for mean in means)
+    MODEL.attend(cache, torch.randn(LAYERS, 2, HEADS * GROUP, 20, DIM), keys, values, None)
     for layer in range(LAYERS):
         condensed = cache.layers[layer].tiers.condensed
         assert condensed.rows.total == 2 * HEADS * 6

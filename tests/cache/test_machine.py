@@ -19,14 +19,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache
-from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV, TopK
 from hardkv.selectors.budgets import Budget
+from tests.cache.bare_model import BareModel
 from tests.cache.plain import DIM, GROUP, HEADS, LAYERS, SCALE, Columns, Observed, Plain, best_of_all, evenly
 
 EXAMPLES = int(os.environ.get("HARDKV_EXAMPLES", "0"))
@@ -66,27 +63,8 @@ class Uneven(Budget):
         return list(self.candidates)
 
 
-class Attention(torch.nn.Module):
-    """Provide the attributes that hardkv and transformers' kernels read from a model's attention module."""
-
-    is_causal = True
-    num_key_value_groups = GROUP
-
-    def __init__(self, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-
-
-CONFIG = LlamaConfig(
-    vocab_size=8,
-    hidden_size=HEADS * GROUP * DIM,
-    num_attention_heads=HEADS * GROUP,
-    num_key_value_heads=HEADS,
-    head_dim=DIM,
-    num_hidden_layers=LAYERS,
-    attn_implementation="sdpa",
-)
-MODULES = [Attention(idx).eval() for idx in range(LAYERS)]
+MODEL = BareModel(LAYERS, HEADS, GROUP, DIM, SCALE)
+CONFIG = MODEL.config
 
 
 def attend(cache: HardKVCache, new: Columns, exists: Tensor | None) -> list[Tensor]:
@@ -98,15 +76,7 @@ def attend(cache: HardKVCache, new: Columns, exists: Tensor | None) -> list[Tens
     Returns:
         Per layer `[B, Hq, q, D]`.
     """
-    batch, count = new.exists.shape
-    embeds = torch.empty(batch, count, 1)
-    mask = create_causal_mask(config=CONFIG, inputs_embeds=embeds, attention_mask=exists, **{CACHE: cache})
-    out = []
-    for module, query, key, value in zip(MODULES, new.queries, new.keys, new.values, strict=True):
-        key, value = cache.update(key.float(), value.float(), module.layer_idx)
-        result, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query.float(), key, value, mask, dropout=0.0, scaling=SCALE)
-        out.append(result.transpose(1, 2))
-    return out
+    return MODEL.attend(cache, new.queries.float(), new.keys.float(), new.values.float(), exists)
 
 
 which = st.integers(0, 2)  # one of the caches
