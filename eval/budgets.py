@@ -40,10 +40,9 @@ INTERVAL = 128
 def make_budget(entry: Entry, calibration: Calibration | None) -> Any:
     """Return the budget of an entry."""
     name, n = entry.label.split(",")[0], entry.n
-    if name == "all tokens":
-        return TopK(n)
-    if name in ("TopK", "AdaKV", "Pyramid", "Adaptive"):
-        return {"TopK": TopK, "AdaKV": AdaKV, "Pyramid": Pyramid, "Adaptive": Adaptive}[name](n)
+    plain = {"all tokens": TopK, "TopK": TopK, "AdaKV": AdaKV, "Pyramid": Pyramid, "Adaptive": Adaptive}
+    if name in plain:
+        return plain[name](n)
     if name == "TopP":
         return TopP(n / 1000, cap=None)
     assert calibration is not None

@@ -84,14 +84,21 @@ class Configuration:
             budget: Budget = TopP(float(self.budget[1:]))
         else:
             budget = BY_COUNT[self.method](n)  # type: ignore[call-arg]
-        bits: Any = tuple(map(int, self.bits.split(":")))
-        return HardKVConfig(
-            self.scorer,
-            budget,
-            calibration=calibration if self.needs_calibration else None,
-            bits=bits if len(bits) > 1 else bits[0],
-            **options,
-        )
+        calibration = calibration if self.needs_calibration else None
+        return HardKVConfig(self.scorer, budget, calibration=calibration, bits=read_bits(self.bits), **options)
+
+
+def read_bits(text: str) -> int | tuple[int, int]:
+    """Return the bits of "4", or of "4:2" for keys and values.
+
+    Raises:
+        ValueError: they are not allowed.
+    """
+    try:
+        parts = [int(part) for part in text.split(":")]
+        return check_bits(parts if len(parts) > 1 else parts[0])
+    except ValueError as error:
+        raise ValueError(f"--bits {text}: 16, 8, 4, 3 or 2, or two of them for keys and values (4:2)") from error
 
 
 def new_cache(model: Any, settings: HardKVConfig | None) -> DynamicCache:
@@ -124,10 +131,7 @@ def grid(
             for budget in [f"p{mass:g}" for mass in masses] if method in BY_MASS else budgets:
                 found += [Configuration(method, scorer, budget, each) for each in bits]
     for each in bits:
-        try:
-            check_bits([int(part) for part in each.split(":")] if ":" in each else int(each))
-        except ValueError as error:
-            raise ValueError(f"--bits {each}: 16, 8, 4, 3 or 2, or two of them for keys and values (4:2)") from error
+        read_bits(each)
     for configuration in found:
         if configuration.method in BY_MASS:
             TopP(float((configuration.budget or "p")[1:]))

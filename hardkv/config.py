@@ -136,6 +136,11 @@ class HardKVConfig:
             )
         check_backend(self.attention)
 
+    @property
+    def bits_of_both(self) -> tuple[int, int]:
+        """`bits` of keys and of values."""
+        return self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values d; `HardKVConfig(**d)` and `HardKVCache(config=model.config, **d)` take them.
 

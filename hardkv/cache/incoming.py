@@ -19,13 +19,12 @@ def check_numbers(keys: Tensor, layer_idx: int) -> None:
     )
 
 
-def check_dims(bits: int | tuple[int, int], keys: int, values: int, layer_idx: int) -> None:
-    """Raise ValueError if the head dim of keys or values cannot be quantised to these bits."""
-    pair = bits if isinstance(bits, tuple) else (bits, bits)
-    for dim, each in zip((keys, values), pair, strict=True):
+def check_dims(bits: tuple[int, int], keys: int, values: int, layer_idx: int) -> None:
+    """Raise ValueError if the head dim of keys or values cannot be quantised to the bits of keys and of values."""
+    for dim, each in zip((keys, values), bits, strict=True):
         if each != 16 and dim % 8:
             raise ValueError(
-                f"bits={bits} needs head dims that are multiples of 8, and those of layer {layer_idx} are {keys} for "
+                f"bits={each} needs head dims that are multiples of 8, and those of layer {layer_idx} are {keys} for "
                 f"keys and {values} for values: use bits=16"
             )
 

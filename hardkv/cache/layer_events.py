@@ -49,8 +49,7 @@ class LayerEvents(LayerState):
         if total is None:
             limit = length if self.budget.limit is None else max(self.budget.limit, protected)
             total = heads * min(limit, length)
-        outside = window + (0 if self.codec is None else self.codec.sinks)  # these stay in the dense tier
-        return max(total - heads * min(outside, length), 0), fixed
+        return max(total - heads * min(self.stay_in_dense, length), 0), fixed
 
     def compress(self) -> None:
         """Run an event now: score every token, apply the budget, free the tokens that lost."""

@@ -85,10 +85,13 @@ class LayerState(CacheLayerMixin):
     @property
     def codec(self) -> Codec | None:
         """How the ragged tiers quantise their tokens; None: not at all."""
-        bits = self.settings.bits
-        if bits == 16:
-            return None
-        return Codec(bits if isinstance(bits, tuple) else (bits, bits), self.settings.sinks, self.means)
+        settings = self.settings
+        return None if settings.bits == 16 else Codec(settings.bits_of_both, settings.sinks, self.means)
+
+    @property
+    def stay_in_dense(self) -> int:
+        """How many tokens of a sequence stay in the dense tier at events, if it has so many."""
+        return self.settings.window + (0 if self.settings.bits == 16 else self.settings.sinks)
 
     @property
     def key_dim(self) -> int:
@@ -113,7 +116,7 @@ class LayerState(CacheLayerMixin):
         Raises:
             ValueError: the cache quantises, and a head dim is not a multiple of 8.
         """
-        check_dims(self.settings.bits, key_states.shape[-1], value_states.shape[-1], self.layer_idx)
+        check_dims(self.settings.bits_of_both, key_states.shape[-1], value_states.shape[-1], self.layer_idx)
         self.dtype, self.device = attended_dtype(key_states), key_states.device
         dense = DynamicLayer().update(key_states[:, :, :0], value_states[:, :, :0])
         self.dense_dtypes = tuple(states.dtype for states in dense)

@@ -137,6 +137,7 @@ def calibrate(
                     model(input_ids=chunk, **arguments)
                     cache.restack()
                     bar.update(chunk.numel())
+                cache.add_states()
             cache.reset()
             bar.set_description("fitting temperatures")
             fits = [record.fit(p, solver) for record in records]

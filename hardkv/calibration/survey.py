@@ -112,13 +112,12 @@ def curve_edges(most: int) -> list[int]:
 class _Survey(Budget):
     """A budget that keeps everything, and records the loss that keeping fewer tokens would cause."""
 
-    def __init__(self, record: Record, layer_idx: int, every: int, measure: "Callable[[Step], Tensor]", sinks: int):
+    def __init__(self, record: Record, layer_idx: int, every: int, measure: "Callable[[Step], Tensor]"):
         self.record = record
         self.layer_idx = layer_idx
         self.every = every  # number of events from one sample for the temperatures to the next
         self.measure = measure
         self.events = 0  # in all texts
-        self.sinks = sinks  # first tokens of every text, which no mean counts
         self.begin(0)
 
     def begin(self, length: int) -> None:
@@ -126,7 +125,6 @@ class _Survey(Budget):
         self.context_from = length * CONTEXT_FROM
         self.queries: list[tuple[Tensor, Tensor, Tensor | None]] = []  # queries, positions, attention sinks
         self.order: Tensor | None = None  # int64 [R, C], candidates, grouped by the least count that keeps them
-        self.summed = 0  # tokens of a row that `Record.sums` has
         self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # what `restack` needs for the next order
 
     def counts(self, ranking: Ranking) -> Tensor:
@@ -137,8 +135,6 @@ class _Survey(Budget):
             for query, positions, sinks in self.queries:
                 self._measure(observation, query, positions, sinks)
         self.queries.clear()
-        self.record.add(observation, max(self.summed, self.sinks))
-        self.summed = length
 
         place = ranking.token - torch.arange(rows, device=ranking.token.device)[:, None] * length
         rank = torch.empty_like(place).scatter_(1, place, torch.arange(length, device=place.device).expand_as(place))
@@ -220,7 +216,7 @@ class SurveyCache(HardKVCache):
         settings: HardKVConfig,
     ):
         def make_layer(settings: HardKVConfig, budget: Budget, layer_idx: int, states: int) -> HardKVLayer:
-            survey = _Survey(Record(edges), layer_idx, every, measure, settings.sinks)
+            survey = _Survey(Record(edges), layer_idx, every, measure)
             if states:
                 return _HybridSurveyLayer(settings, survey, layer_idx, states)
             return _SurveyLayer(settings, survey, layer_idx)
@@ -240,6 +236,11 @@ class SurveyCache(HardKVCache):
         orders = restack(old, new, rank, surveys[0].record.edges).split([rank.shape[0] for _, (_, _, rank) in waiting])
         for (survey, _), order in zip(waiting, orders, strict=True):
             survey.order, survey.pending = order, None
+
+    def add_states(self) -> None:
+        """Add the keys and values of a text, which are all held, to the records of all layers."""
+        for layer in self._compressed:
+            layer.budget.record.add(layer.observe(), self.settings.sinks)  # type: ignore[attr-defined]
 
     @property
     def compressed_layers(self) -> list[int]:

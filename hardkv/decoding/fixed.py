@@ -279,5 +279,5 @@ def _pool(layer: HardKVLayer, length: int) -> Pool:
     tiers, ring, settings = layer.tiers, layer.ring, layer.settings
     assert tiers is not None
     assert ring is not None
-    recent = tiers.first + settings.window + settings.interval
+    recent = tiers.dense_sinks + settings.window + settings.interval
     return Pool(tiers, ring, _room(layer, length), max(recent, tiers.dense.bound))

@@ -104,13 +104,13 @@ def plan(
             dense += batch * heads * max_length * token
             ragged, known = layer.most_condensed(heads, max_length, pinned)
             fixed = fixed and known
-            stay, at_rest = window, token  # what the dense tier keeps at events, and the bytes of other tokens
+            at_rest = token  # bytes of a token that leaves the dense tier
             if layer.codec is not None:
-                stay, at_rest = window + layer.codec.sinks, layer.codec.nbytes(dim, value_dim, dtype.itemsize)
+                at_rest = layer.codec.nbytes(dim, value_dim, dtype.itemsize)
                 condensed += batch * heads * token  # centres
             if cache.settings.patience:  # all tokens outside the condensed tier may still be held
-                ragged = heads * (max_length - min(stay, max_length))
-            columns = stay + cache.settings.interval
+                ragged = heads * (max_length - min(layer.stay_in_dense, max_length))
+            columns = layer.stay_in_dense + cache.settings.interval
             condensed += batch * ragged * (at_rest + 5)  # position, misses
             condensed += 2 * (batch * heads + 1) * 4 + batch * heads * 24  # cu_seqlens; schedules
             if cache.settings.calibration is not None and layer.budget.uses_temperature:

@@ -96,7 +96,7 @@ def lay_out(tiers: Tiers, window: int, sinks: int, pinned: int) -> tuple[tuple[T
         window=window,
         sinks=sinks,
         pinned=pinned,
-        front=tiers.first,
+        front=tiers.dense_sinks,
     )
     return tokens, rows
 

@@ -108,8 +108,8 @@ class Selection:
                 (1, sizes.sparse, sizes.longest_sparse),
             )
         )
-        capacity = old.first + settings.window + settings.interval
-        dense = old.dense.ends(old.first, settings.window, capacity, sizes.least_fill)
+        capacity = old.dense_sinks + settings.window + settings.interval
+        dense = old.dense.ends(old.dense_sinks, settings.window, capacity, sizes.least_fill)
         tiers = old.after_event(condensed, sparse, dense, *fits, centres)
         return tiers if pool is None else pool.hold(tiers)
 

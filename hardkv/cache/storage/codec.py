@@ -31,8 +31,8 @@ class Codec:
         bits: per coordinate of keys and values: 8, 4, 3, 2, or 16 for states that stay as they are.
         sinks: number of first tokens, which stay in the dense tier: their keys lie far from the others', and much
             attention goes to them.
-        means: of every head's keys and values, `[H, D]` and `[H, Dv]`, to subtract; None: those of the first tokens
-            of each row.
+        means: of every head's keys and values, `[H, D]` and `[H, Dv]`, to subtract; None: those of what each row holds
+            at the first event that quantises some of it.
     """
 
     bits: tuple[int, int]

@@ -120,9 +120,9 @@ def _check_first(tiers: Tiers, hidden: Tensor) -> None:
 
     Ragged tokens would then lie between these and the rest of the dense tier.
     """
-    if tiers.first and bool(_of_dense(tiers.dense, hidden)[:, : tiers.first].any()):
+    if tiers.dense_sinks and bool(_of_dense(tiers.dense, hidden)[:, : tiers.dense_sinks].any()):
         raise NotImplementedError(
-            f"the attention mask hides one of the first {tiers.first} tokens, which a cache with bits="
+            f"the attention mask hides one of the first {tiers.dense_sinks} tokens, which a cache with bits="
             f"{tiers.codec.bits} keeps as they are: pass sinks=0 or bits=16, or use DynamicCache"  # type: ignore[union-attr]
         )
 

@@ -50,10 +50,10 @@ class Tiers:
         """Return tiers with only a dense tier."""
         rows, states = dense.keys.shape[0] * dense.keys.shape[1], (dense.keys, dense.values)
         if codec is None:
-            empty = RaggedTier.empty(rows, *states)
-            return cls(empty, empty, dense, dense.fill, seen)
-        empty = codec.empty(rows, *states)
-        return cls(empty, empty, dense, dense.fill, seen, codec=codec, centres=codec.first_centres(*states))
+            empty, centres = RaggedTier.empty(rows, *states), None
+        else:
+            empty, centres = codec.empty(rows, *states), codec.first_centres(*states)
+        return cls(empty, empty, dense, dense.fill, seen, codec=codec, centres=centres)
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> "Tiers":
         """Return tiers that also hold the next columns; see `DenseTier.append`."""
@@ -74,7 +74,7 @@ class Tiers:
         return replace(self, dense=dense, tokens=tokens, seen=length, shown=shown)
 
     @property
-    def first(self) -> int:
+    def dense_sinks(self) -> int:
         """How many first tokens of every sequence stay in the dense tier at events."""
         return 0 if self.codec is None else self.codec.sinks
 
@@ -103,7 +103,7 @@ class Tiers:
         for i, tier in enumerate((self.condensed, self.sparse)):
             coding = self.coding(tier.columns)
             if coding is not None:
-                stored[i] = (coding.decoded_keys, coding.decoded_values)[kind](stored[i], tier.rows.ids)
+                stored[i] = coding.states(kind, stored[i], tier.rows.ids)
         return stored
 
     def next_centres(self) -> Centres | None:

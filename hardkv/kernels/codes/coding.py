@@ -61,14 +61,11 @@ class Coding(NamedTuple):
         """
         token = torch.arange(keys.shape[0], dtype=torch.int32, device=keys.device)
         row = torch.searchsorted(cu_seqlens[1:], token, right=True).clamp_max(self.key_centres.shape[0] - 1)
-        return self.decoded_keys(keys, row), self.decoded_values(values, row)
+        return self.states(0, keys, row), self.states(1, values, row)
 
-    def decoded_keys(self, keys: Tensor, row: Tensor) -> Tensor:
-        """Return the decoded keys of all tokens, `[N, D]`. row: int64 `[N]`, of each token."""
-        return keys if self.bits[0] == 16 else decode(keys, self.scales[:, 0], self.key_centres[row], self.bits[0])
-
-    def decoded_values(self, values: Tensor, row: Tensor) -> Tensor:
-        """Return the decoded values of all tokens, `[N, Dv]`. row: int64 `[N]`, of each token."""
-        if self.bits[1] == 16:
-            return values
-        return decode(values, self.scales[:, 1], self.value_centres[row], self.bits[1])
+    def states(self, kind: int, codes: Tensor, row: Tensor) -> Tensor:
+        """Return the decoded keys (kind 0) or values (kind 1) of all tokens, `[N, D]`. row: int64 `[N]`, of each."""
+        if self.bits[kind] == 16:
+            return codes
+        centres = (self.key_centres, self.value_centres)[kind]
+        return decode(codes, self.scales[:, kind], centres[row], self.bits[kind])

@@ -57,10 +57,9 @@ def encode(states: Tensor, centre: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         positive = levels(bits, states.device, dtype)[: 1 << (bits - 1)]
         index = torch.bucketize(unit.abs(), (positive[1:] + positive[:-1]) / 2)
         codes = (index | ((unit < 0).long() << (bits - 1))).to(torch.uint8)
-    packed = pack(codes, bits)
-    kept = torch.linalg.vector_norm(unpack_levels(packed, bits, dtype), dim=-1, keepdim=True)
+    kept = torch.linalg.vector_norm(_levels_of(codes, bits, dtype), dim=-1, keepdim=True)
     scale = (norm / kept.clamp_min(tiny)).clamp_max(LARGEST_SCALE)[:, 0]  # kept is 0 for e4m3 at the centre
-    return packed, scale.half()
+    return pack(codes, bits), scale.half()
 
 
 def decode(codes: Tensor, scale: Tensor, centre: Tensor, bits: int) -> Tensor:
@@ -72,9 +71,14 @@ def decode(codes: Tensor, scale: Tensor, centre: Tensor, bits: int) -> Tensor:
 
 def unpack_levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Return the level of every coordinate, `[..., D]` in `dtype`, from packed codes, uint8 `[..., D * bits / 8]`."""
+    return _levels_of(unpack(codes, bits), bits, dtype)
+
+
+def _levels_of(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Return the level of every code, uint8 `[..., D]`, one per byte."""
     if bits == 8:
         return codes.view(torch.float8_e4m3fn).to(dtype)
-    return levels(bits, codes.device, dtype)[unpack(codes, bits).long()]
+    return levels(bits, codes.device, dtype)[codes.long()]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -21,7 +21,7 @@ def layout(
     window: int,
     sinks: int,
     pinned: int,
-    front: int = 0,
+    front: int,
 ) -> tuple[Tensor, ...]:
     """List every row's tokens: first dense slots below `front`, then its ragged tokens, then its other dense ones.
 
