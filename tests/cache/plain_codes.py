@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from hardkv.kernels.codes.reference import LEVELS
+from hardkv.kernels.codes.reference import DEVIATION, LEVELS
 from hardkv.kernels.codes.rotation import rotation
 
 
@@ -20,12 +20,13 @@ def quantised(state, centre, bits):
     norm = math.sqrt(sum(x * x for x in rotated))
     if not norm:
         return centre
-    unit = [x / norm * math.sqrt(dim) for x in rotated]
     if bits == 8:
-        found = torch.tensor(unit).to(torch.float8_e4m3fn).double().numpy()
+        largest = max(abs(x) for x in rotated)
+        found = np.array([round(x / largest * 127) for x in rotated]) / 64
     else:
+        unit = [x / norm * math.sqrt(dim) * DEVIATION[bits] for x in rotated]
         table = [sign * level for level in LEVELS[bits] for sign in (-1, 1)]
-        found = np.array([min(table, key=lambda level: abs(level - x)) for x in unit])
+        found = np.array([min(table, key=lambda level: abs(level - x)) for x in unit]) / 64
     scale = float(np.float16(np.float32(norm / math.sqrt(sum(x * x for x in found)))))  # PyTorch rounds twice as well
     return matrix @ (found * scale) + centre
 

@@ -26,6 +26,7 @@ import hardkv.kernels  # noqa: E402
 from hardkv.kernels.append import triton as append  # noqa: E402
 from hardkv.kernels.attention import triton as attention  # noqa: E402
 from hardkv.kernels.attention import triton_schedule as schedule  # noqa: E402
+from hardkv.kernels.codes import Coding, code_width  # noqa: E402
 from hardkv.kernels.compaction import triton as compaction  # noqa: E402
 from hardkv.kernels.compaction import triton_in_place as in_place  # noqa: E402
 from hardkv.kernels.layout import triton as layout  # noqa: E402
@@ -128,16 +129,20 @@ def cu_seqlens():
     return cumulative(torch.tensor([300, 40, 0, 300]))
 
 
-def attend(dim, dtype, group, q_len, options, value_dim=None):
+def attend(dim, dtype, group, q_len, options, value_dim=None, bits=(16, 16)):
     dtype = getattr(torch, dtype)
 
     def vectors(*shape, width=dim):
         return torch.empty(*shape, width, dtype=dtype)
 
+    stored = [
+        vectors(N, width=width) if each == 16 else torch.empty(N, code_width(width, each), dtype=torch.uint8)
+        for each, width in zip(bits, (dim, value_dim or dim), strict=True)
+    ]
+    coding = Coding(bits, torch.empty(N, 2, dtype=torch.float16), vectors(B * H), vectors(B * H))
     attention.ragged_attention(
         vectors(B, H * group, q_len),
-        vectors(N),
-        vectors(N, width=value_dim or dim),
+        *stored,
         Rows(cu_seqlens(), N, 300),
         vectors(B, H, C),
         vectors(B, H, C, width=value_dim or dim),
@@ -149,6 +154,7 @@ def attend(dim, dtype, group, q_len, options, value_dim=None):
         softcap=30.0 if "softcap" in options else None,
         sinks=torch.empty(H * group, dtype=dtype) if "sinks" in options else None,
         new_mask=torch.ones(B, q_len, C, dtype=torch.bool) if "new_mask" in options else None,
+        coding=None if bits == (16, 16) else coding,
     )
 
 
@@ -279,6 +285,16 @@ SCORING = [
     *(("sm_86", 128, "bfloat16", group, "max_logits", "softcap+exclude") for group in (1, 16)),
     *((arch, 128, "bfloat16", 16, "max", "softcap+exclude+sinks") for arch in ("sm_86", "sm_90")),
 ]
+# Architecture, head dimension, dtype, query heads per KV head, new tokens, options, bits of keys and values.
+CODED = [
+    *product(["sm_86"], [128], ["bfloat16"], [4], [1], ["plain"], [(8, 8), (4, 4), (3, 3), (2, 2), (16, 4), (4, 16)]),
+    ("sm_80", 80, "float16", 4, 1, "softcap+sinks", (4, 2)),
+    ("sm_86", 64, "float32", 1, 1, "plain", (3, 2)),
+    ("sm_86", 128, "bfloat16", 16, 8, "softcap+sinks+new_mask", (4, 3)),
+    ("sm_86", 256, "bfloat16", 4, 8, "plain", (4, 4)),
+    ("sm_90", 128, "bfloat16", 4, 1, "plain", (4, 4)),
+    ("sm_90", 256, "bfloat16", 16, 8, "plain", (3, 3)),
+]
 LAYOUTS = ("strided", "flat")
 # New tokens, options.
 APPENDS = [(1, "plain"), (8, "plain"), (512, "valid")]
@@ -294,6 +310,11 @@ def test_append_step(check, arch, dim, dtype):
 @pytest.mark.parametrize(("arch", "dim", "dtype", "group", "q_len", "options"), ATTENTION)
 def test_attention(check, arch, dim, dtype, group, q_len, options):
     check(arch, attend, dim, dtype, group, q_len, options)
+
+
+@pytest.mark.parametrize(("arch", "dim", "dtype", "group", "q_len", "options", "bits"), CODED)
+def test_attention_over_codes(check, arch, dim, dtype, group, q_len, options, bits):
+    check(arch, attend, dim, dtype, group, q_len, options, None, bits)
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_90"])

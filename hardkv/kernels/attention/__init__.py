@@ -123,14 +123,14 @@ def attend_tiers(
     if backend == "torch":
         dense = dense_keys[:, :, :bound], dense_values[:, :, :bound]
         return tiered_attention(query, keys, values, rows, *dense, mask, coding=coding, **options)
-    if coding is not None:
-        _warn_of_decoding(backend)
-        keys, values = coding.decoded(keys, values, rows.cu_seqlens)
     tail = dense_keys, dense_values, dense_positions, fill
     options |= {"start": start, "bound": bound, "new_mask": None if new_mask is None else mask}
     if backend == "triton":
         from hardkv.kernels.attention.triton import ragged_attention
 
         with current(query):
-            return ragged_attention(query, keys, values, rows, *tail, **options)
+            return ragged_attention(query, keys, values, rows, *tail, coding=coding, **options)
+    if coding is not None:
+        _warn_of_decoding(backend)
+        keys, values = coding.decoded(keys, values, rows.cu_seqlens)
     return varlen_attention(query, keys, values, rows.cu_seqlens, rows.longest, *tail, padded=padded, **options)

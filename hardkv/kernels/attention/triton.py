@@ -12,78 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hardkv.kernels.attention.triton_codes import attend_codes
+from hardkv.kernels.attention.triton_states import LOG2_E, attend
 from hardkv.kernels.attention.triton_schedule import UNIT, Schedule, queries_per_block, query_blocks, schedule_for
+from hardkv.kernels.codes import Coding
+from hardkv.kernels.codes.rotation import sign_matrix
 from hardkv.kernels.gpu import next_power_of_2
 from hardkv.kernels.rows import Rows
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _attend(
-    acc,
-    top,
-    norm,
-    query,
-    key_base,
-    value_base,
-    key_stride,
-    value_stride,
-    start,
-    stop,
-    limit,
-    last_seen,
-    position_base,
-    mask_base,
-    mask_stride,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    scale,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BDV: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Run the online softmax over tokens `start` to `min(stop, limit)` of one contiguous row."""
-    d, dv, n = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
-    stop = tl.minimum(stop, limit)
-    for first in tl.range(start, stop, BN, num_stages=STAGES):
-        token = first + n
-        valid = token < stop
-        place = token.to(tl.int64)
-        key = tl.load(
-            key_base + place[None, :] * key_stride + d[:, None], mask=valid[None, :] & (d < D)[:, None], other=0.0
-        )
-        value = tl.load(
-            value_base + place[:, None] * value_stride + dv[None, :],
-            mask=valid[:, None] & (dv < DV)[None, :],
-            other=0.0,
-        )
-        logits = tl.dot(query, key, input_precision=PRECISION) * scale
-        if SOFTCAP:
-            logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2 * LOG2_E) / softcap) + 1.0))
-        logits = logits * LOG2_E
-        seen = valid[None, :]
-        if CAUSAL:
-            position = tl.load(position_base + token, mask=valid, other=0)
-            seen = seen & (position[None, :] <= last_seen[:, None])
-        if MASKED:
-            seen = seen & (tl.load(mask_base + mask_stride[:, None] + token[None, :], mask=seen, other=0) != 0)
-        logits = tl.where(seen, logits, -float("inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weight = tl.exp2(logits - shift[:, None])
-        decay = tl.exp2(top - shift)
-        norm = norm * decay + tl.sum(weight, 1)
-        acc = acc * decay[:, None]
-        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
-        top = new_top
-    return acc, top, norm
 
 
 @triton.jit
@@ -103,6 +38,11 @@ def _ragged_attention(
     fill_ptr,
     mask_ptr,
     sinks_ptr,
+    scales_ptr,
+    key_centres_ptr,
+    value_centres_ptr,
+    key_rotation_ptr,
+    value_rotation_ptr,
     row_start_ptr,
     first_row_ptr,
     share_ptr,
@@ -141,6 +81,9 @@ def _ragged_attention(
     MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    CODE_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -172,14 +115,23 @@ def _ragged_attention(
         top = tl.full([BM], -float("inf"), tl.float32)
         norm = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BDV], tl.float32)
-        acc, top, norm = _attend(
-            acc, top, norm, query,
-            keys_ptr + offset.to(tl.int64) * keys_n, values_ptr + offset.to(tl.int64) * values_n, keys_n, values_n,
-            start, stop, length, m, cu_ptr, cu_ptr, m, False, False,
-            scale, softcap, SOFTCAP, D, DV, BD, BDV, BN, STAGES, PRECISION,
-        )  # fmt: skip
+        if KEY_BITS == 16 and VALUE_BITS == 16:
+            acc, top, norm = attend(
+                acc, top, norm, query,
+                keys_ptr + offset.to(tl.int64) * keys_n, values_ptr + offset.to(tl.int64) * values_n, keys_n, values_n,
+                start, stop, length, m, cu_ptr, cu_ptr, m, False, False,
+                scale, softcap, SOFTCAP, D, DV, BD, BDV, BN, STAGES, PRECISION,
+            )  # fmt: skip
+        elif start < length:
+            acc, top, norm = attend_codes(
+                query, keys_ptr + offset.to(tl.int64) * keys_n, values_ptr + offset.to(tl.int64) * values_n,
+                keys_n, values_n, scales_ptr + offset.to(tl.int64) * 2,
+                key_centres_ptr + row.to(tl.int64) * D, value_centres_ptr + row.to(tl.int64) * DV,
+                key_rotation_ptr, value_rotation_ptr, start, stop, length, scale, softcap, SOFTCAP,
+                KEY_BITS, VALUE_BITS, D, DV, BM, BD, BDV, CODE_TOKENS, STAGES, PRECISION,
+            )  # fmt: skip
         if stop > length:
-            acc, top, norm = _attend(
+            acc, top, norm = attend(
                 acc, top, norm, query,
                 dense_keys_ptr + batch.to(tl.int64) * dense_keys_b + head.to(tl.int64) * dense_keys_h,
                 dense_values_ptr + batch.to(tl.int64) * dense_values_b + head.to(tl.int64) * dense_values_h,
@@ -248,6 +200,7 @@ def _ragged_attention(
 # Warps per program, and pipeline stages of about 16 KB. Fastest on an H200 for 60 MB of keys and values and more
 # (eval/speed), with `triton_schedule.OCCUPANCY`.
 WARPS, STAGES, STAGE_BYTES = 4, 3, 16 << 10
+CODE_TOKENS = 64  # tokens per step over codes
 
 
 def block_tokens(head_dim: int, itemsize: int) -> tuple[int, int]:
@@ -273,6 +226,7 @@ def ragged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     new_mask: Tensor | None = None,
+    coding: Coding | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to a condensed ragged tier and the dense tier; see `hardkv.kernels.attention.attend_tiers`.
 
@@ -284,6 +238,7 @@ def ragged_attention(
         dense_positions: int32 `[B, C]`. fill: int `[B]`, valid slots, at most `bound`.
         start: column of the first new query.
         sinks: `[Hq]`. new_mask: bool `[B, q, C]`, the dense slots that each query sees; replaces the causal mask.
+        coding: how to read `keys` and `values` that are codes; None: they are states.
 
     Returns:
         `out [B, Hq, q, Dv]` in the query's dtype and `lse`, float32 `[B, Hq, q]`.
@@ -292,7 +247,8 @@ def ragged_attention(
     blocks = query_blocks(query.shape[1] // dense_keys.shape[1], query.shape[2], *size)
     schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks)
     tensors = query, keys, values, rows.cu_seqlens, dense_keys, dense_values, dense_positions, fill
-    return launch(*tensors, schedule, start=start, scale=scale, softcap=softcap, sinks=sinks, new_mask=new_mask)
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "new_mask": new_mask, "coding": coding}
+    return launch(*tensors, schedule, start=start, **options)
 
 
 def launch(
@@ -311,6 +267,7 @@ def launch(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     new_mask: Tensor | None = None,
+    coding: Coding | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run `ragged_attention` with a schedule made for `query_blocks(...)` blocks."""
     batch, num_heads, q_len, head_dim = query.shape
@@ -329,11 +286,16 @@ def launch(
     partial_lse = query.new_empty(2 * programs * blocks * queries, dtype=torch.float32)
     masked = new_mask is not None
     mask = new_mask.view(torch.uint8) if new_mask is not None else fill
+    read: tuple[Tensor, ...] = (fill,) * 5
+    if coding is not None:
+        rotations = (sign_matrix(dim, query.device, query.dtype) for dim in (head_dim, value_dim))
+        read = coding.scales, coding.key_centres, coding.value_centres, *rotations
+    key_bits, value_bits = (16, 16) if coding is None else coding.bits
     _ragged_attention[(programs, blocks)](
         out, lse, partial, partial_lse, schedule.arrived,
         query, keys, values, cu_seqlens,
         dense_keys, dense_values, dense_positions, fill,
-        mask, sinks if sinks is not None else fill,
+        mask, sinks if sinks is not None else fill, *read,
         schedule.row_start, schedule.first_row, schedule.share,
         batch * num_kv_heads, start, q_len, scale, softcap or 0.0,
         *query.stride()[:3], *out.stride()[:3], keys.stride(0), values.stride(0),
@@ -342,6 +304,7 @@ def launch(
         H=num_kv_heads, G=group, D=head_dim, DV=value_dim, BM=queries, BN=tokens, UNIT=UNIT,
         BD=next_power_of_2(max(head_dim, 16)), BDV=next_power_of_2(max(value_dim, 16)),
         CAUSAL=q_len > 1 and not masked, MASKED=masked, SOFTCAP=softcap is not None, SINKS=sinks is not None,
+        KEY_BITS=key_bits, VALUE_BITS=value_bits, CODE_TOKENS=CODE_TOKENS,
         STAGES=stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=WARPS,
     )  # fmt: skip

@@ -3,8 +3,8 @@
 A token at rest is a code per coordinate of (x - centre) M / s. M is a fixed rotation (`rotation`), after which the
 coordinates are nearly Gaussian. The scale s, one per token, keeps the vector's norm. A code of 4, 3 or 2 bits is a sign
 (the highest bit) and the index of one of the levels that quantise a Gaussian with the least mean square error (Lloyd
-1982, Max 1960); a code of 8 bits is a floating point number, e4m3. Rotating before quantising is QuaRot's idea
-(Ashkboos et al., 2024).
+1982, Max 1960), rounded to integers; a code of 8 bits is an integer plus 128. Rotating before quantising is QuaRot's
+idea (Ashkboos et al., 2024).
 """
 
 from functools import lru_cache
@@ -15,13 +15,13 @@ from torch import Tensor
 from hardkv.kernels.codes.rotation import rotation
 from hardkv.kernels.dtypes import accumulation_dtype
 
-# The positive levels for a Gaussian of variance 1, by bits; the negative ones mirror them. Each is the mean of the
-# Gaussian over the interval between the midpoints to its neighbours.
-LEVELS = {
-    2: (0.4527800, 1.5104176),
-    3: (0.2450942, 0.7560053, 1.3439093, 2.1519457),
-    4: (0.1283950, 0.3880483, 0.6567591, 0.9423405, 1.2562312, 1.6180464, 2.0690172, 2.7325896),
-}
+# The positive levels by bits, in units of `UNIT`; the negative ones mirror them. They are integers, because kernels
+# read integers fast, in the ratio of the best levels for a Gaussian: the mean square error is theirs within .3 %.
+LEVELS = {2: (36, 120), 3: (10, 31, 55, 88), 4: (3, 9, 15, 21, 28, 36, 46, 61)}
+# A Gaussian's standard deviation, in the same units.
+DEVIATION = {2: 1 / 0.01258600, 3: 1 / 0.02444702, 4: 1 / 0.04480806}
+LARGEST = 127  # the largest level of 8 bits; a token's largest coordinate becomes it
+UNIT = 1 / 64  # of a level, so that a float16 holds the scales of small and large states
 LARGEST_SCALE = 65504.0  # of a float16
 
 
@@ -29,7 +29,7 @@ LARGEST_SCALE = 65504.0  # of a float16
 def levels(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the level of every code of 4, 3 or 2 bits, `[2 ** bits]`."""
     with torch.inference_mode(False):
-        return torch.tensor([*LEVELS[bits], *(-level for level in LEVELS[bits])], device=device, dtype=dtype)
+        return torch.tensor([*LEVELS[bits], *(-level for level in LEVELS[bits])], device=device, dtype=dtype) * UNIT
 
 
 def code_width(dim: int, bits: int) -> int:
@@ -50,15 +50,16 @@ def encode(states: Tensor, centre: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     rotated = (states.to(dtype) - centre.to(dtype)) @ rotation(dim, states.device, dtype)
     norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
     tiny = torch.finfo(dtype).tiny
-    unit = rotated / norm.clamp_min(tiny) * dim**0.5
     if bits == 8:
-        codes = unit.to(torch.float8_e4m3fn).view(torch.uint8)
+        largest = rotated.abs().amax(-1, keepdim=True)
+        codes = ((rotated / largest.clamp_min(tiny) * LARGEST).round() + 128).to(torch.uint8)
     else:
+        unit = rotated / norm.clamp_min(tiny) * (dim**0.5 * DEVIATION[bits] * UNIT)
         positive = levels(bits, states.device, dtype)[: 1 << (bits - 1)]
         index = torch.bucketize(unit.abs(), (positive[1:] + positive[:-1]) / 2)
         codes = (index | ((unit < 0).long() << (bits - 1))).to(torch.uint8)
     kept = torch.linalg.vector_norm(_levels_of(codes, bits, dtype), dim=-1, keepdim=True)
-    scale = (norm / kept.clamp_min(tiny)).clamp_max(LARGEST_SCALE)[:, 0]  # kept is 0 for e4m3 at the centre
+    scale = (norm / kept.clamp_min(tiny)).clamp_max(LARGEST_SCALE)[:, 0]  # kept is 0 at the centre, for 8 bits
     return pack(codes, bits), scale.half()
 
 
@@ -77,7 +78,7 @@ def unpack_levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 def _levels_of(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Return the level of every code, uint8 `[..., D]`, one per byte."""
     if bits == 8:
-        return codes.view(torch.float8_e4m3fn).to(dtype)
+        return (codes.to(dtype) - 128) * UNIT
     return levels(bits, codes.device, dtype)[codes.long()]
 
 
@@ -85,13 +86,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack one code per byte, uint8 `[..., D]`, into `[..., D * bits / 8]`.
 
     With W = D * bits / 8, code d lies in byte d mod W, in the field of that many bits numbered d // W. 3 bits are the
-    lower two of all codes, packed so into W = D / 4 bytes, and then the highest of all in D / 8 bytes: those of byte w
-    in byte w mod D / 8, field by field, from its bit 4 (w // (D / 8)) on. So a kernel finds fields of the same codes.
+    lower two of all codes, packed so into W = D / 4 bytes, and then the highest of all in D / 8 bytes: that of field
+    2 f + g of byte w is bit 4 f + g + 2 (w // (D / 8)) of byte w mod D / 8. So a kernel that shifts by two where
+    needed finds it two bits above the lower ones of fields 0 and 2, and three above those of fields 1 and 3.
     """
     if bits == 8:
         return codes
     if bits == 3:
-        high = (codes >> 2).unflatten(-1, (4, 2, -1)).transpose(-3, -2).flatten(-3)
+        high = (codes >> 2).unflatten(-1, (2, 2, 2, -1)).transpose(-3, -2).flatten(-4)
         return torch.cat([pack(codes & 3, 2), pack(high, 1)], -1)
     fields = codes.unflatten(-1, (8 // bits, -1))
     return (fields << _shift(bits, codes.device)).sum(-2, dtype=torch.uint8)
@@ -103,7 +105,7 @@ def unpack(codes: Tensor, bits: int) -> Tensor:
         return codes
     if bits == 3:
         low, high = codes.split([codes.shape[-1] * 2 // 3, codes.shape[-1] // 3], -1)
-        high = unpack(high, 1).unflatten(-1, (2, 4, -1)).transpose(-3, -2).flatten(-3)
+        high = unpack(high, 1).unflatten(-1, (2, 2, 2, -1)).transpose(-3, -2).flatten(-4)
         return unpack(low, 2) | (high << 2)
     return ((codes[..., None, :] >> _shift(bits, codes.device)) & ((1 << bits) - 1)).flatten(-2)
 

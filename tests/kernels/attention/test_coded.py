@@ -24,7 +24,7 @@ class CodedCase(Case):
     codes: tuple = field(default=())
     coding: Coding | None = None
 
-    def run(self, dtype=torch.float64):
+    def run(self, dtype=torch.float64, attention="torch"):
         """Run the operation that caches call, over codes."""
         tensors = (torch.tensor(each).to(dtype) for each in (self.query, self.dense_keys, self.dense_values))
         query, dense_keys, dense_values = tensors
@@ -47,7 +47,7 @@ class CodedCase(Case):
             sinks=None if self.sinks is None else torch.tensor(self.sinks).to(dtype),
             new_mask=None if self.new_mask is None else torch.tensor(self.new_mask),
             coding=coding,
-            attention="torch",
+            attention=attention,
         )
 
 

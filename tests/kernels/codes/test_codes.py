@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from hardkv.kernels.codes import code_width, decode, encode
-from hardkv.kernels.codes.reference import LEVELS, pack, unpack
+from hardkv.kernels.codes.reference import DEVIATION, LEVELS, pack, unpack
 from hardkv.kernels.codes.rotation import rotation
 
 CPU = torch.device("cpu")
@@ -28,14 +28,17 @@ def above(x):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_levels_are_the_means_of_their_intervals(bits):
-    """Lloyd's condition: E[x | a < x < b] = (density(a) - density(b)) / P(a < x < b)."""
-    found = LEVELS[bits]
-    bounds = [0.0, *((low + high) / 2 for low, high in pairwise(found)), math.inf]
-    assert len(found) == 2 ** (bits - 1)
-    for level, (low, high) in zip(found, pairwise(bounds), strict=True):
-        mean = (density(low) - density(high)) / (above(low) - above(high))
-        assert level == pytest.approx(mean, abs=2e-7)
+def test_levels_have_nearly_the_least_error(bits):
+    """The mean square error of nearest levels for a Gaussian, in closed form, beside Max's of the best ones."""
+    positive = [level / DEVIATION[bits] for level in LEVELS[bits]]
+    assert len(positive) == 2 ** (bits - 1)
+    bounds = [0.0, *((low + high) / 2 for low, high in pairwise(positive)), math.inf]
+    # E[(x - l)^2] = 1 - 2 E[x l] + E[l^2], both halves alike
+    error = 1 + 2 * sum(
+        level**2 * (above(low) - above(high)) - 2 * level * (density(low) - density(high))
+        for level, (low, high) in zip(positive, pairwise(bounds), strict=True)
+    )
+    assert DISTORTION[bits] * 0.999 < error < DISTORTION[bits] * 1.003
 
 
 @pytest.mark.parametrize("dim", [8, 16, 64, 80, 96, 128, 256])
@@ -71,8 +74,8 @@ def test_packing_loses_nothing(bits, dim, tokens, seed):
         (8, [9, 8, 7, 6, 5, 4, 3, 255], [9, 8, 7, 6, 5, 4, 3, 255]),
         (4, [0, 1, 2, 3, 4, 5, 6, 7], [0x40, 0x51, 0x62, 0x73]),
         (2, [0, 1, 2, 3, 3, 2, 1, 0], [0b01_11_10_00, 0b00_10_11_01]),
-        # low two bits 3 2 1 0 3 2 1 0; high bits 1 1 1 1 0 0 0 0, of codes 0 2 4 6 and then of 1 3 5 7
-        (3, [7, 6, 5, 4, 3, 2, 1, 0], [0b01_11_01_11, 0b00_10_00_10, 0b0011_0011]),
+        # low two bits 3 2 1 0 3 2 1 0; high bits 1 1 1 1 1 0 0 0, of codes 7 5 6 4 3 1 2 0
+        (3, [7, 6, 5, 4, 7, 2, 1, 0], [0b01_11_01_11, 0b00_10_00_10, 0b0001_1111]),
     ],
 )
 def test_packing_by_hand(bits, codes, expected):
@@ -97,13 +100,13 @@ def test_error_of_gaussian_states_is_the_published_distortion(bits, dim):
     assert error == pytest.approx(expected, rel=0.03)
 
 
-def test_eight_bits_have_the_error_of_e4m3():
-    """A mantissa of three bits rounds by at most 2^-4 of the number, uniformly within its binade."""
+def test_eight_bits_round_to_the_nearest_of_127_steps_to_the_largest():
     states = torch.randn(5_000, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     centre = torch.zeros_like(states)
     read = decode(*encode(states, centre, 8), centre, 8)
-    error = ((read - states) ** 2).mean().sqrt()
-    assert 0.02 < error < 0.03  # 2^-4 / sqrt(3) times E[2^-frac] of .72 is .026
+    step = (states @ rotation(64, CPU, torch.float64)).abs().amax(1) / 127
+    error = ((read - states) ** 2).mean(1)
+    assert ((error / step**2).mean() * 12).sqrt() == pytest.approx(1, abs=0.02)  # uniform within a step
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -120,7 +123,7 @@ def test_norms_are_kept(bits, dtype, dim):
     read = decode(codes, scale, centre, bits)
     assert read.dtype == dtype
     ratio = read.double().norm(dim=1) / states.double().norm(dim=1)
-    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=3e-3, rtol=0)
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=4e-3, rtol=0)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
