@@ -118,6 +118,7 @@ class Worker:
                 "squared value": measures.squared_value,
                 "output error": measures.output_error(self.model, relative=False),
                 "relative output error": measures.output_error(self.model, relative=True),
+                "long-horizon utility": measures.long_horizon_utility(self.model),
             }
             calibration = calibrate(self.model, tokens, measure=measure[source.measure], **options)
         calibration.save(path)

@@ -43,6 +43,11 @@ class _Parts:
         """Gather the candidates from `[H, G, q, n]`, in their order: `[H, G, q, C]`."""
         return per_query.gather(3, self.order[:, None, None].expand(*per_query.shape[:3], -1))
 
+    def projection(self, model: Any, layer_idx: int) -> Tensor:
+        """Return the weight of `o_proj` by query heads, float32 `[hidden, H, G, D]`."""
+        heads, group, _, head_dim = self.output.shape
+        return model.model.layers[layer_idx].self_attn.o_proj.weight.float().view(-1, heads, group, head_dim)
+
 
 def _between(per_token: Tensor, edges: Tensor) -> Tensor:
     """Sum `[H, C]` between edges."""
@@ -65,8 +70,8 @@ def output_error(model: Any, relative: bool) -> Measure:
 
     def measure(step: Step) -> Tensor:
         parts, edges = _Parts.of(step), step.edges.tolist()
-        heads, group, _, head_dim = parts.output.shape
-        weight = model.model.layers[step.layer_idx].self_attn.o_proj.weight.float().view(-1, heads, group, head_dim)
+        heads, _, _, head_dim = parts.output.shape
+        weight = parts.projection(model, step.layer_idx)
         probability = parts.ordered(parts.probability)
         values = parts.values.gather(1, step.order[..., None].expand(-1, -1, head_dim))
         lost, mass = torch.zeros_like(parts.output), torch.zeros_like(parts.output[..., :1])
@@ -81,6 +86,25 @@ def output_error(model: Any, relative: bool) -> Measure:
             losses.append(squared((parts.output - lost) / (1 - mass).clamp_min(1e-6) - parts.output))
         loss = torch.stack(losses[::-1], 1)
         return -(loss / squared(parts.output)[:, None] if relative else loss).diff(dim=1)
+
+    return measure
+
+
+def long_horizon_utility(model: Any) -> Measure:
+    """Return the utility of each token in the sense of LU-KV (https://arxiv.org/abs/2602.08585).
+
+    A query head weights a token by its attention times the norm of the token's value after `o_proj`. The utility is the
+    largest weight over a step's queries and the query heads of a group. Norms are divided by their mean in the layer.
+    LU-KV takes the queries of an answer, and we those of the next step.
+    """
+
+    def measure(step: Step) -> Tensor:
+        parts = _Parts.of(step)
+        weight = parts.projection(model, step.layer_idx)
+        gram = torch.einsum("ihgd,ihge->hgde", weight, weight)
+        norm = torch.einsum("hnd,hgde,hne->hgn", parts.values, gram, parts.values).clamp_min(0.0).sqrt()
+        utility = (parts.probability * (norm / norm.mean())[:, :, None]).amax((1, 2))
+        return _between(utility.gather(1, step.order), step.edges)
 
     return measure
 

@@ -119,6 +119,26 @@ def test_relative_output_error_divides_each_step_by_its_output(dense):
     assert found.risk[layer, head, ::3].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+def test_utility_is_the_largest_weight_that_a_query_of_the_step_gives(dense):
+    model, layer = tiny.make_model("llama", num_hidden_layers=LAYERS), 1
+    found = calibrated(model, measures.long_horizon_utility(model))
+    weights, values, _ = dense[layer]
+    projection = model.model.layers[layer].self_attn.o_proj.weight.detach().double().numpy()
+    parts = projection.reshape(-1, HEADS * GROUP, HEAD_DIM)
+    norms = np.array([[np.linalg.norm(parts[:, g] @ v) for v in values[g]] for g in range(HEADS * GROUP)])
+
+    for head in range(HEADS):
+        group = range(head * GROUP, head * GROUP + GROUP)
+
+        def utility(g, i, gone, group=group):  # the same for all queries of a step and heads of a group
+            queries = range(i - i % INTERVAL, i - i % INTERVAL + INTERVAL)
+            most = [max(weights[a, b, t] * norms[a, t] for a in group for b in queries) for t in gone]
+            return sum(most) / norms[:, : queries.stop].mean()
+
+        expected = risk(weights, head, found.counts.tolist()[::3], utility)
+        assert found.risk[layer, head, ::3].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
 def test_gradient_leaves_the_model_as_it_was():
     model = tiny.make_model("llama", num_hidden_layers=LAYERS)
     measures.gradient(model, make_text())
