@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hardkv.kernels.selection import share_of_best
 from hardkv.selectors import Budget, Risk, RiskCurves
+from hardkv.selectors.budgets.water_filling import Plan
 from hardkv.selectors.ranking import Ranking
 
 # Minimum number of tokens per head beyond sinks and window.
@@ -28,6 +29,7 @@ class _PerHead(Budget):
     n: int
     curves: RiskCurves = field(repr=False)
     layer: int = -1
+    made: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)  # for all layers
 
     def for_layers(self, num_layers: int | None, num_protected: int, curves: RiskCurves | None = None) -> list[Budget]:
         assert num_layers is not None
@@ -39,10 +41,11 @@ class _PerHead(Budget):
 
     def counts(self, ranking: Ranking) -> Tensor:
         protected = ranking.per_head(ranking.num_protected)
-        rows = [
-            self.totals(int(length), int(f))[self.layer]
-            for length, f in zip(ranking.observation.context, protected[:, 0], strict=True)
-        ]
+        rows = []
+        for length, f in zip(ranking.observation.context.tolist(), protected[:, 0].tolist(), strict=True):
+            if (length, f) not in self.made:
+                self.made[length, f] = self.totals(length, f)
+            rows.append(self.made[length, f][self.layer])
         return (torch.stack(rows).to(protected.device) - protected).clamp_min(0).flatten()
 
 
@@ -84,6 +87,27 @@ class DuoAttention(_PerHead):
         counts = torch.full((share.numel(),), base, dtype=torch.int64)
         counts[share.flatten().topk(full).indices] = length
         return counts.view(share.shape)
+
+
+@dataclass(frozen=True)
+class LUKV(_PerHead):
+    """Share a budget like LU-KV (https://arxiv.org/abs/2602.08585): by greedy gains on the convex hulls of the curves.
+
+    The counts are found for a context of the curves' length. At other lengths each head keeps the same share of its
+    tokens, the protected ones aside. No head keeps less than a hundredth of the context. LU-KV averages the shares that
+    it finds for every text; our curves are averages over texts already.
+    """
+
+    def totals(self, length: int, num_protected: int) -> Tensor:
+        measured, shape = self.curves.length, self.curves.loss.shape[:2]
+        scale = max(length - num_protected, 1) / (measured - num_protected)
+        mean = num_protected + (min(self.n, length) - num_protected) / scale
+        least = min(max(num_protected, measured // 100), int(mean))
+        plan = Plan.of(self.curves, self.curves.continued(), slice(None))
+        bounds = torch.tensor([[measured], [least], [measured]])
+        found = plan.counts(round(mean * shape.numel()), *bounds)[0]  # water-filling is greedy on the hulls
+        sums = (num_protected + scale * (found.double() - num_protected)).cumsum(0).round()
+        return torch.nn.functional.pad(sums, (1, 0)).diff().long().view(shape)
 
 
 @dataclass(frozen=True)

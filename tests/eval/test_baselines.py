@@ -1,9 +1,12 @@
 """Budgets to compare with: their counts against plain Python, alone and through a cache."""
 
+import itertools
+import random
+
 import pytest
 import torch
 
-from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed, importance
+from eval.baselines import LUKV, DuoAttention, HeadKV, LayerShares, Mixed, importance
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
 from hardkv.cache.model import Traits
@@ -90,6 +93,68 @@ def test_duo_attention_gives_the_most_important_heads_everything(n):
     contexts = range(40, 161)
     means = [sum(m * c + (6 - m) * BASE for c in contexts) / len(contexts) / 6 for m in range(7)]
     assert len(full) == min(range(7), key=lambda m: abs(means[m] - n))
+
+
+def on_hull(counts, losses, n):
+    """The lower convex hull at n: the lowest of the chords that pass over it, or of the points at it."""
+    points = list(zip(counts, losses, strict=True))
+    chords = [
+        left + (right - left) * (n - low) / (high - low)
+        for (low, left), (high, right) in itertools.combinations(points, 2)
+        if low <= n <= high
+    ]
+    return min(chords)
+
+
+def best_split(curves, total):
+    """The least sum of losses, over all ways to split `total` tokens between the heads."""
+    ways = itertools.product(*(range(len(curve)) for curve in curves))
+    return min(sum(c[i] for c, i in zip(curves, way, strict=True)) for way in ways if sum(way) == total)
+
+
+@pytest.mark.parametrize("convex", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_lukv_is_the_best_split_of_convex_curves_and_of_the_hulls_of_others(seed, convex):
+    """Three layers of one head, and contexts of 9 tokens, two of them protected."""
+    rng = random.Random(seed)
+    counts = list(range(2, 10)) if convex else [2, *sorted(rng.sample(range(3, 9), 4)), 9]
+    losses = []
+    for _ in range(3):
+        drops = [rng.random() for _ in counts[1:]]
+        drops = sorted(drops) if convex else drops
+        losses.append([0.0, *itertools.accumulate(drops)][::-1])
+    curves = RiskCurves(torch.tensor(counts), torch.tensor(losses, dtype=torch.float64)[:, None])
+    hulls = [[on_hull(counts, loss, n) for n in range(2, 10)] for loss in losses]
+    if convex:
+        assert hulls == [pytest.approx(loss) for loss in losses]
+    for n in range(2, 10):
+        found = LUKV(n, curves).totals(9, 2).flatten().tolist()
+        assert sum(found) == 3 * n
+        assert all(2 <= count <= 9 for count in found)
+        spent = sum(hull[count - 2] for hull, count in zip(hulls, found, strict=True))
+        assert spent == pytest.approx(best_split(hulls, 3 * (n - 2)))
+
+
+@pytest.mark.parametrize("length", [85, 160, 310])  # candidates: half of the curves', as many, twice as many
+@pytest.mark.parametrize("n", [26, 46, 70])
+def test_lukv_keeps_the_shares_of_the_curves_length(n, length):
+    curves, scale = make_curves(), (length - PROTECTED) / 150
+    found = LUKV(n, curves).totals(length, PROTECTED)
+    whole = LUKV(round(PROTECTED + (n - PROTECTED) / scale), curves).totals(160, PROTECTED)
+    assert int(found.sum()) == 6 * n
+    assert (found - PROTECTED - scale * (whole - PROTECTED)).abs().max() <= 1
+    assert found.unique().numel() > 2
+
+
+def test_lukv_keeps_all_of_a_short_sequence():
+    assert (LUKV(45, make_curves()).totals(31, PROTECTED) == 31).all()
+
+
+def test_lukv_leaves_every_head_a_hundredth():
+    counts = (10, 20, 400, 3000)
+    curves = make_curves([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]], counts)  # one head never loses anything
+    assert int(LUKV(100, curves).totals(3000, PROTECTED)[0, 1]) == 30
+    assert (LUKV(20, curves).totals(3000, PROTECTED) == 20).all()  # all have less
 
 
 @pytest.mark.parametrize("length", [70, 160, 400])
@@ -187,7 +252,7 @@ def make_calibration(model, curves):
     )
 
 
-@pytest.mark.parametrize("kind", [HeadKV, DuoAttention, LayerShares, Mixed])
+@pytest.mark.parametrize("kind", [HeadKV, DuoAttention, LUKV, LayerShares, Mixed])
 @pytest.mark.parametrize("length", [48, 160])
 def test_caches_hold_the_totals(kind, length):
     model, curves = tiny.make_model("llama"), make_curves()
