@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor
 
 from eval import measures
-from eval.baselines import DuoAttention, HeadKV, LayerShares, Mixed
+from eval.baselines import LUKV, DuoAttention, HeadKV, LayerShares, Mixed
 from eval.budgets_plan import SCORERS, SECTIONS, Entry, Source, plan
 from eval.machine import one_line
 from eval.teacher_forced import Result, teacher_forced
@@ -50,6 +50,8 @@ def make_budget(entry: Entry, calibration: Calibration | None) -> Any:
         return HeadKV(n, calibration.curves)
     if name == "DuoAttention style":
         return DuoAttention(n, calibration.curves)
+    if name == "LU-KV style":
+        return LUKV(n, calibration.curves)
     if name == "layers only":
         return LayerShares(n, calibration.curves)
     if "dynamic" in entry.options:

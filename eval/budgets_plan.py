@@ -49,10 +49,10 @@ class Entry:
         return self.texts, self.length
 
 
-def seeded(entry: Entry, seed: int) -> Entry:
+def seeded(entry: Entry, seed: int, measure: str = Source.measure) -> Entry:
     """Return entries calibrated on one half of the shipped texts, one of each kind."""
     length = entry.source.length if entry.source is not None else entry.length
-    return replace(entry, seed=seed, source=Source(entry.scorer, f"-{seed + 1}-", 3, length))
+    return replace(entry, seed=seed, source=Source(entry.scorer, f"-{seed + 1}-", 3, length, measure))
 
 
 def _baselines(entry: Entry) -> list[Entry]:
@@ -178,6 +178,21 @@ def _bits() -> list[Entry]:
     return entries
 
 
+def _lukv() -> list[Entry]:
+    """LU-KV beside Risk: each rule on each measure of loss."""
+    entries = []
+    for scorer, length in (("attention", 2048), ("snapkv", 2048), ("attention", 6144)):
+        for n in BUDGETS[length]:
+            base = Entry("lukv", "TopK", n, "report", length, scorer)
+            ours = [seeded(replace(base, label=label), 0) for label in ("Risk", "LU-KV style, Risk's measure")]
+            theirs = [
+                seeded(replace(base, label=label), 0, "long-horizon utility")
+                for label in ("Risk, LU-KV's measure", "LU-KV style")
+            ]
+            entries += [base, *ours, *theirs]
+    return entries
+
+
 # Every section of the study, and the function that lists its caches.
 SECTIONS: dict[str, Callable[[], list[Entry]]] = {
     "main": _main,
@@ -191,6 +206,7 @@ SECTIONS: dict[str, Callable[[], list[Entry]]] = {
     "patience": _patience,
     "shares": _shares,
     "bits": _bits,
+    "lukv": _lukv,
 }
 
 

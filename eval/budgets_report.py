@@ -110,11 +110,11 @@ def at_bytes(study: Study, section: str) -> str:
 
 
 def draw(study: Study, path: Path) -> None:
-    """Draw excess NLL against n, with one panel per scorer and length of the set `report`."""
+    """Draw excess NLL against n, with one panel per scorer and length of the sections `main` and `long`."""
     require("viz", "matplotlib")
     import matplotlib.pyplot as plt
 
-    groups = [group for group in study.cells if group[1] == "report" and group[0] != "bits" and group[3] != "rkv"]
+    groups = [group for group in study.cells if group[0] in ("main", "long") and group[3] != "rkv"]
     figure, axes = plt.subplots(
         1, len(groups), figsize=(4.6 * len(groups), 4.4), squeeze=False, sharey=True, layout="constrained"
     )
@@ -195,7 +195,7 @@ def report(path: Path) -> None:
         f"{at_bytes(study, 'bits')}\n"
     )
     write_text(path.with_suffix(".md"), text)
-    if any(group[1] == "report" for group in study.cells):
+    if any(group[0] in ("main", "long") for group in study.cells):
         draw(study, path.with_suffix(".png"))
     if any(group[1] == "choose" and group[0] != "patience" for group in study.cells):
         draw_settings(study, path.with_name(f"{path.stem}_settings.png"))
