@@ -27,7 +27,8 @@ from eval.baselines import LUKV, DuoAttention, HeadKV, LayerShares, Mixed
 from eval.budgets_plan import SCORERS, SECTIONS, Entry, Source, plan
 from eval.machine import one_line
 from eval.teacher_forced import Result, teacher_forced
-from hardkv import Calibration, HardKVCache, calibrate
+from hardkv import Calibration, HardKVCache, HardKVConfig, calibrate
+from hardkv.cache.storage.codec import Codec
 from hardkv.calibration.calibrate import default_texts
 from hardkv.files import file_to_write, write_text
 from hardkv.loading import DEFAULT_MODEL, load
@@ -54,9 +55,24 @@ def make_budget(entry: Entry, calibration: Calibration | None) -> Any:
         return LUKV(n, calibration.curves)
     if name == "layers only":
         return LayerShares(n, calibration.curves)
+    if name == "Risk at equal bytes":
+        return Risk(tokens_at_equal_bytes(n, entry.options["bits"], calibration))
     if "dynamic" in entry.options:
         return Mixed(n, calibration.curves, dynamic=entry.options["dynamic"])
     return Risk(n, **{key: entry.options[key] for key in ("floor", "scope") if key in entry.options})
+
+
+def tokens_at_equal_bytes(n: int, bits: Any, calibration: Calibration) -> int:
+    """Return how many tokens per head, kept with `bits`, take the bytes of n tokens of 16 bits in a model of 16 bits.
+
+    Window and sinks stay at 16 bits. Positions and misses count.
+    """
+    assert calibration.key_means is not None
+    assert calibration.value_means is not None
+    widths = calibration.key_means.shape[-1], calibration.value_means.shape[-1]
+    codec = Codec(tuple(bits) if isinstance(bits, list) else (bits, bits), HardKVConfig.sinks)
+    protected = HardKVConfig.window + HardKVConfig.sinks
+    return protected + (n - protected) * (2 * sum(widths) + 5) // (codec.nbytes(*widths, itemsize=2) + 5)
 
 
 def make_cache(model: Any, entry: Entry, calibration: Calibration | None) -> HardKVCache:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 BUDGETS = {2048: (128, 256, 512), 6144: (256, 512, 1024)}
+EQUAL_BYTES = (64, 128, 256)
 MASSES = (0.5, 0.7, 0.85, 0.93, 0.97, 0.99, 0.999)
 SCORERS = ("attention", "snapkv", "rkv")
 
@@ -165,7 +166,10 @@ def _shares() -> list[Entry]:
 
 
 def _bits() -> list[Entry]:
-    """Bits and tokens: one is calibrated on texts, which gives the centres, and one centres on its own tokens."""
+    """Bits and tokens: one is calibrated on texts, which gives the centres, and one centres on its own tokens.
+
+    "Risk at equal bytes" keeps as many tokens as take the bytes of n tokens at 16 bits.
+    """
     base = Entry("bits", "all tokens", 2048, "report")
     choices: list[Any] = [8, 4, 3, 2, [4, 3], [3, 4], [4, 2], [2, 4]]
     entries = [seeded(replace(base, options={"bits": bits}), 0) for bits in choices]
@@ -175,6 +179,11 @@ def _bits() -> list[Entry]:
         for bits in (16, 4, 3):
             entries.append(seeded(replace(base, label="Risk", n=n, options={"bits": bits}), 0))
         entries.append(seeded(replace(base, label="TopK", n=n, options={"bits": 4}), 0))
+    for n in EQUAL_BYTES:
+        for bits in (8, 4, 3, 2, [4, 3], [4, 2], [3, 2]):
+            entries.append(seeded(replace(base, label="Risk at equal bytes", n=n, options={"bits": bits}), 0))
+        if n not in BUDGETS[2048]:
+            entries.append(seeded(replace(base, label="Risk", n=n, options={"bits": 16}), 0))
     return entries
 
 

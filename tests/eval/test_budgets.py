@@ -122,6 +122,10 @@ def test_every_entry_makes_its_cache(entry, model):
     assert type(budget) is expected_type(entry)
     if isinstance(budget, TopP):
         assert (budget.p, budget.cap) == (entry.n / 1000, None)
+    elif entry.label == "Risk at equal bytes":
+        bits = entry.options["bits"]
+        token = sum(bits if isinstance(bits, list) else [bits, bits]) + 4 + 5  # bytes, of keys and values of 8
+        assert (budget.n - 36) * token <= (90 - 36) * (2 * 16 + 5) < (budget.n - 35) * token
     else:
         assert budget.n == 90
     for name in {"floor", "scope", "dynamic"} & set(entry.options):
@@ -152,6 +156,19 @@ def test_every_entry_makes_its_cache(entry, model):
         assert abs(held.sum() - 6 * 90) <= 1
     else:
         assert held.mean() == budget.n
+
+
+def test_caches_at_equal_bytes_hold_the_same(model):
+    """The tiny model has 32 bits, so its tokens of 16 bits are not compared."""
+    held = []
+    for entry in plan(["bits"]):
+        if entry.label == "Risk at equal bytes" and entry.n == 64:
+            cache = make_cache(model, entry, make_calibration(model, entry.scorer))
+            with torch.no_grad():
+                model(input_ids=tiny.make_prompts(1, 320)["input_ids"], **{CACHE: cache})
+            held.append(cache.nbytes())
+    assert len(held) == 7
+    assert max(held) - min(held) <= 3 * 2 * (2 * 8 + 9)  # of every head, less than one token of 8 bits
 
 
 # ---------------------------------------------------------------- the worker
