@@ -98,7 +98,7 @@ def methods() -> str:
     about = {
         "Risk(n)": (
             "the same number at every event, by measured risk curves: least loss of the whole model; n on average",
-            "ours",
+            f"ours; idea shared with LU-KV, {arxiv('2602.08585')}: [what differs](#risk-and-lu-kv)",
             "a calibration",
             "whenever you can calibrate",
         ),

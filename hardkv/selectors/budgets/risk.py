@@ -17,13 +17,16 @@ from hardkv.selectors.ranking import Ranking
 @register_budget("risk")
 @dataclass(frozen=True)
 class Risk(FixedTotal):
-    """Counts per head from the measured cost of eviction, the same at every event (hardkv's own).
+    """Counts per head from the measured cost of eviction, the same at every event.
 
     A calibration measured each head's loss rho(n) when the head keeps n tokens. The counts minimise the sum of rho over
     the model at a mean of n tokens per head: tokens go where the lower convex hulls of the curves fall most
     (water-filling), which is exact on the hulls. No head gets more tokens than the sequence has, and the others get the
     rest; so counts stay the same once the sequence is longer than the largest. For sequences longer than the
     calibration's texts, a power law continues the curves (`RiskCurves.continued`).
+
+    LU-KV (https://arxiv.org/abs/2602.08585) shares a budget on convex hulls too. It measures another loss, and gives
+    each head a share of the prompt, once.
 
     Args:
         n: mean tokens kept per head, protected ones included.
