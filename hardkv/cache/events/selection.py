@@ -115,9 +115,9 @@ class Selection:
 
     def _gather(self, old: Tiers, centres: Centres | None, index: Tensor) -> Columns:
         """Return the columns of the tokens in `index`, int64 `[n]`, out of one layer's tiers."""
+        chosen = self.address, index, self.positions, self.misses
         if old.codec is None:
-            columns = gather_tiers(old.sources, self.address, index, self.positions, self.misses)
+            columns = gather_tiers(old.sources, *chosen)
             return Columns(*columns, old.condensed.columns.scales.new_empty(index.shape[0], 0))
         assert centres is not None
-        chosen = self.address[index], self.positions[index], self.misses[index]
         return old.codec.gather((old.condensed, old.sparse), old.dense, centres, *chosen)

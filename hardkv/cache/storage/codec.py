@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hardkv.cache.storage.dense import DenseTier
 from hardkv.cache.storage.ragged import Columns, RaggedTier
-from hardkv.kernels.codes import code_width, encode
+from hardkv.kernels.codes import code_width, gather_codes
 from hardkv.kernels.dtypes import accumulation_dtype
 
 
@@ -89,6 +89,7 @@ class Codec:
         dense: DenseTier,
         centres: Centres,
         address: Tensor,
+        index: Tensor,
         positions: Tensor,
         misses: Tensor,
     ) -> Columns:
@@ -96,22 +97,10 @@ class Codec:
 
         Args:
             held: condensed and sparse tier. dense, centres: of the same layer.
-            address: int64 `[n]`, index of each token in the two tiers and then the dense slots.
-            positions: int32 `[n]`. misses: uint8 `[n]`.
+            address: int64 `[N]`, index of each token in the two tiers and then the dense slots.
+            index: int64 `[n]`, which of the N tokens to take, in this order.
+            positions: int32 `[N]`. misses: uint8 `[N]`.
         """
-        ragged, heads = sum(tier.rows.total for tier in held), dense.keys.shape[1]
-        new = address >= ragged
-        place = torch.where(new, ragged + new.cumsum(0) - 1, address)
-        slot = address[new] - ragged
-        row = slot.div(dense.capacity, rounding_mode="floor")
-        at = row // heads, row % heads, slot - row * dense.capacity
-        codes, scales = [], []
-        for kind, bits in enumerate(self.bits):
-            states = (dense.keys, dense.values)[kind][at]
-            scale = states.new_zeros(states.shape[0], dtype=torch.float16)
-            if bits != 16:
-                states, scale = encode(states, centres[kind][row], bits)
-            codes.append(torch.cat([*(tier.columns[kind] for tier in held), states])[place])
-            scales.append(scale)
-        stored = torch.cat([*(tier.columns.scales for tier in held), torch.stack(scales, 1)])
-        return Columns(codes[0], codes[1], positions, misses, stored[place])
+        sources = [(tier.keys, tier.values) for tier in (*held, dense)]
+        scales = [tier.columns.scales for tier in held]
+        return Columns(*gather_codes(sources, scales, centres, self.bits, address, index, positions, misses))

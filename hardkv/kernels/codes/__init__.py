@@ -1,9 +1,44 @@
 """Quantise keys and values to a few bits per coordinate, and read them."""
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from hardkv.kernels.codes.coding import Coding
+from hardkv.kernels.codes.gather_reference import gather_codes_reference
 from hardkv.kernels.codes.reference import code_width, decode, encode
 
-__all__ = ["BITS", "Coding", "code_width", "decode", "encode"]
+__all__ = ["BITS", "Coding", "code_width", "decode", "encode", "gather_codes"]
 
 # Bits per coordinate that states can have; 16 stands for states that are not quantised.
 BITS = (16, 8, 4, 3, 2)
+
+
+def gather_codes(
+    sources: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[Tensor],
+    centres: tuple[Tensor, Tensor],
+    bits: tuple[int, int],
+    address: Tensor,
+    index: Tensor,
+    positions: Tensor,
+    misses: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gather chosen tokens of two quantised tiers and a dense tier. Codes move as they are; states are quantised.
+
+    Args:
+        sources: keys and values of three tiers: codes, uint8 `[n_i, W]`, of two, and then states `[B, H, C, D]` and
+            `[B, H, C, Dv]` in the dense tier. With 16 bits, all of them are states.
+        scales: float16 `[n_i, 2]`, of the keys and values of the first two tiers.
+        centres: of keys `[B * H, D]` and values `[B * H, Dv]`, subtracted from states.
+        bits: of keys and values: 8, 4, 3 or 2, for dims that are multiples of 8; or 16, which copies states.
+        address: int64 `[N]`, index of each token in the first two tiers and then the dense slots: slot c of row
+            b * H + h is (b * H + h) * C + c.
+        index: int64 `[n]`, which of the N tokens to take, in this order.
+        positions: int32 `[N]`. misses: uint8 `[N]`.
+
+    Returns:
+        Keys `[n, W]`, values `[n, Wv]`, positions `[n]`, misses `[n]` and scales float16 `[n, 2]`, 0 with 16 bits: new,
+        exactly sized buffers.
+    """
+    return gather_codes_reference(sources, scales, centres, bits, address, index, positions, misses)

@@ -1,0 +1,39 @@
+"""The PyTorch reference of `gather_codes`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hardkv.kernels.codes.reference import encode
+
+
+def gather_codes_reference(
+    sources: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[Tensor],
+    centres: tuple[Tensor, Tensor],
+    bits: tuple[int, int],
+    address: Tensor,
+    index: Tensor,
+    positions: Tensor,
+    misses: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The PyTorch reference of `gather_codes`. The host waits for the number of tokens that leave the dense tier."""
+    *held, dense = sources
+    chosen, ragged = address[index], sum(keys.shape[0] for keys, _ in held)
+    new = chosen >= ragged
+    place = torch.where(new, ragged + new.cumsum(0) - 1, chosen)
+    _, heads, capacity, _ = dense[0].shape
+    slot = chosen[new] - ragged
+    row = slot.div(capacity, rounding_mode="floor")
+    at = row // heads, row % heads, slot - row * capacity
+    codes, new_scales = [], []
+    for kind in (0, 1):
+        states = dense[kind][at]
+        scale = states.new_zeros(states.shape[0], dtype=torch.float16)
+        if bits[kind] != 16:
+            states, scale = encode(states, centres[kind][row], bits[kind])
+        codes.append(torch.cat([*(tier[kind] for tier in held), states])[place])
+        new_scales.append(scale)
+    stored = torch.cat([*scales, torch.stack(new_scales, 1)])
+    return codes[0], codes[1], positions[index], misses[index], stored[place]
