@@ -27,6 +27,7 @@ from hardkv.kernels.append import triton as append  # noqa: E402
 from hardkv.kernels.attention import triton as attention  # noqa: E402
 from hardkv.kernels.attention import triton_schedule as schedule  # noqa: E402
 from hardkv.kernels.codes import Coding, code_width  # noqa: E402
+from hardkv.kernels.codes import triton as codes  # noqa: E402
 from hardkv.kernels.compaction import triton as compaction  # noqa: E402
 from hardkv.kernels.compaction import triton_in_place as in_place  # noqa: E402
 from hardkv.kernels.layout import triton as layout  # noqa: E402
@@ -224,6 +225,19 @@ def compact(dim, dtype, layout):
     in_place.compact([first, first.clone(), *held], (last, last), cu_seqlens(), address, address[:N], *told)
 
 
+def gather_codes(dim, dtype, layout, bits):
+    *held, dense = sources(dim, dtype, layout)
+    dense = dense if dense.dim() == 4 else dense.view(B, H, -1, dim)
+    tiers = [
+        [each if b == 16 else torch.empty(N, code_width(dim, b), dtype=torch.uint8) for b in bits] for each in held
+    ]
+    centres = torch.empty(2, B * H, dim, dtype=dense.dtype)
+    address = torch.zeros(N, dtype=torch.int64)
+    known = torch.zeros(N, dtype=torch.int32), torch.zeros(N, dtype=torch.uint8)
+    scales = torch.empty(2, N, 2, dtype=torch.float16)
+    codes.gather_codes([*tiers, (dense, dense)], scales, centres, bits, address, address[:500], *known)
+
+
 def cut():
     schedule.Schedule.make(cu_seqlens(), N, C, 400)
 
@@ -296,6 +310,8 @@ CODED = [
     ("sm_90", 256, "bfloat16", 16, 8, "plain", (3, 3)),
 ]
 LAYOUTS = ("strided", "flat")
+# Bits of keys and of values.
+BITS = [(8, 4), (3, 2), (4, 16)]
 # New tokens, options.
 APPENDS = [(1, "plain"), (8, "plain"), (512, "valid")]
 
@@ -364,6 +380,19 @@ def test_compaction(check, arch, dim, dtype, layout, gather):
 
 
 @pytest.mark.parametrize(
+    ("arch", "dim", "dtype", "layout", "bits"),
+    [
+        *((*shape, *case) for shape, *case in zip(SHAPES, cycle(LAYOUTS), cycle(BITS), strict=False)),
+        *(("sm_90", 128, "bfloat16", "strided", bits) for bits in BITS),
+        ("sm_90", 8, "float16", "flat", (3, 2)),
+    ],
+    ids=str,
+)
+def test_gathering_codes(check, arch, dim, dtype, layout, bits):
+    check(arch, gather_codes, dim, dtype, layout, bits)
+
+
+@pytest.mark.parametrize(
     ("arch", "dim", "dtype", "q_len", "options"),
     [(*shape, *case) for shape, case in zip(SHAPES, cycle(APPENDS), strict=False)],
 )
@@ -388,6 +417,7 @@ def test_no_kernel_is_left_out():
         gather_tiers(64, "float16", "flat")
         gather_keys(64, "float16", "flat")
         compact(64, "float16", "flat")
+        gather_codes(64, "float16", "flat", (4, 4))
         add(64, "float16", 1, "plain")
         append_step(64, "float16")
     assert launched == {function.__name__ for function in functions} - called

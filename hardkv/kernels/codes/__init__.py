@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from hardkv.kernels.backends import current, kernels_for
 from hardkv.kernels.codes.coding import Coding
 from hardkv.kernels.codes.gather_reference import gather_codes_reference
 from hardkv.kernels.codes.reference import code_width, decode, encode
@@ -26,6 +27,8 @@ def gather_codes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gather chosen tokens of two quantised tiers and a dense tier. Codes move as they are; states are quantised.
 
+    On a GPU with Triton, this is one launch, and the host waits for nothing.
+
     Args:
         sources: keys and values of three tiers: codes, uint8 `[n_i, W]`, of two, and then states `[B, H, C, D]` and
             `[B, H, C, Dv]` in the dense tier. With 16 bits, all of them are states.
@@ -41,4 +44,11 @@ def gather_codes(
         Keys `[n, W]`, values `[n, Wv]`, positions `[n]`, misses `[n]` and scales float16 `[n, 2]`, 0 with 16 bits: new,
         exactly sized buffers.
     """
-    return gather_codes_reference(sources, scales, centres, bits, address, index, positions, misses)
+    chosen = address, index, positions, misses
+    states = sources[-1][0]
+    if kernels_for(states.device, states.dtype) == "triton":
+        from hardkv.kernels.codes import triton as kernel
+
+        with current(address):
+            return kernel.gather_codes(sources, scales, centres, bits, *chosen)
+    return gather_codes_reference(sources, scales, centres, bits, *chosen)

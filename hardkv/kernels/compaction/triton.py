@@ -16,6 +16,15 @@ COUNTS = ["n", "n_first", "n_second"]
 
 
 @triton.jit
+def dense_slot(slot, heads, capacity, stride_b, stride_h, stride_c):
+    """Return the row of a slot of the dense tier, and the offset of its token."""
+    slot = slot.to(tl.int32)  # a 64-bit division costs several times more; rows count their tokens in int32 too
+    row = slot // capacity
+    offset = (row // heads).to(tl.int64) * stride_b + (row % heads).to(tl.int64) * stride_h
+    return row, offset + (slot - row * capacity).to(tl.int64) * stride_c
+
+
+@triton.jit
 def rows_at(
     address,
     first,
@@ -33,19 +42,13 @@ def rows_at(
 ):
     """Return pointers to the tokens at `address`."""
     slot = address - n_first - n_second
-    if FLAT:
-        offset = slot * D
-    else:
-        slot = slot.to(tl.int32)  # a 64-bit division costs several times more; rows count their tokens in int32 too
-        row = slot // capacity
-        offset = (row // heads).to(tl.int64) * stride_b + (row % heads).to(tl.int64) * stride_h
-        offset += (slot - row * capacity).to(tl.int64) * stride_c
+    offset = slot * D if FLAT else dense_slot(slot, heads, capacity, stride_b, stride_h, stride_c)[1]
     source = tl.where(slot < 0, second + (address - n_first) * D, last + offset)
     return tl.where(address < n_first, first + address * D, source)  # one load instead of three masked ones
 
 
 @triton.jit
-def _copy_rows(out, token, live, source, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def copy_rows(out, token, live, source, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Copy a tile of tokens from the pointers in `source` to `out[token]`, `[n, D]`."""
     column = tl.arange(0, BLOCK_D)
     mask = live[:, None] & (column < D)[None, :]
@@ -104,13 +107,13 @@ def _gather_tiers_kernel(
         key_heads, key_capacity, key_stride_b, key_stride_h, key_stride_c,
         n_first, n_second, D, KEYS_FLAT,
     )  # fmt: skip
-    _copy_rows(keys_out, token, live, key_source, D, BLOCK_D)
+    copy_rows(keys_out, token, live, key_source, D, BLOCK_D)
     value_source = rows_at(
         where, first_values, second_values, last_values,
         value_heads, value_capacity, value_stride_b, value_stride_h, value_stride_c,
         n_first, n_second, DV, VALUES_FLAT,
     )  # fmt: skip
-    _copy_rows(values_out, token, live, value_source, DV, BLOCK_DV)
+    copy_rows(values_out, token, live, value_source, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "heads", "capacity"], do_not_specialize_on_alignment=["address"])
@@ -139,7 +142,7 @@ def _gather_keys_kernel(
     source = rows_at(
         where, first, second, last, heads, capacity, stride_b, stride_h, stride_c, n_first, n_second, D, FLAT
     )
-    _copy_rows(out, token, live, source, D, BLOCK_D)
+    copy_rows(out, token, live, source, D, BLOCK_D)
 
 
 def three_buffers(sources: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]:
