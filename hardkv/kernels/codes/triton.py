@@ -1,7 +1,6 @@
 """Gather quantised tokens of a layer's tiers, and quantise those of the dense tier, in one launch."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -228,12 +227,13 @@ def _gather_codes_kernel(
         )  # fmt: skip
 
 
-def _constants(dense: Tensor, bits: int) -> tuple[Any, ...]:
+def _constants(dense: Tensor, bits: int) -> tuple[int, int, bool, int, int]:
     """Return what the kernel is compiled for, from the keys or values of the dense tier, `[B, H, C, D]`."""
     dim = dense.shape[-1]
     width = dim if bits == 16 else code_width(dim, bits)
     made = code_width(dim, 1 if bits == 3 else bits)
-    return dim, bits, dense.is_contiguous(), padded_width(width), min(padded_width(made), MAX_BYTES)
+    flat = bits == 16 and dense.is_contiguous()
+    return dim, bits, flat, padded_width(width), min(padded_width(made), MAX_BYTES)
 
 
 def gather_codes(

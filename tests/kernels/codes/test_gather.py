@@ -125,8 +125,6 @@ def test_bits_and_dims(gather, bits, dims):
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 @pytest.mark.parametrize("bits", [(4, 4), (16, 8)], ids=str)
 def test_dtypes_and_layouts_of_the_dense_tier(gather, dtype, layout, bits):
-    if layout == "strided" and 16 in bits:
-        pytest.skip("copies of states need coordinates that are contiguous")
     arguments, address = inputs((64, 64), bits, dtype=dtype, layout=layout)
     check(gather, arguments, address, drawn(address, 40))
 
