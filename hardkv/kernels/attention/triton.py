@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hardkv.kernels.attention.triton_codes import attend_codes
 from hardkv.kernels.attention.triton_states import LOG2_E, attend
-from hardkv.kernels.attention.triton_schedule import UNIT, Schedule, queries_per_block, query_blocks, schedule_for
+from hardkv.kernels.attention.triton_schedule import OCCUPANCY, UNIT, Schedule, queries_per_block, query_blocks, schedule_for
 from hardkv.kernels.codes import Coding
 from hardkv.kernels.codes.rotation import sign_matrix
 from hardkv.kernels.gpu import next_power_of_2
@@ -73,6 +73,7 @@ def _ragged_attention(
     D: tl.constexpr,
     DV: tl.constexpr,
     BM: tl.constexpr,
+    BC: tl.constexpr,
     BD: tl.constexpr,
     BDV: tl.constexpr,
     BN: tl.constexpr,
@@ -84,6 +85,7 @@ def _ragged_attention(
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     CODE_TOKENS: tl.constexpr,
+    CODE_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -123,12 +125,15 @@ def _ragged_attention(
                 scale, softcap, SOFTCAP, D, DV, BD, BDV, BN, STAGES, PRECISION,
             )  # fmt: skip
         elif start < length:
+            few = block * BM + tl.arange(0, BC)
+            at_few = batch.to(tl.int64) * query_b + (head * G + few % G) * query_h + few // G * query_q
             acc, top, norm = attend_codes(
-                query, keys_ptr + offset.to(tl.int64) * keys_n, values_ptr + offset.to(tl.int64) * values_n,
-                keys_n, values_n, scales_ptr + offset.to(tl.int64) * 2,
+                query_ptr + at_few, few < G * q_len,
+                keys_ptr + offset.to(tl.int64) * keys_n, values_ptr + offset.to(tl.int64) * values_n,
+                keys_n, values_n, scales_ptr + offset.to(tl.int64),
                 key_centres_ptr + row.to(tl.int64) * D, value_centres_ptr + row.to(tl.int64) * DV,
                 key_rotation_ptr, value_rotation_ptr, start, stop, length, scale, softcap, SOFTCAP,
-                KEY_BITS, VALUE_BITS, D, DV, BM, BD, BDV, CODE_TOKENS, STAGES, PRECISION,
+                KEY_BITS, VALUE_BITS, D, DV, BC, BM, BD, BDV, CODE_TOKENS, CODE_STAGES, PRECISION,
             )  # fmt: skip
         if stop > length:
             acc, top, norm = attend(
@@ -200,7 +205,8 @@ def _ragged_attention(
 # Warps per program, and pipeline stages of about 16 KB. Fastest on an H200 for 60 MB of keys and values and more
 # (eval/speed), with `triton_schedule.OCCUPANCY`.
 WARPS, STAGES, STAGE_BYTES = 4, 3, 16 << 10
-CODE_TOKENS = 64  # tokens per step over codes
+# The same for codes, with the registers of a thread, for `CODE_OCCUPANCY` programs to share a multiprocessor.
+CODE_TOKENS, CODE_STAGES, CODE_REGISTERS, CODE_OCCUPANCY = 64, 3, 128, 4
 
 
 def block_tokens(head_dim: int, itemsize: int) -> tuple[int, int]:
@@ -245,7 +251,8 @@ def ragged_attention(
     """
     size = max(query.shape[3], dense_values.shape[3]), query.element_size()
     blocks = query_blocks(query.shape[1] // dense_keys.shape[1], query.shape[2], *size)
-    schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks)
+    occupancy = OCCUPANCY if coding is None else CODE_OCCUPANCY
+    schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks, occupancy)
     tensors = query, keys, values, rows.cu_seqlens, dense_keys, dense_values, dense_positions, fill
     options = {"scale": scale, "softcap": softcap, "sinks": sinks, "new_mask": new_mask, "coding": coding}
     return launch(*tensors, schedule, start=start, **options)
@@ -289,7 +296,7 @@ def launch(
     read: tuple[Tensor, ...] = (fill,) * 5
     if coding is not None:
         rotations = (sign_matrix(dim, query.device, query.dtype) for dim in (head_dim, value_dim))
-        read = coding.scales, coding.key_centres, coding.value_centres, *rotations
+        read = coding.scales.view(torch.int32), coding.key_centres, coding.value_centres, *rotations
     key_bits, value_bits = (16, 16) if coding is None else coding.bits
     _ragged_attention[(programs, blocks)](
         out, lse, partial, partial_lse, schedule.arrived,
@@ -301,11 +308,11 @@ def launch(
         *query.stride()[:3], *out.stride()[:3], keys.stride(0), values.stride(0),
         *dense_keys.stride()[:3], *dense_values.stride()[:3], dense_positions.stride(0),
         *(mask.stride()[:2] if masked else (0, 0)),
-        H=num_kv_heads, G=group, D=head_dim, DV=value_dim, BM=queries, BN=tokens, UNIT=UNIT,
+        H=num_kv_heads, G=group, D=head_dim, DV=value_dim, BM=queries, BC=8 if group * q_len <= 8 else queries, BN=tokens, UNIT=UNIT,
         BD=next_power_of_2(max(head_dim, 16)), BDV=next_power_of_2(max(value_dim, 16)),
         CAUSAL=q_len > 1 and not masked, MASKED=masked, SOFTCAP=softcap is not None, SINKS=sinks is not None,
-        KEY_BITS=key_bits, VALUE_BITS=value_bits, CODE_TOKENS=CODE_TOKENS,
+        KEY_BITS=key_bits, VALUE_BITS=value_bits, CODE_TOKENS=CODE_TOKENS, CODE_STAGES=CODE_STAGES,
         STAGES=stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=WARPS,
+        num_warps=WARPS, maxnreg=None if coding is None else CODE_REGISTERS,
     )  # fmt: skip
     return out, lse

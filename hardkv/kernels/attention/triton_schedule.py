@@ -114,13 +114,17 @@ class Schedule:
         return [self.row_start, self.first_row, self.share, self.arrived]
 
 
-def schedule_for(rows: Rows, bound: int, capacity: int, blocks: int) -> Schedule:
-    """Return the schedule for rows with `bound` of `capacity` dense slots filled; keep it until the rows change."""
-    key = capacity, blocks
+def schedule_for(rows: Rows, bound: int, capacity: int, blocks: int, occupancy: int) -> Schedule:
+    """Return the schedule for rows with `bound` of `capacity` dense slots filled; keep it until the rows change.
+
+    Args:
+        blocks: blocks of queries per row. occupancy: programs per multiprocessor.
+    """
+    key = capacity, blocks, occupancy
     if key not in rows.schedules:
         device = rows.cu_seqlens.device
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        programs = max(1, OCCUPANCY * processors // blocks)
+        programs = max(1, occupancy * processors // blocks)
         total = rows.total if rows.room is None else rows.room
         rows.schedules[key] = Schedule.make(rows.cu_seqlens, total, expected(bound, capacity), programs, blocks)
     return rows.schedules[key]
@@ -133,7 +137,7 @@ def expected(bound: int, capacity: int) -> int:
 
 def recut_schedules(rows: Rows, bound: int) -> None:
     """Rewrite in place every schedule that `rows` took over from rows in the same buffers; see `schedule_for`."""
-    for (capacity, _), schedule in rows.schedules.items():
+    for (capacity, _, _), schedule in rows.schedules.items():
         schedule.recut(rows.cu_seqlens, expected(bound, capacity))
 
 

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hardkv.kernels.codes.reference import LARGEST_SCALE, LEVELS, code_width
+from hardkv.kernels.codes import reference
+from hardkv.kernels.codes.reference import DEVIATION, LARGEST, LARGEST_SCALE, LEVELS, code_width
 from hardkv.kernels.codes.rotation import rotation
 from hardkv.kernels.compaction.triton import copy_rows, dense_slot, padded_width, rows_at
 from hardkv.kernels.gpu import cdiv
@@ -18,7 +19,7 @@ BLOCK, MAX_BYTES = 64, 32
 DEPTH = tl.constexpr(32)
 # Smaller than the norm of any vector but 0, in float32.
 SMALLEST = tl.constexpr(1e-30)
-LARGEST = tl.constexpr(LARGEST_SCALE)
+LIMIT, UNIT = tl.constexpr(LARGEST_SCALE), tl.constexpr(reference.UNIT)
 
 
 @triton.jit
@@ -31,25 +32,28 @@ def _centred(source, centre, coded, first, D: tl.constexpr):
 
 
 @triton.jit
-def _e4m3(size):
-    """Round float32 numbers from 0 to 448 to e4m3, half to even; return the codes, int32, and what they stand for.
+def _rotated(source, centre, coded, matrix, column, inside, BYTES: tl.constexpr, D: tl.constexpr):
+    """Return some coordinates of the rotated, centred states, float32 `[BLOCK, BYTES]`."""
+    rotated = tl.zeros([coded.shape[0], BYTES], tl.float32)
+    for first in range(0, D, DEPTH):
+        d = (first + tl.arange(0, DEPTH))[:, None]
+        part = tl.load(matrix + d * D + column[None, :], mask=(d < D) & inside, other=0.0)
+        state = _centred(source, centre, coded, first, D)
+        rotated = tl.dot(state, part, rotated, input_precision="ieee")
+    return rotated
 
-    Compute with integers, because older GPUs do not know the format.
-    """
-    bits = size.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20  # 3 of the mantissa's 23 bits stay
-    level = (bits << 20).to(tl.float32, bitcast=True)
-    small = (size + 16384.0) - 16384.0  # a multiple of 2^-9, the last bit of a sum of 2^14 and something smaller
-    tiny = size < 0.015625
-    code = tl.where(tiny, (small * 512.0).to(tl.int32), bits - 960)  # 960 is the difference of the exponents' biases
-    return code, tl.where(tiny, small, level)
+
+@triton.jit
+def _integer(size):
+    """Round float32 numbers of at least 0 to integers, half to even: int32."""
+    return ((size + 12582912.0) - 12582912.0).to(tl.int32)  # 1.5 times 2^23, whose last bit is 1
 
 
 @triton.jit
 def _nearest(size, LEVELS: tl.constexpr):
-    """Return the index of the level nearest to each number of at least 0, int32, and that level."""
+    """Return the index of the level nearest to each number of at least 0, int32, and that level, float32."""
     index = tl.zeros(size.shape, tl.int32)
-    level = tl.full(size.shape, LEVELS[0], tl.float32)
+    level = tl.zeros(size.shape, tl.float32) + LEVELS[0]
     for i in tl.static_range(1, len(LEVELS)):
         beyond = size > (LEVELS[i - 1] + LEVELS[i]) / 2
         index += beyond.to(tl.int32)
@@ -59,7 +63,7 @@ def _nearest(size, LEVELS: tl.constexpr):
 
 @triton.jit
 def _quantise(
-    out, source, centre, coded, matrix, D: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, BYTES: tl.constexpr
+    out, source, centre, coded, matrix, D: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DEVIATION: tl.constexpr, BYTES: tl.constexpr
 ):
     """Write the codes of the states at `source`, where `coded`, to `out`, as `reference.pack` lays them out.
 
@@ -70,13 +74,21 @@ def _quantise(
         state = _centred(source, centre, coded, first, D)
         square += tl.sum(state * state, 1)
     norm = tl.sqrt_rn(square)
-    to_unit = D**0.5 / tl.where(norm < SMALLEST, SMALLEST, norm)
     # The first W bytes hold the LOW lowest bits of all codes. With 3 bits, W / 2 bytes follow with the highest bits: 4
     # of the codes in the first half of the W bytes, and 4 of those in the second half.
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     W: tl.constexpr = D * LOW // 8
     STEP: tl.constexpr = W // HALVES
+    if BITS == 8:
+        largest = tl.zeros(coded.shape, tl.float32)
+        for begin in range(0, W, BYTES):
+            byte = begin + tl.arange(0, BYTES)
+            rotated = _rotated(source, centre, coded, matrix, byte, (byte < W)[None, :], BYTES, D)
+            largest = tl.maximum(largest, tl.max(tl.abs(rotated), 1))
+        to_unit = LEVELS[0] / tl.where(largest < SMALLEST, SMALLEST, largest)
+    else:
+        to_unit = DEVIATION * D**0.5 / tl.where(norm < SMALLEST, SMALLEST, norm)
     squares = tl.zeros([coded.shape[0], BYTES], tl.float32)
     for begin in range(0, STEP, BYTES):
         byte = begin + tl.arange(0, BYTES)
@@ -87,24 +99,23 @@ def _quantise(
             low = tl.zeros(squares.shape, tl.int32)
             for field in range(8 // LOW):
                 column = field * W + half * STEP + byte
-                rotated = tl.zeros(squares.shape, tl.float32)
-                for first in range(0, D, DEPTH):
-                    d = (first + tl.arange(0, DEPTH))[:, None]
-                    part = tl.load(matrix + d * D + column[None, :], mask=(d < D) & inside, other=0.0)
-                    state = _centred(source, centre, coded, first, D)
-                    rotated = tl.dot(state, part, rotated, input_precision="ieee")
-                unit = rotated * to_unit[:, None]
-                code, level = _e4m3(tl.abs(unit)) if BITS == 8 else _nearest(tl.abs(unit), LEVELS)
-                code |= (unit < 0).to(tl.int32) << (BITS - 1)
+                unit = _rotated(source, centre, coded, matrix, column, inside, BYTES, D) * to_unit[:, None]
+                if BITS == 8:
+                    code = _integer(tl.abs(unit))
+                    level = code.to(tl.float32)
+                    code = 128 + tl.where(unit < 0, -code, code)
+                else:
+                    code, level = _nearest(tl.abs(unit), LEVELS)
+                    code |= (unit < 0).to(tl.int32) << (BITS - 1)
                 squares += tl.where(inside, level * level, 0.0)
                 low |= (code & ((1 << LOW) - 1)) << (LOW * field)
-                high |= (code >> LOW) << (4 * half + field)
+                high |= (code >> LOW) << (4 * (field // 2) + 2 * half + field % 2)
             tl.store(out[:, None] + (half * STEP + byte)[None, :], low.to(tl.uint8), mask=mask)
         if BITS == 3:
             tl.store(out[:, None] + (W + byte)[None, :], high.to(tl.uint8), mask=mask)
-    kept = tl.sqrt_rn(tl.sum(squares, 1))
-    scale = norm / tl.where(kept < SMALLEST, SMALLEST, kept)  # kept is 0 for e4m3 at the centre
-    return tl.where(scale > LARGEST, LARGEST, scale)
+    kept = tl.sqrt_rn(tl.sum(squares, 1)) * UNIT
+    scale = norm / tl.where(kept < SMALLEST, SMALLEST, kept)  # kept is 0 at the centre, for 8 bits
+    return tl.where(scale > LIMIT, LIMIT, scale)
 
 
 @triton.jit
@@ -135,6 +146,7 @@ def _gather(
     BLOCK_W: tl.constexpr,
     BYTES: tl.constexpr,
     LEVELS: tl.constexpr,
+    DEVIATION: tl.constexpr,
 ):
     """Gather the keys (KIND 0) or values (KIND 1) of a block of tokens, and their scales."""
     is_first = where < n_first
@@ -154,7 +166,7 @@ def _gather(
         if tl.max(coded.to(tl.int32), 0) > 0:
             row, offset = dense_slot(where - n_first - n_second, heads, capacity, stride_b, stride_h, stride_c)
             mean = centre + row.to(tl.int64) * D
-            new = _quantise(out + token * W, last + offset, mean, coded, matrix, D, BITS, LEVELS, BYTES)
+            new = _quantise(out + token * W, last + offset, mean, coded, matrix, D, BITS, LEVELS, DEVIATION, BYTES)
             scale = tl.where(coded, new.to(tl.float16), scale)
     tl.store(scales_out + token * 2 + KIND, scale, mask=live)
 
@@ -216,14 +228,14 @@ def _gather_codes_kernel(
             token, live, where, n_first, n_second, scales_out, first_scales, second_scales,
             keys_out, first_keys, second_keys, last_keys, key_centre, key_matrix,
             key_heads, key_capacity, key_stride_b, key_stride_h, key_stride_c,
-            0, KEYS[0], KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEY_LEVELS,
+            0, KEYS[0], KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEY_LEVELS, KEYS[5],
         )  # fmt: skip
     else:
         _gather(
             token, live, where, n_first, n_second, scales_out, first_scales, second_scales,
             values_out, first_values, second_values, last_values, value_centre, value_matrix,
             value_heads, value_capacity, value_stride_b, value_stride_h, value_stride_c,
-            1, VALUES[0], VALUES[1], VALUES[2], VALUES[3], VALUES[4], VALUE_LEVELS,
+            1, VALUES[0], VALUES[1], VALUES[2], VALUES[3], VALUES[4], VALUE_LEVELS, VALUES[5],
         )  # fmt: skip
 
 
@@ -233,7 +245,7 @@ def _constants(dense: Tensor, bits: int) -> tuple[int, int, bool, int, int]:
     width = dim if bits == 16 else code_width(dim, bits)
     made = code_width(dim, 1 if bits == 3 else bits)
     flat = bits == 16 and dense.is_contiguous()
-    return dim, bits, flat, padded_width(width), min(padded_width(made), MAX_BYTES)
+    return dim, bits, flat, padded_width(width), min(padded_width(made), MAX_BYTES), DEVIATION.get(bits)
 
 
 def gather_codes(
@@ -273,8 +285,8 @@ def gather_codes(
             *arguments,
             KEYS=constants[0],
             VALUES=constants[1],
-            KEY_LEVELS=LEVELS.get(bits[0]),
-            VALUE_LEVELS=LEVELS.get(bits[1]),
+            KEY_LEVELS=LEVELS.get(bits[0], (LARGEST,)),
+            VALUE_LEVELS=LEVELS.get(bits[1], (LARGEST,)),
             BLOCK=BLOCK,
             num_warps=4,
         )

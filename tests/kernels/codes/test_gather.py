@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hardkv.kernels import codes
 from hardkv.kernels.codes import code_width, decode
 from hardkv.kernels.codes.gather_reference import gather_codes_reference
-from hardkv.kernels.codes.reference import LEVELS, unpack
+from hardkv.kernels.codes.reference import DEVIATION, LEVELS, unpack
 from hardkv.kernels.codes.rotation import rotation
 from tests.kernels.poison import poisoned
 
@@ -67,16 +67,16 @@ def check_quantised(found, scale, states, centre, bits):
     dim = states.shape[-1]
     rotated = (states.double() - centre.double()) @ rotation(dim, states.device, torch.float64)
     norm = rotated.norm(dim=1, keepdim=True)
-    unit = rotated / norm.clamp_min(1e-30) * dim**0.5
     if bits == 8:
-        table = torch.arange(256, device=DEVICE).byte().view(torch.float8_e4m3fn).double()
-        table = table.nan_to_num(torch.inf)
+        unit = rotated / rotated.abs().amax(1, keepdim=True).clamp_min(1e-30) * 127
+        table = torch.arange(-128.0, 128, device=DEVICE).double()
     else:
+        unit = rotated / norm.clamp_min(1e-30) * dim**0.5 * DEVIATION[bits]
         table = torch.tensor([*LEVELS[bits], *(-level for level in LEVELS[bits])], device=DEVICE).double()
     level = table[unpack(found, bits).long()]
     least = (table - unit[..., None]).abs().amin(-1)
-    torch.testing.assert_close((level - unit).abs(), least, atol=2e-6, rtol=1e-6)
-    expected = norm[:, 0] / level.norm(dim=1).clamp_min(1e-30)
+    torch.testing.assert_close((level - unit).abs(), least, atol=1e-4, rtol=1e-6)
+    expected = norm[:, 0] / (level.norm(dim=1) / 64).clamp_min(1e-30)
     torch.testing.assert_close(scale.double(), expected, rtol=2**-10, atol=2**-25)
 
 
