@@ -17,6 +17,7 @@ from hardkv import HardKVCache, HardKVConfig
 from hardkv.cache.argument import CACHE
 from hardkv.cache.storage import offload
 from hardkv.selectors import AdaKV
+from tests.cache.conftest import DEVICE
 from tests.cache.following import Follower
 from tests.cache.test_modes import EVICT, MODELS, MODES, extended, greedy, held, look_up, repetitive, step
 from tests.models.tiny import tiny_model as make_model
@@ -64,6 +65,8 @@ class Transfers:
 
 @pytest.fixture
 def transfers(monkeypatch):
+    if DEVICE != "cpu":
+        pytest.skip("stands in for host memory, and there is host memory: see test_on_a_gpu")
     transfers = Transfers()
     monkeypatch.setattr(offload, "to_host", transfers.to_host)
     monkeypatch.setattr(offload, "to_device", transfers.to_device)
