@@ -19,6 +19,8 @@ from hardkv.kernels.scoring import window_attention
 from hardkv.kernels.similarity import mean_cosine
 from hardkv.selectors import TopP, fit_temperatures
 from hardkv.selectors.temperatures import kept_counts
+from tests.cache.conftest import DEVICE
+from tests.models.tiny import random_ids, random_normal
 
 HOLD_ALL = dict(budget=1000, window=4, sinks=1, interval=3)  # an event every 3 tokens, and nothing is lost
 EVICT = dict(budget=8, window=4, sinks=1, interval=3)
@@ -139,16 +141,11 @@ def test_a_scorer_of_ones_own_computes_in_what_it_is_given(tiny_model, tiny_prom
 
 def test_kernels_and_fits_are_outside_it():
     """Test the functions that custom scorers and calibrations call outside a cache."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    queries, keys = normal(1, 4, 3, 8), normal(20, 8)
+    queries, keys = random_normal(1, 4, 3, 8, seed=0), random_normal(20, 8, seed=1)
     positions = torch.arange(10, dtype=torch.int32).repeat(2)
     rows = Rows.of(torch.tensor([0, 10, 20], dtype=torch.int32))
     valid = torch.ones(1, 3, dtype=torch.bool)
-    z, reference = normal(2, 3, 16), normal(2, 3, 16).softmax(-1)
+    z, reference = random_normal(2, 3, 16, seed=2), random_normal(2, 3, 16, seed=3).softmax(-1)
 
     def compute() -> list[torch.Tensor]:
         received = window_attention(
@@ -166,7 +163,7 @@ def test_kernels_and_fits_are_outside_it():
 
 
 def test_calibrate_is_outside_it(tiny_model):
-    texts = [torch.randint(2, 98, (60,), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    texts = [random_ids(60, seed=seed) for seed in range(2)]
     model = own_autocast(tiny_model("qwen3"))
     results = []
     for around in (nullcontext(), half()):
@@ -254,7 +251,8 @@ def test_gradients_of_the_first_forward(tiny_model, tiny_prompts):
 def test_accelerate_prepares_a_model(tiny_model, tiny_prompts):
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model("llama")
-    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model, evaluation_mode=True)
+    accelerator = accelerate.Accelerator(cpu=DEVICE == "cpu", mixed_precision="bf16")
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
     options = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
     pasts = HardKVCache(config=model.config, **HOLD_ALL), DynamicCache(config=model.config)
     first, second = (

@@ -15,6 +15,7 @@ from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.model import Traits
 from hardkv.selectors import AdaKV, TopK
 from tests.cache.bare_model import BareModel
+from tests.cache.conftest import DEVICE
 from tests.cache.plain_codes import CodedRow
 
 LAYERS, HEADS, GROUP, DIM, SCALE = 2, 2, 2, 16, 0.3
@@ -27,7 +28,7 @@ class Followed:
 
     def __init__(self, cache, batch, seed):
         self.cache, self.batch = cache, batch
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.bits = cache.settings.bits_of_both
         self.rows = [[[CodedRow(self.bits) for _ in range(HEADS)] for _ in range(batch)] for _ in range(LAYERS)]
         self.keys = np.zeros((LAYERS, batch, HEADS, 0, DIM))
@@ -37,10 +38,11 @@ class Followed:
         self.events = 0
 
     def draw(self, heads, count):
+        """Draw states on the CPU."""
         # a head's own mean, so that centring matters
-        mean = torch.linspace(-2, 2, heads * DIM, dtype=torch.float64).view(1, 1, heads, 1, DIM)
+        mean = torch.linspace(-2, 2, heads * DIM, dtype=torch.float64, device="cpu").view(1, 1, heads, 1, DIM)
         shape = (LAYERS, self.batch, heads, count, DIM)
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64) + mean
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu") + mean
 
     def forward(self, exists):
         """Feed columns that exist, bool `[B, q]`, or not; compare what attention returns."""
@@ -53,8 +55,9 @@ class Followed:
         )
         for b in range(self.batch):
             self.dense[b] += (start + exists[b].nonzero()[:, 0]).tolist()
-        for layer, out in enumerate(MODEL.attend(self.cache, queries, keys, values, self.exists)):
-            self.compare(out.numpy(), queries[layer].numpy(), kept[layer], layer, start)
+        states = (each.to(DEVICE) for each in (queries, keys, values))
+        for layer, out in enumerate(MODEL.attend(self.cache, *states, self.exists)):
+            self.compare(out.cpu().numpy(), queries[layer].numpy(), kept[layer], layer, start)
         self.after_events()
 
     def compare(self, out, query, kept, layer, start):
@@ -103,8 +106,8 @@ class Followed:
                 b, h = divmod(int(row), HEADS)
                 states = self.keys[layer, b, h], self.values[layer, b, h]
                 key, value = self.rows[layer][b][h].read(position, *states)
-                np.testing.assert_allclose(observation.keys[token], key, atol=1e-9)
-                np.testing.assert_allclose(observation.values[token], value, atol=1e-9)
+                np.testing.assert_allclose(observation.keys[token].cpu(), key, atol=1e-9)
+                np.testing.assert_allclose(observation.values[token].cpu(), value, atol=1e-9)
 
     def copied(self):
         """Return an account and a cache that go on by themselves."""

@@ -18,6 +18,7 @@ from hardkv import HardKVCache, calibrate, graphed
 from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV, Risk, RiskCurves, TopP, fit_temperatures
 from hardkv.selectors.budgets.curves import reach
+from tests.models.tiny import random_ids, random_normal
 
 EVICT = dict(budget=8, window=4, sinks=1, interval=3)
 SETTINGS = {
@@ -111,7 +112,7 @@ def test_static_steps(context, tiny_model, tiny_prompts):
 @pytest.mark.parametrize("context", map(CONTEXTS.get, FEW), ids=FEW)
 def test_calibration_and_its_budget(context, tiny_model):
     """Fits, curves, and counts by them, of sequences within the curves' length and beyond."""
-    texts = [torch.randint(2, 98, (60,), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    texts = [random_ids(60, seed=seed) for seed in range(2)]
     model, results = tiny_model("qwen3", num_hidden_layers=2), []
     for around in (nullcontext, context):
         with around():
@@ -134,10 +135,9 @@ def test_calibration_and_its_budget(context, tiny_model):
 @every_context
 def test_fits(context, solver):
     """Among them ties, whose mass at the ends of the temperatures' range is a quotient of counts."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(6, 2, 300, generator=generator)
+    z = random_normal(6, 2, 300, seed=0)
     z[:3] = z[:3].round()
-    reference = torch.randn(6, 2, 300, generator=generator).mul(2).softmax(-1)
+    reference = random_normal(6, 2, 300, seed=1).mul(2).softmax(-1)
     expected = fit_temperatures(z, reference, 0.9, solver=solver)
     with context():
         actual = fit_temperatures(z, reference, 0.9, solver=solver)

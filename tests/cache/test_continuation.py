@@ -7,6 +7,7 @@ import torch
 
 from hardkv import HardKVCache, graphed
 from hardkv.cache.argument import CACHE
+from tests.models.tiny import random_ids
 
 SIZES = {"budget": 16, "window": 4, "sinks": 1, "interval": 6}
 HOW = [pytest.param({}, id="plain"), pytest.param({"custom_generate": graphed}, id="graphed")]
@@ -21,7 +22,7 @@ def begun(tiny_model, **how):
     """A model, a cache after one turn of two sequences, and what it returned."""
     model = tiny_model("llama")
     cache = HardKVCache(config=model.config, **SIZES)
-    ids = torch.randint(3, 98, (2, 20), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(2, 20)
     return model, cache, turn(model, cache, ids, **how)
 
 
@@ -92,7 +93,7 @@ def test_beams(tiny_model):
     """Two sequences returned, and four rows held: what is remembered does no harm."""
     model = tiny_model("llama")
     cache = HardKVCache(config=model.config, **SIZES)
-    ids = torch.randint(3, 98, (2, 20), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(2, 20)
     options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "return_dict_in_generate": True}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE: cache}, **options)
     assert out.sequences.shape[0] == 2

@@ -741,7 +741,7 @@ BAD_SCORES = {
     "two dimensions": (lambda o: Attention().score(o)[None], r"returned torch.float32 \(1, \d+\)"),
     "padded": (lambda o: o.to_padded(Attention().score(o)), r"returned torch.float32 \(1, 2, \d+\)"),
     "integers": (lambda o: o.positions, r"returned torch.int32"),
-    "numpy": (lambda o: Attention().score(o).numpy(), r"returned ndarray"),
+    "numpy": (lambda o: Attention().score(o).cpu().numpy(), r"returned ndarray"),
     "nothing": (lambda o: None, r"returned NoneType"),
 }
 

@@ -25,10 +25,11 @@ SIZES = {"window": 3, "sinks": 2, "interval": 4}
 class Shuffle:
     """A user's scorer with new scores at every event, so that tokens are deselected, revived and dropped often."""
 
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(5))
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator("cpu").manual_seed(5))
 
     def score(self, observation):
-        return torch.rand(observation.keys.shape[0], generator=self.generator)
+        drawn = torch.rand(observation.keys.shape[0], generator=self.generator, device="cpu")
+        return drawn.to(observation.keys.device)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import copy
 import os
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -24,6 +25,7 @@ from hardkv import HardKVCache
 from hardkv.selectors import AdaKV, TopK
 from hardkv.selectors.budgets import Budget
 from tests.cache.bare_model import BareModel
+from tests.cache.conftest import DEVICE
 from tests.cache.plain import DIM, GROUP, HEADS, LAYERS, SCALE, Columns, Observed, Plain, best_of_all, evenly
 
 EXAMPLES = int(os.environ.get("HARDKV_EXAMPLES", "0"))
@@ -144,10 +146,11 @@ class CacheMachine(RuleBasedStateMachine):
         """One of the caches, after a prompt: left-padded, with rows that have not begun yet."""
         cache, plain = self.pair(index)
         if not plain.seen:
-            columns, batch = (int(torch.randint(1, most + 1, (), generator=self.generator)) for most in (14, 3))
-            pads = torch.randint(columns + 3, (batch, 1), generator=self.generator) - 2
+            drawn = partial(torch.randint, generator=self.generator, device="cpu")
+            columns, batch = (int(drawn(1, most + 1, ())) for most in (14, 3))
+            pads = drawn(columns + 3, (batch, 1)) - 2
             pads[0] = pads[0].clamp_max(columns - 1)
-            self.forward(cache, plain, torch.arange(columns) >= pads)
+            self.forward(cache, plain, torch.arange(columns) >= pads.to(DEVICE))
         return cache, plain
 
     # ------------------------------------------------------------------ forward passes

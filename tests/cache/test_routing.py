@@ -356,7 +356,7 @@ def test_two_models_that_share_a_config_object(tiny_model, tiny_prompts):
 
 @pytest.fixture
 def handle():
-    keys = torch.randn(1, 2, 5, 8)
+    keys = torch.randn(1, 2, 5, 8, device="cpu")
     return HardKVCache().update(keys, keys, 0)[0]
 
 
