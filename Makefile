@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # What Triton's interpreter runs: every kernel, and a model whose cache uses nearly all.
 INTERPRETED := tests/kernels/*/test_triton*.py tests/eval/test_speed_kernels.py tests/cache/test_oracle.py \
-	-k "triton or (every_step and rkv and Adaptive and llama-1-2)"
+	tests/cache/test_pads_only.py -k "triton or (every_step and rkv and Adaptive and llama-1-2)"
 
 # Whoever has no test left takes some of the others'.
 SHARED := --numprocesses $(JOBS) --dist worksteal

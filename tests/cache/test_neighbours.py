@@ -43,7 +43,7 @@ def model(tiny_model):
     return tiny_model("qwen3", dtype=torch.float64, num_hidden_layers=2)
 
 
-def measured(model, scorer: str) -> Calibration:
+def measured(model, scorer: str, window: int = SIZES["window"]) -> Calibration:
     """A calibration as of a file: temperatures and curves that differ from head to head."""
     config = model.config
     shape = config.num_hidden_layers, config.num_key_value_heads
@@ -53,7 +53,7 @@ def measured(model, scorer: str) -> Calibration:
     temperatures = torch.linspace(0.2, 1.5, shape[0] * shape[1]).view(shape)
     provenance = {
         **{"geometry": Traits.of(config).geometry, "layers": list(range(shape[0]))},
-        **{"scorer": HardKVConfig(scorer=scorer).to_dict()["scorer"], "window": SIZES["window"]},
+        **{"scorer": HardKVConfig(scorer=scorer).to_dict()["scorer"], "window": window},
     }
     return Calibration(temperatures, temperatures, counts, loss, None, provenance)
 
