@@ -37,9 +37,13 @@ def generations(model, count, new, cache=None, kind=HardKVCache, **options):
         model.generate(**make_prompts(2), **{CACHE: own}, max_new_tokens=new, **options)
 
 
-def left_behind(run):
-    """Count objects and context variables that a call leaves behind, after a first call that fills one-time state."""
-    run()
+def left_behind(run, first=None):
+    """Count objects and context variables that a call leaves behind, after a first call that fills one-time state.
+
+    Args:
+        first: a shorter first call.
+    """
+    (first or run)()
     gc.collect()
     gc.disable()
     try:
@@ -63,6 +67,21 @@ def test_generations_leave_nothing_behind(way, reused):
     options = OPTIONS[way] | {"do_sample": False}
     objects, variables = left_behind(lambda: generations(model, GENERATIONS, 6, cache, **options))
     assert objects - by_generate(model, GENERATIONS, 6) < GENERATIONS  # not one of each generation
+    assert variables == 0
+
+
+@pytest.mark.slow
+def test_a_thousand_generations_leave_nothing_behind():
+    """Eager and graphed in turn, each with a cache of its own."""
+    model, new = make_model("qwen3", num_hidden_layers=1), 2
+
+    def in_turn(pairs):
+        for _ in range(pairs):
+            generations(model, 1, new, **OPTIONS["eager"], do_sample=False)
+            generations(model, 1, new, **OPTIONS["graphed"], do_sample=False)
+
+    objects, variables = left_behind(lambda: in_turn(500), first=lambda: in_turn(5))
+    assert objects - 10 * by_generate(model, 100, new) < 100
     assert variables == 0
 
 
