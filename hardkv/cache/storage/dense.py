@@ -105,7 +105,6 @@ class DenseTier:
             return tier
         slot = torch.arange(bound, device=fill.device)
         slot = torch.where(slot < first, slot, (self.fill - fill)[:, None] + slot)
-        slot = slot.clamp_max(max(self.capacity - 1, 0))  # beyond the fill of a short sequence: never counts
         sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
         tier.keys[:, :, :bound] = self.keys[sequence, :, slot].transpose(1, 2)
         tier.values[:, :, :bound] = self.values[sequence, :, slot].transpose(1, 2)

@@ -50,5 +50,5 @@ class RKV:
             observation.received("max_logits", exclude=window), observation, self.pooling, self.kernel_size, window
         )
         cosine = mean_cosine(observation.keys, observation.rows, threshold=self.threshold)
-        redundancy = observation.to_flat(torch.softmax(observation.to_padded(cosine).flatten(0, 1), -1))
+        redundancy = observation.to_flat(torch.softmax(observation.to_padded(cosine), -1))
         return log_affine(self.lam * importance - (1 - self.lam) * redundancy, observation)
