@@ -70,7 +70,8 @@ def test_ragged_without(gone):
     assert without.positions.tolist() == [token for token in range(10) if token not in gone]
     stays = [[token for token in row[2] if token not in gone] for row in rows_of(tier)]
     assert [row[2] for row in rows_of(without)] == stays
-    assert torch.equal(without.keys, tier.keys[~marked])
+    for name in ("keys", "values", "misses"):
+        assert torch.equal(getattr(without, name), getattr(tier, name)[~marked])
     lengths = [len(row) for row in stays]
     assert (without.rows.total, without.rows.longest) == (sum(lengths), max(lengths))
 
