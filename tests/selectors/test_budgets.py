@@ -650,6 +650,13 @@ class TestTies:
         z[[3, 4, 5, 13, 14, 15]] = 2.0  # of the six best, heads 0 and 1 hold three each: targets 2.5, 2.5, 1
         assert case.counts(AdaKV(2, alpha=0.5).select(z, case.observation())) == [[3, 2, 1]]
 
+    def test_adakv_rounds_equal_remainders_of_long_rows_to_the_lower_head(self):
+        """Targets 210.4, 1802.4 and 987.2: in float32 the second remainder would be the larger."""
+        case, z = self.plateau([list(range(2100))] * 3), torch.ones(3, 2100, dtype=torch.float64)
+        for row, best in zip(z, (13, 2003, 984), strict=True):
+            row[:best] = 2.0
+        assert case.counts(AdaKV(1000).select(z.flatten(), case.observation())) == [[211, 1802, 987]]
+
     def test_adaptive_takes_the_newer_position_then_the_lower_head(self):
         """u of equal rank is equal in heads of equal length: three tokens, one for each head and one to spare."""
         case = self.plateau([[1, 2, 3, 5], [1, 2, 4, 5], []])
