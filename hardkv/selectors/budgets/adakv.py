@@ -46,14 +46,13 @@ class AdaKV(FixedTotal):
         return round_to_total(target, room, total, ranking.z.shape[1]).flatten()
 
 
-def round_to_total(target: Tensor, room: Tensor, total: Tensor, most: int | None = None) -> Tensor:
+def round_to_total(target: Tensor, room: Tensor, total: Tensor, most: int) -> Tensor:
     """Round `target [B, H]` by largest remainder to integers of at most `room [B, H]`; they sum to `total [B]`.
 
     Each unit goes to the head that has room and lacks most of its target; of equal heads, to the first. If `room` sums
-    to less than `total`, the integers are `room`. `most` is a bound on `room`; None: read from the device.
+    to less than `total`, the integers are `room`. `most` is a bound on `room`.
     """
-    units = (int(room.max()) if room.numel() else 0) if most is None else most
-    unit = torch.arange(units, device=target.device)
+    unit = torch.arange(most, device=target.device)
     lack = (target[..., None] - unit).mul_(1 << 16).round_()
     lack = lack.masked_fill(unit >= room[..., None], -torch.inf)
     return share_of_best(lack, torch.zeros_like(lack, dtype=torch.int32), total)
