@@ -591,6 +591,13 @@ class TestEveryBudget:
         assert torch.equal(z, before[0])
         assert torch.equal(observation.protected, before[1])
 
+    def test_the_default_device_plays_no_part(self, budget):
+        case = make_case(25, [9, 4, 0, 12], batch=2)
+        z, expected = case.z(), budget.select(case.z(), case.observation())
+        observation = case.observation()
+        with torch.device("meta"):
+            assert torch.equal(budget.select(z, observation), expected)
+
     @pytest.mark.parametrize("lengths", [[0, 0], [1, 1], [0, 1], [1, 0]], ids=str)
     @pytest.mark.parametrize("protect", [0.0, 1.0])
     def test_almost_nothing_held(self, budget, lengths, protect):

@@ -482,6 +482,12 @@ class TestEveryScorer:
         assert torch.equal(scorer.score(first), scorer.score(second))
         assert torch.equal(scorer.score(first), scorer.score(first))
 
+    def test_the_default_device_plays_no_part(self, scorer):
+        observation = make_case(45).observation()
+        expected = scorer.score(replace(observation))
+        with torch.device("meta"):
+            assert torch.equal(scorer.score(observation), expected)
+
     def test_small_buckets_change_nothing(self, scorer, monkeypatch):
         case = self.case(34)
         whole = scorer.score(case.observation())
