@@ -207,3 +207,26 @@ def test_allocated_buffers_may_be_written_later():
     assert not any(tensor.is_inference() or tensor.is_meta for tensor in tier.tensors())
     assert [tensor.dtype for tensor in tier.tensors()[2:]] == [torch.int32, torch.int64]
     assert (tier.bound, tier.even, tier.fill.tolist()) == (0, True, [0, 0])
+
+
+MARKED, ROWS = torch.zeros(3, CAPACITY, dtype=torch.bool), torch.tensor([2, 0])
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda tier: tier.ends(0, 3, 5, 2),
+        lambda tier: tier.ends(1, 3, 5, 2),
+        lambda tier: tier.cropped(4),
+        lambda tier: tier.without(MARKED),
+        lambda tier: tier.grown(9),
+        lambda tier: tier.select_sequences(ROWS),
+        lambda tier: tier.append(tier.keys[:, :, :3], tier.values[:, :, :3], None, 20),
+    ],
+)
+def test_the_default_device_plays_no_part(operation):
+    tier = dense_tier(UNEVEN)
+    expected = held(operation(tier))
+    with torch.device("meta"):
+        result = operation(tier)
+    assert held(result) == expected
