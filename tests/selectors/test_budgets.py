@@ -512,6 +512,17 @@ class TestPyramid:
     def test_other_budgets_are_the_same_in_every_layer(self):
         for budget in (TopK(9), AdaKV(9), TopP(0.9), Adaptive(9)):
             assert list(budget.for_layers(8, 4)) == [budget] * 8
+            assert list(budget.for_layers(None, 4)) == [budget]
+
+    @pytest.mark.parametrize("budget", [TopK(5), AdaKV(5), Adaptive(5)], ids=str)
+    @pytest.mark.parametrize(("length", "protected", "each"), [(9, 2, 5), (3, 2, 3), (9, 7, 7)])
+    def test_fixed_total(self, budget, length, protected, each):
+        assert budget.fixed_total(4, length, protected) == 4 * each
+
+    def test_only_equal_budgets_are_joined(self):
+        for budget, other in ((TopK(9), TopK(8)), (AdaKV(9), AdaKV(9, 0.5)), (TopP(0.9), TopP(0.8))):
+            assert budget.joint([budget] * 3) == budget
+            assert budget.joint([budget, budget, other]) is None
 
 
 # ---------------------------------------------------------------- what every budget owes
