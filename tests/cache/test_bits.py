@@ -13,6 +13,7 @@ from transformers import DeepseekV3Config
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.model import Traits
+from hardkv.cache.storage.codec import Codec
 from hardkv.selectors import AdaKV, TopK
 from tests.cache.bare_model import BareModel
 from tests.cache.conftest import DEVICE
@@ -193,6 +194,13 @@ def test_crops_take_back_what_was_not_quantised():
         followed.crop(3)
         followed.forward(torch.ones(2, 5, dtype=torch.bool))
     assert followed.events > 2
+
+
+def test_an_empty_tier_is_as_wide_as_its_codes():
+    keys, values = torch.ones(1, HEADS, 5, 16, dtype=torch.bfloat16), torch.ones(1, HEADS, 5, 24, dtype=torch.bfloat16)
+    columns = Codec((16, 3), 2, None).empty(HEADS, keys, values).columns
+    assert [column.shape[1] for column in (columns.keys, columns.values, columns.scales)] == [16, 24 * 3 // 8, 2]
+    assert (columns.keys.dtype, columns.values.dtype) == (torch.bfloat16, torch.uint8)
 
 
 def test_calibrated_means_are_subtracted():

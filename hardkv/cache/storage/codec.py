@@ -1,6 +1,6 @@
 """How ragged tiers store their tokens: as states, or quantised to a few bits per coordinate."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class Codec:
 
     bits: tuple[int, int]
     sinks: int
-    means: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
+    means: tuple[Tensor, Tensor] | None
 
     def empty(self, rows: int, keys: Tensor, values: Tensor) -> RaggedTier:
         """Return a tier without tokens, for keys `[..., D]` and values `[..., Dv]`."""
