@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from transformers import DeepseekV3Config
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.model import Traits
-from hardkv.cache.storage.codec import Codec
+from hardkv.cache.storage.codec import Centres, Codec
+from hardkv.cache.storage.dense import DenseTier
+from hardkv.cache.storage.tiers import Tiers
 from hardkv.selectors import AdaKV, TopK
 from tests.cache.bare_model import BareModel
 from tests.cache.conftest import DEVICE
@@ -196,6 +199,42 @@ def test_crops_take_back_what_was_not_quantised():
     assert followed.events > 2
 
 
+def test_keys_stay_and_values_are_quantised_from_the_first_token_on():
+    """No sinks, and the budget keeps everything, also through probation's tier."""
+    cache = HardKVCache(config=CONFIG, budget=100, window=4, sinks=0, interval=6, bits=(16, 3), patience=1)
+    followed = Followed(cache, 2, 0)
+    followed.forward(torch.tensor([[True] * 20, [False] * 15 + [True] * 5]))
+    for _ in range(3):
+        followed.forward(torch.ones(2, 6, dtype=torch.bool))
+    followed.check_observed()
+    assert followed.events > 2
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 2])
+def test_centres(sinks):
+    """Rows with codes keep theirs; others get the mean of their dense tier without sinks, in which slots are empty."""
+    fills, lengths = [5, 2, 4], [(0, 0), (1, 0), (0, 0), (0, 0), (2, 2), (0, 1)]  # condensed, sparse
+    keys, values = (torch.randn(3, HEADS, 5, dim) for dim in (4, 3))
+    for states in (keys, values):
+        states[1, :, 2:] = states[2, :, 4:] = torch.nan
+    old = Centres(torch.randn(6, 4), torch.randn(6, 3))
+    tiers = [SimpleNamespace(lengths=torch.tensor(each)) for each in zip(*lengths, strict=True)]
+    dense = DenseTier(keys, values, torch.zeros(3, 5), torch.tensor(fills), 5, even=False)
+    with torch.device("meta"):
+        centres = Codec((4, 4), sinks, None).centres(old, *tiers, dense)
+    for states, before, after in zip((keys, values), old, centres, strict=True):
+        for row, (condensed, sparse) in enumerate(lengths):
+            counted = states[row // HEADS, row % HEADS, sinks : fills[row // HEADS]]
+            mean = counted.mean(0) if len(counted) else torch.zeros(states.shape[-1])
+            torch.testing.assert_close(after[row], before[row] if condensed or sparse else mean)
+
+
+def test_centres_of_half_precision_do_not_overflow():
+    states = torch.full((1, 1, 300, 2), 300.0, dtype=torch.float16)
+    tiers = Tiers.of(DenseTier.view(states, states), 300, Codec((4, 4), 0, None))
+    assert tiers.next_centres().keys.tolist() == [[300.0, 300.0]]
+
+
 def test_an_empty_tier_is_as_wide_as_its_codes():
     keys, values = torch.ones(1, HEADS, 5, 16, dtype=torch.bfloat16), torch.ones(1, HEADS, 5, 24, dtype=torch.bfloat16)
     columns = Codec((16, 3), 2, None).empty(HEADS, keys, values).columns
@@ -281,5 +320,8 @@ def test_codes_take_the_bytes_that_they_say():
         assert condensed.rows.total == tokens
         each = 2 * DIM * 8 if bits == 16 else 2 * DIM * bits // 8 + 4
         assert sum(column.nbytes for column in condensed.columns) == tokens * (each + 5)
+        if bits != 16:
+            assert cache.layers[0].codec.nbytes(DIM, DIM, 8) == each
+    assert Codec((16, 2), 2, None).nbytes(16, 24, 8) == 16 * 8 + 24 * 2 // 8 + 4
     sizes = [cache.nbytes() for cache in caches.values()]
     assert sizes == sorted(sizes, reverse=True)
