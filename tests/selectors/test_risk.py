@@ -290,6 +290,27 @@ def test_room_for_every_length(seed, n, longer, protected, scope, floor, cap):
     assert (room <= 1.03 * most + 1 + 3 * n / 60).all()  # of the lengths some are left out here
 
 
+def test_layers_that_are_joined():
+    """Their sequences follow one another; heads of other plans and of other numbers are not joined."""
+    loss = torch.tensor(random_curves(5, TestContinued.COUNTS, layers=4), dtype=torch.float64)
+    curves = RiskCurves(torch.tensor(TestContinued.COUNTS), loss)
+    layers, others = layer_budgets(Risk(40), curves), layer_budgets(Risk(40), curves)
+    at = torch.tensor([90, 60]), torch.tensor([4, 4])
+    joint = layers[1].joint(layers[1:3])
+    assert torch.equal(joint.totals(*at), torch.cat([layer.totals(*at) for layer in layers[1:3]]))
+    assert not torch.equal(layers[1].totals(*at), layers[2].totals(*at))
+    assert layers[1].known_heads == 3
+    part = layers[1].for_heads(1, 3)
+    assert torch.equal(part.totals(*at), layers[1].totals(*at)[:, 1:])
+    for other in (others[2], part, TopK(40)):
+        assert layers[1].joint([layers[1], other]) is None
+    mine, next_ones = (layer.tensors(torch.device("cpu")) for layer in layers[:2])
+    assert mine
+    assert all(one is two for one, two in zip(mine, next_ones, strict=True))  # one plan
+    with pytest.raises(ValueError, match="has the curves of 4 layers, not of 3: calibrate this model"):
+        Risk(40).for_layers(3, 0, curves)
+
+
 def fractions(loss):
     """The same numbers, exactly."""
     return [[[Fraction(value) for value in curve] for curve in layer] for layer in loss]
