@@ -205,7 +205,8 @@ def test_keys_stay_and_values_are_quantised_from_the_first_token_on():
     followed = Followed(cache, 2, 0)
     followed.forward(torch.tensor([[True] * 20, [False] * 15 + [True] * 5]))
     for _ in range(3):
-        followed.forward(torch.ones(2, 6, dtype=torch.bool))
+        followed.forward(torch.ones(followed.batch, 6, dtype=torch.bool))
+        followed.select([1, 0, 0])
     followed.check_observed()
     assert followed.events > 2
 
