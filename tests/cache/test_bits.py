@@ -208,6 +208,7 @@ def test_keys_stay_and_values_are_quantised_from_the_first_token_on():
         followed.forward(torch.ones(followed.batch, 6, dtype=torch.bool))
         followed.select([1, 0, 0])
     followed.check_observed()
+    assert cache.layers[0].tiers.condensed.columns.scales.dtype == torch.float16
     assert followed.events > 2
 
 
