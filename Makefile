@@ -20,7 +20,8 @@ ARGS ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # What Triton's interpreter runs: every kernel, and a model whose cache uses nearly all.
-INTERPRETED := tests/kernels/*/test_triton*.py tests/eval/test_speed_kernels.py tests/cache/test_oracle.py \
+INTERPRETED := tests/kernels/*/test_triton*.py tests/kernels/codes/test_gather.py tests/kernels/attention/test_coded.py \
+	tests/eval/test_speed_kernels.py tests/cache/test_oracle.py \
 	tests/cache/test_pads_only.py -k "triton or (every_step and rkv and Adaptive and llama-1-2)"
 
 # Whoever has no test left takes some of the others'.

@@ -301,13 +301,11 @@ SCORING = [
 ]
 # Architecture, head dimension, dtype, query heads per KV head, new tokens, options, bits of keys and values.
 CODED = [
-    *product(["sm_86"], [128], ["bfloat16"], [4], [1], ["plain"], [(8, 8), (4, 4), (3, 3), (2, 2), (16, 4), (4, 16)]),
-    ("sm_80", 80, "float16", 4, 1, "softcap+sinks", (4, 2)),
-    ("sm_86", 64, "float32", 1, 1, "plain", (3, 2)),
-    ("sm_86", 128, "bfloat16", 16, 8, "softcap+sinks+new_mask", (4, 3)),
-    ("sm_86", 256, "bfloat16", 4, 8, "plain", (4, 4)),
+    *(("sm_86", 128, "bfloat16", 4, 1, "plain", bits) for bits in ((8, 4), (3, 2))),
+    ("sm_80", 80, "float16", 4, 1, "softcap+sinks", (4, 16)),
+    ("sm_86", 64, "float32", 1, 1, "plain", (16, 3)),
+    ("sm_86", 64, "bfloat16", 16, 8, "new_mask", (4, 4)),
     ("sm_90", 128, "bfloat16", 4, 1, "plain", (4, 4)),
-    ("sm_90", 256, "bfloat16", 16, 8, "plain", (3, 3)),
 ]
 LAYOUTS = ("strided", "flat")
 # Bits of keys and of values.

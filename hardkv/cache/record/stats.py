@@ -188,7 +188,7 @@ class Stats:
 
 def _attention(layer: HardKVLayer) -> str:
     name = backend_for(layer.settings.attention, layer.device, layer.dtype)
-    return name if layer.codec is None or name == "torch" else f"{name} on decoded tokens"
+    return name if layer.codec is None or name != "flash_attn" else f"{name} on decoded tokens"
 
 
 def _clamped(held: list[Tiers]) -> list[str]:

@@ -68,7 +68,7 @@ def backend_for(attention: str, device: torch.device, dtype: torch.dtype) -> str
 @cache
 def _warn_of_decoding(backend: str) -> None:
     warnings.warn(
-        f"attention={backend!r} does not read quantised tokens yet: hardkv decodes a layer's tokens at every step, so "
+        f"attention={backend!r} does not read quantised tokens: hardkv decodes a layer's tokens at every step, so "
         "bits save memory here, but no time",
         stacklevel=2,
     )

@@ -13,8 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hardkv.kernels.attention.triton_codes import attend_codes
+from hardkv.kernels.attention.triton_schedule import (
+    OCCUPANCY,
+    UNIT,
+    Schedule,
+    queries_per_block,
+    query_blocks,
+    schedule_for,
+)
 from hardkv.kernels.attention.triton_states import LOG2_E, attend
-from hardkv.kernels.attention.triton_schedule import OCCUPANCY, UNIT, Schedule, queries_per_block, query_blocks, schedule_for
 from hardkv.kernels.codes import Coding
 from hardkv.kernels.codes.rotation import sign_matrix
 from hardkv.kernels.gpu import next_power_of_2
@@ -205,8 +212,8 @@ def _ragged_attention(
 # Warps per program, and pipeline stages of about 16 KB. Fastest on an H200 for 60 MB of keys and values and more
 # (eval/speed), with `triton_schedule.OCCUPANCY`.
 WARPS, STAGES, STAGE_BYTES = 4, 3, 16 << 10
-# The same for codes, with the registers of a thread, for `CODE_OCCUPANCY` programs to share a multiprocessor.
-CODE_TOKENS, CODE_STAGES, CODE_REGISTERS, CODE_OCCUPANCY = 64, 3, 128, 4
+# Over codes: the most tokens per step, stages, and programs per multiprocessor.
+CODE_TOKENS, CODE_STAGES, CODE_OCCUPANCY = 128, 3, 2
 
 
 def block_tokens(head_dim: int, itemsize: int) -> tuple[int, int]:
@@ -308,11 +315,13 @@ def launch(
         *query.stride()[:3], *out.stride()[:3], keys.stride(0), values.stride(0),
         *dense_keys.stride()[:3], *dense_values.stride()[:3], dense_positions.stride(0),
         *(mask.stride()[:2] if masked else (0, 0)),
-        H=num_kv_heads, G=group, D=head_dim, DV=value_dim, BM=queries, BC=8 if group * q_len <= 8 else queries, BN=tokens, UNIT=UNIT,
+        H=num_kv_heads, G=group, D=head_dim, DV=value_dim, BM=queries, BN=tokens, UNIT=UNIT,
+        BC=8 if group * q_len <= 8 else queries,
         BD=next_power_of_2(max(head_dim, 16)), BDV=next_power_of_2(max(value_dim, 16)),
         CAUSAL=q_len > 1 and not masked, MASKED=masked, SOFTCAP=softcap is not None, SINKS=sinks is not None,
-        KEY_BITS=key_bits, VALUE_BITS=value_bits, CODE_TOKENS=CODE_TOKENS, CODE_STAGES=CODE_STAGES,
+        KEY_BITS=key_bits, VALUE_BITS=value_bits, CODE_STAGES=CODE_STAGES,
+        CODE_TOKENS=CODE_TOKENS if size[0] <= 128 else CODE_TOKENS // 2,
         STAGES=stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=WARPS, maxnreg=None if coding is None else CODE_REGISTERS,
+        num_warps=WARPS,
     )  # fmt: skip
     return out, lse

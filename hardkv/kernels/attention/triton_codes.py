@@ -173,7 +173,7 @@ def attend_codes(
             # A weight includes the value's scale, so that a float16 holds it beside the largest weight: as the scale's
             # exponent before the softmax, and its fraction, 1 to 2, after it.
             size = _half(scales >> 16).to(tl.int32, bitcast=True)
-            exponent = size & 0x7F800000
+            exponent = tl.maximum(size & 0x7F800000, 0x33800000)  # 2^-24 for 0, the least scale but 0
             fraction = (size - exponent + 0x3F800000).to(tl.float32, bitcast=True)
             shrink = (0x7F000000 - exponent).to(tl.float32, bitcast=True)  # 2^-exponent
             logits = logits + ((exponent >> 23) - 127).to(tl.float32)[:, None]

@@ -63,7 +63,16 @@ def _nearest(size, LEVELS: tl.constexpr):
 
 @triton.jit
 def _quantise(
-    out, source, centre, coded, matrix, D: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, DEVIATION: tl.constexpr, BYTES: tl.constexpr
+    out,
+    source,
+    centre,
+    coded,
+    matrix,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DEVIATION: tl.constexpr,
+    BYTES: tl.constexpr,
 ):
     """Write the codes of the states at `source`, where `coded`, to `out`, as `reference.pack` lays them out.
 

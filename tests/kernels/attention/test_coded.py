@@ -1,5 +1,6 @@
 """Test attention over codes against one softmax over the tokens that the codes stand for, in float64."""
 
+import os
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from tests.cache.plain_codes import quantised
 from tests.kernels.attention.test_reference import Case, draw_case, make_case
 
 DIM = 16
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 
 
 @dataclass(frozen=True)
@@ -26,29 +29,32 @@ class CodedCase(Case):
 
     def run(self, dtype=torch.float64, attention="torch"):
         """Run the operation that caches call, over codes."""
-        tensors = (torch.tensor(each).to(dtype) for each in (self.query, self.dense_keys, self.dense_values))
-        query, dense_keys, dense_values = tensors
-        coding = self.coding._replace(
-            key_centres=self.coding.key_centres.to(dtype), value_centres=self.coding.value_centres.to(dtype)
-        )
-        codes = (each if each.dtype == torch.uint8 else each.to(dtype) for each in self.codes)
-        return attend_tiers(
+
+        def moved(states):
+            states = torch.as_tensor(states, device=DEVICE)
+            return states.to(dtype) if states.dtype == torch.float64 else states
+
+        query, dense_keys, dense_values = map(moved, (self.query, self.dense_keys, self.dense_values))
+        coding = Coding(self.coding.bits, *map(moved, self.coding[1:]))
+        codes = map(moved, self.codes)
+        found = attend_tiers(
             query,
             *codes,
-            Rows.of(torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int32)),
+            Rows.of(moved(torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int32))),
             dense_keys,
             dense_values,
-            torch.tensor(self.positions, dtype=torch.int32),
-            torch.tensor(self.fill),
+            moved(torch.tensor(self.positions, dtype=torch.int32)),
+            moved(self.fill),
             bound=self.positions.shape[1],
             start=self.start,
             scale=self.scale,
             softcap=self.softcap,
-            sinks=None if self.sinks is None else torch.tensor(self.sinks).to(dtype),
-            new_mask=None if self.new_mask is None else torch.tensor(self.new_mask),
+            sinks=None if self.sinks is None else moved(self.sinks),
+            new_mask=None if self.new_mask is None else moved(self.new_mask),
             coding=coding,
             attention=attention,
         )
+        return tuple(each.cpu() for each in found)
 
 
 def coded(bits):
@@ -98,11 +104,52 @@ def test_against_one_softmax_over_what_the_codes_stand_for(bits, data):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-9, atol=1e-9)
 
 
+def assert_near(case, dtype, attention):
+    """Compare with float64 where inputs are exact in `dtype`, by what holds for every backend: 3e-3 of the norm."""
+    for name in ("query", "dense_keys", "dense_values"):
+        case = replace(case, **{name: torch.tensor(getattr(case, name)).to(dtype).double().numpy()})
+    (out, lse), (expected, expected_lse) = case.run(dtype, attention), case.expected()
+    assert (out.double() - expected).norm() <= 3e-3 * expected.norm()
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-3, atol=5e-3)
+
+
 @pytest.mark.parametrize("bits", BITS, ids=str)
 def test_in_bfloat16(bits):
-    """What holds for every backend, if the inputs are exact: an error of 3e-3 of the result's norm."""
-    case = coded(bits)(7, [40, 0, 11, 300], batch=2, q_len=1)
-    for name in ("query", "dense_keys", "dense_values"):
-        case = replace(case, **{name: torch.tensor(getattr(case, name)).bfloat16().double().numpy()})
-    out, expected = case.run(torch.bfloat16)[0].double(), case.expected()[0]
-    assert (out - expected).norm() / expected.norm() < 3e-3
+    assert_near(coded(bits)(7, [40, 0, 11, 300], batch=2, q_len=1), torch.bfloat16, "torch")
+
+
+@pytest.fixture
+def triton():
+    pytest.importorskip("triton")
+    if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+
+
+@pytest.mark.usefixtures("triton")
+class TestTriton:
+    @pytest.mark.parametrize("bits", BITS, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+    def test_bits(self, bits, dtype):
+        if dtype == torch.bfloat16 and not GPU:
+            pytest.skip("the interpreter multiplies bfloat16 as if it were integers")
+        assert_near(coded(bits)(7, [40, 0, 11, 300], batch=2, q_len=1), dtype, "triton")
+
+    @settings(max_examples=40 if GPU else 6, deadline=None)
+    @given(data=st.data())
+    def test_any_rows(self, data):
+        bits = data.draw(st.sampled_from(BITS))
+        assert_near(draw_case(data, coded(bits), batch=3, longest=90, group=12, q_len=4), torch.float16, "triton")
+
+    @pytest.mark.parametrize("scale", [0.0, 6e-8, 60_000.0])
+    def test_extreme_scales(self, scale):
+        """Values of nothing but zeros, of the smallest and of nearly the largest scale of a float16."""
+        case = coded((4, 4))(3, [20, 5], batch=1, q_len=1, padding=0.0)
+        scales = case.coding.scales.clone()
+        scales[:, 1] = scale
+        states, row = [], torch.repeat_interleave(torch.arange(2), torch.tensor(case.lengths))
+        for kind in (0, 1):
+            coding = case.coding._replace(scales=scales)
+            states.append(coding.states(kind, case.codes[kind], row).numpy())
+        case = replace(case, keys=states[0], values=states[1], coding=coding)
+        (out, _), (expected, _) = case.run(torch.float32, "triton"), case.expected()
+        assert (out.double() - expected).norm() <= 3e-3 * expected.norm()
