@@ -261,8 +261,16 @@ def ragged_attention(
     occupancy = OCCUPANCY if coding is None else CODE_OCCUPANCY
     schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks, occupancy)
     tensors = query, keys, values, rows.cu_seqlens, dense_keys, dense_values, dense_positions, fill
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "new_mask": new_mask, "coding": coding}
-    return launch(*tensors, schedule, start=start, **options)
+    return launch(
+        *tensors,
+        schedule,
+        start=start,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        new_mask=new_mask,
+        coding=coding,
+    )
 
 
 def launch(

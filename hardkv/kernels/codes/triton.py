@@ -248,7 +248,7 @@ def _gather_codes_kernel(
         )  # fmt: skip
 
 
-def _constants(dense: Tensor, bits: int) -> tuple[int, int, bool, int, int]:
+def _constants(dense: Tensor, bits: int) -> tuple[int, int, bool, int, int, float | None]:
     """Return what the kernel is compiled for, from the keys or values of the dense tier, `[B, H, C, D]`."""
     dim = dense.shape[-1]
     width = dim if bits == 16 else code_width(dim, bits)
