@@ -212,8 +212,8 @@ def _ragged_attention(
 # Warps per program, and pipeline stages of about 16 KB. Fastest on an H200 for 60 MB of keys and values and more
 # (eval/speed), with `triton_schedule.OCCUPANCY`.
 WARPS, STAGES, STAGE_BYTES = 4, 3, 16 << 10
-# Over codes: the most tokens per step, stages, and programs per multiprocessor.
-CODE_TOKENS, CODE_STAGES, CODE_OCCUPANCY = 128, 3, 2
+# The same over codes, with tokens per step and programs per multiprocessor; there a thread needs most registers.
+CODE_WARPS, CODE_STAGES, CODE_TOKENS, CODE_OCCUPANCY = 2, 3, 64, 4
 
 
 def block_tokens(head_dim: int, itemsize: int) -> tuple[int, int]:
@@ -330,6 +330,6 @@ def launch(
         KEY_BITS=key_bits, VALUE_BITS=value_bits, CODE_STAGES=CODE_STAGES,
         CODE_TOKENS=CODE_TOKENS if size[0] <= 128 else CODE_TOKENS // 2,
         STAGES=stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=WARPS,
+        num_warps=WARPS if coding is None else CODE_WARPS,
     )  # fmt: skip
     return out, lse
