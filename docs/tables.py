@@ -205,6 +205,16 @@ def decode_records(model: str, context: int) -> list[dict[str, Any]]:
     return [r for r in read("generate")["records"] if "error" not in r and wanted.items() <= r.items()]
 
 
+def bits() -> str:
+    """Show a decode step whose cache holds codes, beside one that holds 16 bits."""
+    rows = []
+    for record in read("generate-bits")["records"]:
+        name = {"topk": "16", "topk-8bit": "8", "topk-4bit": "4"}[record["method"]]
+        held = f"{record['kv_bytes'] / 1e9:.1f} GB"
+        rows.append([name, held, f"{record['median_ms']:.1f} ms", f"{record['step_ms']:.1f} ms"])
+    return markdown(["bits", "bytes held", "a step without an event", "a step, events included"], rows)
+
+
 def first() -> str:
     """Show the time to the first token."""
     records = [r for r in read("generate")["records"] if r["measure"] == "first token" and "error" not in r]
@@ -316,6 +326,7 @@ def results() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "bits": bits,
     "budgets": budgets,
     "first": first,
     "kernels": kernels,

@@ -25,7 +25,7 @@ from transformers import (
 import hardkv
 from eval.speed.cases import METHODS, Case
 from eval.speed.events import QWEN, synthetic_curves
-from eval.speed.inputs import Setting, make_tiers
+from eval.speed.inputs import Setting, coded, make_tiers
 from eval.speed.kernel_time import Profiler
 from hardkv import Calibration, HardKVCache
 from hardkv.cache.argument import CACHE
@@ -106,11 +106,12 @@ class Bench:
     # ------------------------------------------------------------------ caches
 
     def hardkv_cache(self, budget: str, kept: int, scorer: str = "snapkv") -> HardKVCache:
-        """Create an empty cache whose budget keeps `kept` tokens per head."""
+        """Create an empty cache whose budget keeps `kept` tokens per head; "topk-4" keeps them at 4 bits."""
         window, interval = self.setting.window, self.setting.interval
         options: dict[str, Any] = {"scorer": scorer, "window": window, "interval": interval}
         if budget != "risk":
-            return HardKVCache(config=self.config, budget=TopK(kept), **options)
+            bits = int(budget.partition("-")[2] or 16)
+            return HardKVCache(config=self.config, budget=TopK(kept), bits=bits, **options)
         ones = torch.ones(self.curves.loss.shape[:2])
         layers = list(range(self.config.num_hidden_layers))
         provenance = {"geometry": Traits.of(self.config).geometry, "layers": layers}
@@ -139,6 +140,8 @@ class Bench:
             queries = setting.normal(idx + 1000)(case.batch, heads * setting.group, setting.window, setting.dim)
             ring = QueryRing(queries, setting.window + 1)
             ring.append(queries, None, case.context - setting.window)
+            if layer.codec is not None:
+                tiers = coded(tiers, layer.codec)
             layer.restore(replace(tiers, compressed_at=case.context, events=1), ring, setting.dim**-0.5)
         return cache
 
@@ -163,7 +166,7 @@ class Bench:
 
     def _settings(self, cache: HardKVCache) -> tuple[Any, dict[str, Any]]:
         """Return the settings of a cache, in the form of `hardkv.plan`."""
-        names = ("scorer", "window", "interval", "calibration")
+        names = ("scorer", "window", "interval", "calibration", "bits")
         return cache.settings.budget, {name: getattr(cache.settings, name) for name in names}
 
     def _plan(self, cache: HardKVCache, case: Case, room: int) -> int:

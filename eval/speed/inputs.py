@@ -1,14 +1,16 @@
 """Make the ragged inputs of the benchmarks on the device, from shapes and seeds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hardkv.cache.storage.codec import Codec
 from hardkv.cache.storage.dense import DenseTier
 from hardkv.cache.storage.ragged import Columns, RaggedTier
 from hardkv.cache.storage.tiers import Tiers
+from hardkv.kernels.codes import code_width
 from hardkv.kernels.rows import Rows, cumulative
 
 # Logical length of synthetic sequences, of which a part is kept.
@@ -124,3 +126,21 @@ def make_tiers(setting: Setting, lengths: Tensor, fill: int, seen: int, seed: in
     )
     sparse = RaggedTier.empty(lengths.shape[0], keys, keys)
     return Tiers(condensed, sparse, dense, torch.full_like(dense.fill, seen), seen)
+
+
+def coded(tiers: Tiers, codec: Codec) -> Tiers:
+    """Return tiers that hold random codes in the place of as many condensed states."""
+    columns, dense = tiers.condensed.columns, (tiers.dense.keys, tiers.dense.values)
+    drawn = (
+        states
+        if bits == 16
+        else torch.randint(
+            0, 256, (states.shape[0], code_width(states.shape[1], bits)), dtype=torch.uint8, device=states.device
+        )
+        for states, bits in zip((columns.keys, columns.values), codec.bits, strict=True)
+    )
+    keys, values = drawn
+    scales = torch.full((keys.shape[0], 2), 0.5, dtype=torch.float16, device=keys.device)
+    condensed = RaggedTier(columns._replace(keys=keys, values=values, scales=scales), tiers.condensed.rows)
+    sparse = codec.empty(tiers.sparse.lengths.shape[0], *dense)
+    return replace(tiers, condensed=condensed, sparse=sparse, codec=codec, centres=codec.first_centres(*dense))

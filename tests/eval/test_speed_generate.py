@@ -26,7 +26,7 @@ def bench():
     return Bench("tiny", config, torch.device("cpu"), torch.float32)
 
 
-HERE = [name for name in METHODS if "compile" not in name and name != "kvpress"]
+HERE = [name for name in METHODS if not any(word in name for word in ("compile", "kvpress", "bit"))]
 QUICK = ("dynamic", "topk")
 
 
