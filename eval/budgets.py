@@ -70,7 +70,7 @@ def tokens_at_equal_bytes(n: int, bits: Any, calibration: Calibration) -> int:
     assert calibration.key_means is not None
     assert calibration.value_means is not None
     widths = calibration.key_means.shape[-1], calibration.value_means.shape[-1]
-    codec = Codec(tuple(bits) if isinstance(bits, list) else (bits, bits), HardKVConfig.sinks)
+    codec = Codec(tuple(bits) if isinstance(bits, list) else (bits, bits), HardKVConfig.sinks, None)
     protected = HardKVConfig.window + HardKVConfig.sinks
     return protected + (n - protected) * (2 * sum(widths) + 5) // (codec.nbytes(*widths, itemsize=2) + 5)
 
