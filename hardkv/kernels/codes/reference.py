@@ -87,8 +87,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     With W = D * bits / 8, code d lies in byte d mod W, in the field of that many bits numbered d // W. 3 bits are the
     lower two of all codes, packed so into W = D / 4 bytes, and then the highest of all in D / 8 bytes: that of field
-    2 f + g of byte w is bit 4 f + g + 2 (w // (D / 8)) of byte w mod D / 8. So a kernel that shifts by two where
-    needed finds it two bits above the lower ones of fields 0 and 2, and three above those of fields 1 and 3.
+    2 f + g of byte w is bit 4 f + g + 2 (w // (D / 8)) of byte w mod D / 8. So a kernel that shifts by two in the first
+    half of the W bytes finds it at bit 4 f + g + 2 of all.
     """
     if bits == 8:
         return codes

@@ -5,21 +5,20 @@ byte behind the byte that makes it the float16 1024 + byte. So the four codes of
 instructions, with no conversion and no branch.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
+from hardkv.kernels.backends import interpreted
 from hardkv.kernels.codes.reference import LEVELS
 
 # The interpreter runs no assembly, and only NVIDIA's GPUs run this one.
-PLAIN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip is not None)
+PLAIN = tl.constexpr(interpreted() or torch.version.hip is not None)
 
 # What is added to every level, for its byte to be positive and to become a float16. Four bits are looked up in two
 # tables, of positive and of negative levels, whose bytes all have the highest bit.
 BIAS = {8: 1152, 4: 1216, 3: 1152, 2: 1152}
-KEY_BIAS_8, KEY_BIAS_4, KEY_BIAS_3, KEY_BIAS_2 = (tl.constexpr(BIAS[bits]) for bits in (8, 4, 3, 2))
+KEY_BIAS_8, KEY_BIAS_4 = tl.constexpr(BIAS[8]), tl.constexpr(BIAS[4])  # those of 3 and 2 bits are that of 8
 
 
 def _words(levels: list[int]) -> list[str]:
@@ -49,11 +48,10 @@ def _assembly(bits: int, centred: bool) -> str:
     lines = ["mov.u32 zero, %lanemask_lt;", "shr.u32 zero, zero, 31;", "or.b32 magic, zero, 0x64646464;"]
     lines += [f"or.b32 table{i}, zero, {word};" for i, word in enumerate(tables)]
 
-    def put(first: int, second: int | None, half: int, source: str) -> None:
-        """Write the float16s of bytes 0 and 2, and of 1 and 3, to registers of two fields."""
+    def put(first: int, second: int, half: int) -> None:
+        """Write the float16s of bytes 0 and 2 of what was found, and of 1 and 3, to registers of two fields."""
         for number, order in ((first, "0x4240"), (second, "0x4341")):
-            if number is not None:
-                lines.append(f"prmt.b32 ${2 * number + half}, {source}, magic, {order};")
+            lines.append(f"prmt.b32 ${2 * number + half}, found, magic, {order};")
 
     if bits == 8:
         lines += [f"prmt.b32 $0, {codes}, magic, 0x4140;", f"prmt.b32 $1, {codes}, magic, 0x4342;"]
@@ -66,7 +64,7 @@ def _assembly(bits: int, centred: bool) -> str:
             # A selector's highest bit asks for copies of a byte's highest bit: 255, in the table of the other sign.
             lines += ["prmt.b32 found, table0, table1, first;", "prmt.b32 other, table2, table3, second;"]
             lines.append("and.b32 found, found, other;")
-            put(0, 1, half, "found")
+            put(0, 1, half)
     else:
         if bits == 3:
             lines += [f"shl.b32 top, {high}, 2;", f"lop3.b32 top, {unshifted}, {high}, top, 0xCA;"]
@@ -80,11 +78,10 @@ def _assembly(bits: int, centred: bool) -> str:
                 if half:
                     lines.append("shr.u32 first, first, 16;")
                 lines.append(f"prmt.b32 found, table0, {last}, first;")
-                put(field, field + 2, half, "found")
+                put(field, field + 2, half)
     if centred:
-        bias = f"0x{0x6400 + BIAS[bits] - 1024:04X}" * 2
-        bias = bias[:6] + bias[8:]
-        lines.append(f"mov.b32 magic, {bias};")
+        bias = f"{0x6400 + BIAS[bits] - 1024:04X}"  # as a float16; above 1024 they are the integers
+        lines.append(f"mov.b32 magic, 0x{bias}{bias};")
         lines += [f"sub.rn.f16x2 ${i}, ${i}, magic;" for i in range(2 * fields)]
     names = "zero, magic, first, second, found, other, top, table0, table1, table2, table3"
     return "\n".join(["{", f".reg .b32 {names};", *lines, "}"])
