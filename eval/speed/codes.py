@@ -15,12 +15,11 @@ import torch
 from eval.machine import gpu
 from eval.speed.inputs import Setting, coded, make_tiers
 from eval.speed.timing import CudaTimer, copy_bandwidth
+from hardkv import HardKVConfig
 from hardkv.cache.storage.codec import Codec
 from hardkv.files import file_to_write, write_text
 from hardkv.kernels.attention import attend_tiers
-
-BITS = (16, 8, 4, 3, 2)
-SINKS = 4
+from hardkv.kernels.codes import BITS
 
 
 def measure(timer: CudaTimer, setting: Setting, bits: int, batch: int, length: int) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def measure(timer: CudaTimer, setting: Setting, bits: int, batch: int, length: i
     seen = 2 * length
     tiers = make_tiers(setting, rows, setting.half_full, seen, seed=bits)
     if bits != 16:
-        tiers = coded(tiers, Codec((bits, bits), SINKS, None))
+        tiers = coded(tiers, Codec((bits, bits), HardKVConfig.sinks, None))
     columns, dense = tiers.condensed.columns, tiers.dense
     query = setting.normal(1)(batch, setting.heads * setting.group, 1, setting.dim)
     call = partial(
