@@ -50,7 +50,8 @@ class Configuration:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.method == "risk" or self.method.endswith("-calibrated")
+        """Return whether the cache uses a calibration: its curves, its temperatures, or its means to centre codes."""
+        return self.method == "risk" or self.method.endswith("-calibrated") or self.bits != "16"
 
     @property
     def is_fraction(self) -> bool:
