@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from docs import bits_tables
+from docs.table_parts import markdown, read
 from eval.budgets_report import Study
-from eval.markdown import line, table
 from eval.methods import Configuration
 from eval.speed import generate_report, kernels_report
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "eval" / "results"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NEEDLE = "needle-smollm2-1024"
 REASONERS = ("reasoner-40", "reasoner-40-earlier")  # the committed model, and an earlier one
@@ -28,16 +28,6 @@ SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B", "qwen3-4b": "Q
 # Groups of the study of budgets: section, texts, length, scorer.
 SHORT, LONG = ("main", "report", 2048, "attention"), ("long", "report", 6144, "attention")
 SNAPKV, RKV = ("main", "report", 2048, "snapkv"), ("main", "report", 2048, "rkv")
-
-
-def read(name: str) -> Any:
-    """Read a file of eval/results."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table."""
-    return "\n".join([*table(line(head), rows), ""])
 
 
 def budgets() -> str:
@@ -205,16 +195,6 @@ def decode_records(model: str, context: int) -> list[dict[str, Any]]:
     return [r for r in read("generate")["records"] if "error" not in r and wanted.items() <= r.items()]
 
 
-def bits() -> str:
-    """Show a decode step whose cache holds codes, beside one that holds 16 bits."""
-    rows = []
-    for record in read("generate-bits")["records"]:
-        name = {"topk": "16", "topk-8bit": "8", "topk-4bit": "4"}[record["method"]]
-        held = f"{record['kv_bytes'] / 1e9:.1f} GB"
-        rows.append([name, held, f"{record['median_ms']:.1f} ms", f"{record['step_ms']:.1f} ms"])
-    return markdown(["bits", "bytes held", "a step without an event", "a step, events included"], rows)
-
-
 def first() -> str:
     """Show the time to the first token."""
     records = [r for r in read("generate")["records"] if r["measure"] == "first token" and "error" not in r]
@@ -326,7 +306,9 @@ def results() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "bits": bits,
+    "bits": bits_tables.step,
+    "bits-attention": bits_tables.attention,
+    "bits-solved": bits_tables.solved,
     "budgets": budgets,
     "first": first,
     "kernels": kernels,

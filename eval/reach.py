@@ -54,8 +54,8 @@ def within(observation: Observation, threshold: float) -> Tensor:
         unit = torch.nn.functional.normalize(keys.float(), dim=-1)
         for first in range(0, length, 512):
             cosine = unit[first : first + 512] @ unit.T
-            cosine[torch.arange(cosine.shape[0]), torch.arange(first, first + cosine.shape[0])] = 0.0
-            back = torch.arange(length, 0, -1) * (cosine > threshold)
+            cosine.diagonal(first).zero_()
+            back = torch.arange(length, 0, -1, device=keys.device) * (cosine > threshold)
             distance.append(back.masked_fill(back == 0, length + 1).amin(1) % (length + 1))
     return torch.cat(distance)
 

@@ -38,6 +38,18 @@ python -m eval.run --task reasoner --difficulty 40 --limit 200 --batch-size 200 
     --budget 1/16,1/8,1/4,5/16,3/8,1/2 --mass 0.8,0.9,0.95 \\
     --calibration 'eval/reasoner/model/calibration-{scorer}.safetensors'
 ```
+
+- The runs with bits have a calibration of 4 problems, which also holds the means that centre codes:
+
+```bash
+python -m eval.reasoner.calibrate --scorer rkv --out calibration-rkv.safetensors
+python -m eval.run --task reasoner --difficulty 40 --limit 200 --batch-size 200 --max-new-tokens 976 --interval 32 \\
+    --method full,topk,risk --scorer rkv --budget 248,372,495,1200 --bits 16,8,4,3,2,3:2,4:2 \\
+    --calibration 'calibration-{scorer}.safetensors' --out eval-runs/reasoner-40-bits
+python -m eval.run --task reasoner --difficulty 157 --limit 100 --batch-size 200 --max-new-tokens 3840 --interval 32 \\
+    --method full,topk --scorer rkv --budget 4096 --bits 4,3,2,4:2,3:2,2:3 \\
+    --calibration 'calibration-{scorer}.safetensors' --out eval-runs/reasoner-157-bits
+```
 """
 
 PAPER = """\
