@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardkv.selectors import RKV, SCORERS, Attention, Observation, SnapKV
+from hardkv.selectors import RKV, SCORERS, Attention, Observation, SnapKV, log_affine, log_score
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -335,10 +335,11 @@ class TestSnapKV:
         strong = np.exp(SnapKV().score(replace(case, keys=del_window).observation())[:6].numpy())
         assert weak.max() < 1e-3 * strong.max()
 
-    def test_window_tokens_are_the_lowest(self):
+    @pytest.mark.parametrize("pooling", ["max", "avg", "none"])
+    def test_window_tokens_are_the_lowest(self, pooling):
         case = with_lengths(make_case(13, queries=3), [12, 5, 3, 1])
         observation = case.observation()
-        z = SnapKV().score(observation)
+        z = SnapKV(pooling=pooling).score(observation)
         assert torch.all(z[observation.window_mask] == np.log(TINY))
 
     def test_max_pooling_makes_a_plateau_of_the_kernel_width(self):
@@ -395,6 +396,40 @@ class TestRKV:
         assert by_z == sorted(scores, key=scores.get)
         best = [max(scores[h, j] for j in case.candidates(0, h)) for h in range(2)]
         assert abs(best[0] - best[1]) > 1e-6  # else the case proves nothing
+
+
+class TestLogAffine:
+    @staticmethod
+    def observation():
+        """Two sequences of two heads; of six tokens, the first and the newest are protected."""
+        keys = torch.zeros(2, 2, 6, 1)
+        return Observation.from_dense(keys, keys, torch.zeros(2, 2, 1, 1), window=1, sinks=1)
+
+    def test_candidates_fill_the_range_and_protected_tokens_stay_in_it(self):
+        scores = [[[-9, 2, 3, 4, 6, 9], [9, 3, 4, 5, 5, 5]], [[0, 20, 30, 20, 30, 0], [40, 20, 20, 20, 20, 40]]]
+        expected = [[[0, 0, 1, 2, 4, 4], [4, 1, 2, 3, 3, 3]], [[0, 0, 4, 0, 4, 0], [4, 0, 0, 0, 0, 4]]]
+        z = log_affine(torch.tensor(scores).double().flatten(), self.observation())
+        torch.testing.assert_close(z.exp(), torch.tensor(expected).double().flatten() / 4, rtol=0, atol=1e-12)
+        assert z.max() == 0  # not above the range, not even by the tiny number that keeps 0 finite
+
+    @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+    def test_scores_that_are_not_finite_are_not_hidden(self, wrong):
+        score = torch.arange(24.0)
+        score[2] = wrong
+        z = log_affine(score, self.observation())
+        assert not torch.isfinite(z[:12]).all()
+        assert torch.isfinite(z[12:]).all()
+
+    def test_equal_scores_and_no_candidates(self):
+        keys = torch.zeros(2, 1, 6, 1)
+        mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])  # of the second, all tokens are protected
+        observation = Observation.from_dense(keys, keys, torch.zeros(2, 1, 1, 1), window=1, sinks=1, mask=mask)
+        assert log_affine(torch.full((8,), 5.0), observation).tolist() == [0.0] * 8
+
+
+def test_log_score_adds_the_tiny_number():
+    tiny = torch.tensor([0.0, TINY, 1.0]).double()
+    torch.testing.assert_close(log_score(tiny).exp(), torch.tensor([TINY, 2 * TINY, 1.0]).double(), rtol=1e-12, atol=0)
 
 
 # ---------------------------------------------------------------- what every scorer owes

@@ -125,10 +125,10 @@ def log_affine(score: Tensor, observation: Observation) -> Tensor:
     sequence = observation.row // observation.num_kv_heads
     low = observation.to_padded(score.masked_fill(observation.protected, torch.inf), torch.inf).amin((1, 2))
     high = observation.to_padded(score.masked_fill(observation.protected, -torch.inf), -torch.inf).amax((1, 2))
-    span = (high - low).nan_to_num(0.0, 0.0, 0.0)
-    unit = (score - low.nan_to_num(0.0, 0.0, 0.0)[sequence]) / span.clamp_min(TINY)[sequence]
-    # all candidates equal: every one gets the top of the range
-    return log_score(torch.where(span[sequence] > 0, unit.clamp(0.0, 1.0), 1.0))
+    span = (high - low)[sequence]
+    unit = ((score - low[sequence]) / span).clamp(0.0, 1.0)
+    # no candidates, or all of them equal: every token gets the top of the range
+    return log_score(unit.masked_fill(span <= 0, 1.0))
 
 
 def pool_rows(score: Tensor, observation: Observation, pooling: str, kernel_size: int, exclude: Tensor) -> Tensor:
