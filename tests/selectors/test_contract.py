@@ -165,6 +165,15 @@ class TestUserScorer:
         with pytest.raises(ValueError, match="register_scorer"):
             scorer_to_dict(Plain())
 
+    def test_registered_but_no_dataclass_has_no_json_form(self, monkeypatch):
+        class Plain:
+            def score(self, observation: Observation) -> Tensor:
+                return observation.positions.float()
+
+        monkeypatch.setitem(SCORERS, "plain", Plain)
+        with pytest.raises(ValueError, match="dataclass"):
+            scorer_to_dict(Plain())
+
     def test_subclass_of_a_registered_scorer_does_not_pass_as_it(self):
         class Mine(SnapKV):
             pass
