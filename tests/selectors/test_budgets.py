@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hardkv.selectors import AdaKV, Adaptive, Budget, Observation, Pyramid, TopK, TopP
+from hardkv.selectors import AdaKV, Adaptive, Budget, Observation, Pyramid, Risk, TopK, TopP
 from hardkv.selectors.ranking import Ranking
 
 
@@ -518,6 +518,27 @@ class TestPyramid:
     @pytest.mark.parametrize(("length", "protected", "each"), [(9, 2, 5), (3, 2, 3), (9, 7, 7)])
     def test_fixed_total(self, budget, length, protected, each):
         assert budget.fixed_total(4, length, protected) == 4 * each
+
+    @pytest.mark.parametrize(
+        ("budget", "limit", "smallest", "calibration_p"),
+        [
+            (TopK(9), 9, ("n", 9), 0.9),
+            (Adaptive(9, cap=20), 9, ("n", 9), 0.9),
+            (Pyramid(9), 9, ("n", 9), 0.9),
+            (Pyramid(AdaKV(1)), 1, ("n", 1), 0.9),
+            (Pyramid(1), 1, ("n", 1), 0.9),
+            (TopP(0.7, cap=8), 8, ("cap", 8), 0.7),
+            (TopP(0.7, cap=None), None, None, 0.7),
+            (TopP(1.0, cap=8), None, None, 1.0),
+        ],
+        ids=str,
+    )
+    def test_what_a_cache_reads_of_a_budget(self, budget, limit, smallest, calibration_p):
+        assert (budget.limit, budget.smallest, budget.calibration_p) == (limit, smallest, calibration_p)
+
+    def test_only_budgets_that_leave_layers_alike_are_wrapped(self):
+        with pytest.raises(ValueError, match=r"Risk\(n=9.*Pyramid"):
+            Pyramid(Risk(9))
 
     def test_only_equal_budgets_are_joined(self):
         for budget, other in ((TopK(9), TopK(8)), (AdaKV(9), AdaKV(9, 0.5)), (TopP(0.9), TopP(0.8))):

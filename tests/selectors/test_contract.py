@@ -241,6 +241,13 @@ class TestBudgetRegistry:
         monkeypatch.setitem(BUDGETS, "everything", Everything)
         assert get_budget(json.loads(json.dumps(budget_to_dict(Everything())))) == Everything()
 
+    def test_subclass_of_a_registered_budget_does_not_pass_as_it(self):
+        class Mine(TopK):
+            pass
+
+        with pytest.raises(ValueError, match="register_budget"):
+            budget_to_dict(Mine(9))
+
     @pytest.mark.parametrize(("wrong", "meant"), [("adkv", "adakv"), ("TopP", "topp"), ("piramid", "pyramid")])
     def test_unknown_name_suggests_the_close_one(self, wrong, meant):
         with pytest.raises(ValueError, match=rf"'{wrong}'.*'{meant}'"):
