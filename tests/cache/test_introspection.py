@@ -2,15 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, Stats
 from hardkv.cache.argument import CACHE
+from hardkv.cache.record.contents import tensors_of
 from hardkv.cache.record.stats import format_bytes
 from hardkv.cache.storage.memory import storage_nbytes
 from hardkv.selectors import RKV, AdaKV, SnapKV
@@ -97,6 +100,13 @@ def test_bytes_are_those_of_the_storage(cache):
     assert cache.nbytes() == sum(found.values())
 
 
+def test_bytes_of_a_linear_layer_are_those_of_its_states():
+    layer = LinearAttentionLayer()
+    layer.update_conv_state(torch.zeros(2, 3, 4))
+    layer.update_recurrent_state(torch.zeros(2, 5, 6))
+    assert storage_nbytes(tensors_of(layer)) == 4 * (2 * 3 * 4 + 2 * 5 * 6)
+
+
 def test_dense_bytes_are_those_of_dynamic_cache(tiny_model, tiny_prompts):
     for name in ("llama", "gemma3"):
         model = tiny_model(name, "sdpa")
@@ -168,6 +178,15 @@ def test_stats(cache):
     assert stats.budget == "AdaKV(n=8, alpha=0.2)"
     assert stats.attention in ("torch", "triton", "flash_attn")
     assert stats.warnings == []
+
+
+def test_stats_warn_of_temperatures_at_a_limit(tiny_model, tiny_prompts):
+    cache = run(tiny_model("llama", "sdpa"), tiny_prompts(1), budget=AdaKV(8))
+    assert cache.stats().warnings == []
+    for layer, fitted in zip(cache.layers, ([1e4, 0.5], [1e-4, 1e4], [2.0, 1.0]), strict=True):
+        layer.tiers = replace(layer.tiers, temperatures=torch.tensor(fitted))
+    (warning,) = cache.stats().warnings
+    assert warning.startswith("3 of 6 temperatures stopped at the limits [0.0001, 10000]")
 
 
 def test_stats_are_a_snapshot(cache):

@@ -3,12 +3,14 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
 from hardkv import HardKVCache, Trace
 from hardkv.cache.argument import CACHE
+from hardkv.cache.record.snapshot import HeldByLayer, Positions, Snapshot
 from hardkv.decoding.generate import graphed
 from hardkv.selectors import Adaptive
 from tests.cache.conftest import feed, generate_logits, make_model, make_prompts
@@ -218,11 +220,42 @@ def test_cropped_columns_vanish_and_a_reset_begins_anew(model):
         cache.crop(-4)  # into the window of the last event
         assert torch.equal(trace.kept(1, -1)[0][0], before[before < 15])
         assert same(trace.kept(1, -1), cache.kept(1))
+        for tier in TIERS:  # rows without tokens too
+            assert torch.equal(trace.lengths(tier)[-1], cache.lengths(tier))
         cache.reset()
         assert len(trace) == 0
         model(**make_prompts(2, length=9), **{CACHE: cache})
     assert trace.seen.tolist() == [9]
     assert_shows(trace, 0, snapshot(cache))
+
+
+def test_columns_are_the_most_seen_also_after_a_crop(model):
+    inputs = make_prompts(1, new=6)
+    cache = HardKVCache(config=model.config, **EVICT)
+    with cache.record() as trace:
+        list(feed(model, cache, inputs["input_ids"], inputs["attention_mask"], [13, *[1] * 6]))
+        cache.crop(-4)
+    assert trace.seen.tolist() == [13, 18, 15]
+    assert trace.columns == trace.tiers(0).shape[2] == 18
+    assert_shows(trace, -1, snapshot(cache))
+
+
+def test_layers_with_different_numbers_of_heads(tmp_path):
+    """The layers with fewer heads are padded with heads that hold nothing."""
+    rows = torch.arange(6, dtype=torch.int32)
+
+    def held(heads):
+        dense, none = Positions(rows[:2] + 4, torch.tensor([2])), Positions(rows[:0], torch.zeros(heads).long())
+        counts = torch.arange(heads)  # head h holds the columns below h besides the dense tier's two
+        condensed = Positions(torch.cat([rows[:count] for count in counts]), counts)
+        return HeldByLayer(heads, {"condensed": condensed, "sparse": none, "dense": dense})
+
+    trace = Trace([0, 5], {}, [Snapshot(7, 1, 10, 20, [held(2), held(4)])])
+    for each in (trace, Trace.load(trace.save(tmp_path / "trace.npz"))):
+        assert each.lengths().tolist() == [[[[2, 3, 0, 0]], [[2, 3, 4, 5]]]]
+        assert each.lengths("condensed").tolist() == [[[[0, 1, 0, 0]], [[0, 1, 2, 3]]]]
+        assert [each.heads(0), each.heads(5), each.num_heads] == [2, 4, 6]
+        assert each.holders().tolist() == [4, 2, 1, 0, 6, 6, 0]  # nobody holds the last column
 
 
 def test_assisted_decoding(model):
@@ -263,7 +296,7 @@ def test_without_a_config_it_needs_a_first_forward(model):
     assert trace.seen.tolist() == [13, 25]
 
 
-def test_what_does_not_exist_is_refused(model, tmp_path):
+def test_what_does_not_exist_is_refused(model, tmp_path, monkeypatch):
     cache = HardKVCache(config=model.config, **EVICT)
     with cache.record() as trace:
         pass
@@ -286,6 +319,14 @@ def test_what_does_not_exist_is_refused(model, tmp_path):
         (tmp_path / "other.npz").write_bytes(content)
         with pytest.raises(ValueError, match="not a trace"):
             Trace.load(tmp_path / "other.npz")
+    np.savez(tmp_path / "other.npz", meta=np.array("{}"))
+    with pytest.raises(ValueError, match="not a trace"):
+        Trace.load(tmp_path / "other.npz")
+    monkeypatch.setattr("hardkv.cache.record.trace.FORMAT", 2)
+    trace.save(tmp_path / "newer.npz")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"format 2.*reads up to 1"):
+        Trace.load(tmp_path / "newer.npz")
     with pytest.raises(FileNotFoundError):
         Trace.load(tmp_path / "none.npz")
 
