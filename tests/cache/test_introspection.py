@@ -183,7 +183,7 @@ def test_stats(cache):
 def test_stats_warn_of_temperatures_at_a_limit(tiny_model, tiny_prompts):
     cache = run(tiny_model("llama", "sdpa"), tiny_prompts(1), budget=AdaKV(8))
     assert cache.stats().warnings == []
-    for layer, fitted in zip(cache.layers, ([1e4, 0.5], [1e-4, 1e4], [2.0, 1.0]), strict=True):
+    for layer, fitted in zip(cache.layers, ([9950.0, 0.5], [1.005e-4, 1e4], [2.0, 1.0]), strict=True):
         layer.tiers = replace(layer.tiers, temperatures=torch.tensor(fitted))
     (warning,) = cache.stats().warnings
     assert warning.startswith("3 of 6 temperatures stopped at the limits [0.0001, 10000]")
