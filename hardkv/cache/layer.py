@@ -89,7 +89,8 @@ class HardKVLayer(LayerEvents, LayerProtocol):
 
     def _take_heads(self, module: torch.nn.Module) -> None:
         """Take this process's heads from a calibration of all heads of the layer (tensor parallelism)."""
-        total = self.budget.known_heads if self.temperatures is None else self.temperatures.shape[0]
+        whole = self.temperatures if self.means is None else self.means[0]
+        total = self.budget.known_heads if whole is None else whole.shape[0]
         if total is not None and total != self.num_kv_heads:
             first, last = local_heads(module, total, self.num_kv_heads)
             self.budget = self.budget.for_heads(first, last)

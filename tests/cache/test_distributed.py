@@ -35,6 +35,9 @@ ALIKE: dict[str, dict[str, Any]] = {
     "risk": {"budget": Risk(9), "scorer": "snapkv", "calibration": "file"},
     "risk of layers": {"budget": Risk(9, scope="layer"), "scorer": "snapkv", "calibration": "file"},
     "risk, offloaded": {"budget": Risk(9), "scorer": "snapkv", "calibration": "file", "offload": True},
+    "bits": {"budget": TopK(9), "bits": (4, 3), "patience": 1},
+    "bits, risk": {"budget": Risk(9), "scorer": "snapkv", "calibration": "file", "bits": 4},
+    "bits, means": {"budget": TopK(9), "scorer": "snapkv", "calibration": "file", "bits": 2},  # uses nothing else of it
 }
 # What shares a layer's tokens by its heads' scores: each process shares among its own.
 APART: dict[str, dict[str, Any]] = {"adakv": {"budget": AdaKV(9, alpha=0.0)}}
@@ -141,15 +144,15 @@ def test_calibrating_a_split_model_is_refused(tensor_parallel):
         assert "calibrate it whole" in result["calibrate"]
 
 
-@pytest.mark.parametrize("settings", [ALIKE["risk"], ALIKE["calibrated"]], ids=["risk", "temperatures"])
-def test_heads_that_do_not_fit_the_calibration(settings, tmp_path, tiny_prompts):
+@pytest.mark.parametrize("name", ["risk", "calibrated", "bits, means"])
+def test_heads_that_do_not_fit_the_calibration(name, tmp_path, tiny_prompts):
     """The cache cannot know which heads these are, so it refuses before storing anything."""
     model = make_model("llama", **HEADS)
     texts = [torch.arange(2, 66)]
     calibration = calibrate(model, texts, scorer="snapkv", interval=8, window=4, sinks=1, progress=False)
     part = make_model("llama", **(HEADS | {"num_key_value_heads": 2}))
     part.config.num_key_value_heads = 4  # as a sharded model's config says
-    cache = HardKVCache(config=part.config, **(SIZES | settings | {"calibration": calibration}))
+    cache = HardKVCache(config=part.config, **(SIZES | ALIKE[name] | {"calibration": calibration}))
     with (
         torch.no_grad(),
         pytest.raises(ValueError, match="brings 2 KV heads.*has 4.*calibration=None"),
