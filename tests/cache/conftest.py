@@ -176,11 +176,14 @@ class Visibility:
         attention_mask: `[B, T]`, which tokens of the whole run exist.
 
     `layers` is `{layer_idx: bool [B, KV heads, queries T, tokens T]}`, without the layers that a cache leaves alone.
+    `decoded` holds what queries read instead of some keys and values: `{layer_idx: (bool [B, KV heads, queries T,
+    tokens T], keys [B, KV heads, T, D], values [B, KV heads, T, D])}`.
     """
 
     def __init__(self, attention_mask: Tensor):
         self.exists = attention_mask.bool()
         self.layers: dict[int, Tensor] = {}
+        self.decoded: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def add(self, start: int, stop: int, kept: dict[int, list[list[Tensor]]]) -> None:
         """Let queries `start` to `stop` see `kept[layer][batch][kv_head]`, and of each other the tokens not newer."""
@@ -248,11 +251,19 @@ def oracle_attention(
     dtype = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     key, value = (x.to(dtype).repeat_interleave(group, 1) for x in (key, value))
-    logits = query.to(dtype) @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = query.to(dtype) @ key.transpose(2, 3) * scaling
     seen = oracle.of(module, sliding_window)
     seen = seen.repeat_interleave(group if seen.shape[1] > 1 else 1, 1)
+    coded = oracle.decoded.get(module.layer_idx)
+    if coded is not None:
+        where, keys, values = (x.repeat_interleave(group, 1) for x in coded)
+        logits = torch.where(where, query.to(dtype) @ keys.to(dtype).transpose(2, 3) * scaling, logits)
     weights = torch.softmax(logits.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0)  # NaN: queries of pads
-    return (weights @ value).to(query.dtype).transpose(1, 2).contiguous(), None
+    out = weights @ value
+    if coded is not None:
+        out = weights.masked_fill(where, 0.0) @ value + weights.masked_fill(~where, 0.0) @ values.to(dtype)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ORACLE, oracle_attention)
