@@ -102,24 +102,49 @@ def check_used(cache: HardKVCache, columns: int) -> None:
         raise Defect(f"the model gave the cache {max(seen, default=0)} of {columns} columns and went on without it")
 
 
+@dataclass
+class Held:
+    """What a layer held: `kept()`, and with `bits` also what was read of it, decoded.
+
+    Args:
+        kept: positions, `[B][KV heads]`. place: sequence, KV head and position of every token of `keys` and `values`,
+            which are `[N, D]`.
+    """
+
+    kept: list[list[Tensor]]
+    place: tuple[Tensor, ...] = ()
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    @classmethod
+    def by(cls, cache: HardKVCache, layer_idx: int) -> "Held":
+        """What a cache's layer holds now."""
+        held = cls(cache.kept(layer_idx))
+        if cache.settings.bits != 16 and held.kept:
+            seen = cache.observe(layer_idx)
+            sequence, head = seen.row // len(held.kept[0]), seen.row % len(held.kept[0])
+            held.place, held.keys, held.values = (sequence, head, seen.positions.long()), seen.keys, seen.values
+        return held
+
+
 class Recording(HardKVCache):
-    """Remembers what every layer held when a forward pass came to it: `held[layer][columns so far]` is `kept()`."""
+    """Remembers what every layer held when a forward pass came to it: `held[layer][columns so far]`."""
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
-        self.held: dict[int, dict[int, list[list[Tensor]]]] = {}
+        self.held: dict[int, dict[int, Held]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(result[0], KVHandle):
-            self.held.setdefault(layer_idx, {})[result[0].new.start] = self.kept(layer_idx)
+            self.held.setdefault(layer_idx, {})[result[0].new.start] = Held.by(self, layer_idx)
         return result
 
 
 class OracleCache(DynamicCache):
     """A DynamicCache that knows which layer's keys it handed out last, and where each layer's lie."""
 
-    def __init__(self, held: dict[int, dict[int, list[list[Tensor]]]], **arguments: Any):
+    def __init__(self, held: dict[int, dict[int, Held]], **arguments: Any):
         super().__init__(**arguments)
         self.held = held
         self.last = 0
@@ -130,20 +155,27 @@ class OracleCache(DynamicCache):
         self.last, self.places[layer_idx] = layer_idx, keys.data_ptr()
         return keys, values
 
-    def visible(self, key: Tensor, queries: int) -> Tensor | None:
-        """Bool `[B, KV heads, columns]`: what the queries may see of the keys; None where nothing was evicted."""
+    def found(self, key: Tensor, queries: int) -> Held | None:
+        """What the queries may see of the keys; None where nothing was evicted."""
         # a layer that reads another one's keys gets the very tensor
         owner = next((idx for idx, place in self.places.items() if place == key.data_ptr()), self.last)
         held = self.held.get(owner, {}).get(key.shape[2] - queries)
-        if held is None or key.shape[2] == queries:
-            return None
-        assert queries == 1
-        visible = torch.zeros(len(held), len(held[0]), key.shape[2], dtype=torch.bool)
-        visible[..., -1] = True
-        for row, heads in enumerate(held):
-            for head, positions in enumerate(heads):
-                visible[row, head, positions] = True
-        return visible
+        return None if key.shape[2] == queries else held
+
+
+def visible(held: Held, columns: int) -> Tensor:
+    """Bool `[B, KV heads, columns]`: the tokens that are held, and the newest."""
+    visible = torch.zeros(len(held.kept), len(held.kept[0]), columns, dtype=torch.bool)
+    visible[..., -1] = True
+    for row, heads in enumerate(held.kept):
+        for head, positions in enumerate(heads):
+            visible[row, head, positions] = True
+    return visible
+
+
+def as_read(held: Held, states: Tensor, read: Tensor | None) -> Tensor:
+    """Keys or values `[B, KV heads, columns, D]` with what was read of them, `[N, D]`, in the places of those held."""
+    return states if read is None else states.index_put(held.place, read)
 
 
 @dataclass
@@ -155,19 +187,22 @@ class Oracle:
     cache: OracleCache = field(default=None)  # type: ignore[assignment]
 
     def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *mask: Any, **kwargs: Any) -> Any:
-        visible = self.cache.visible(key, query.shape[2])
-        if visible is None:
+        held = self.cache.found(key, query.shape[2])
+        if held is None:
             return self.original(module, query, key, value, *mask, **kwargs)
+        assert query.shape[2] == 1
+        shown = visible(held, key.shape[2])
+        key, value = as_read(held, key, held.keys), as_read(held, value, held.values)
         wide = torch.promote_types(query.dtype, torch.float32)
         group = query.shape[1] // key.shape[1]
         key, value = (x.to(wide).repeat_interleave(group, 1) for x in (key, value))
-        visible = visible.repeat_interleave(key.shape[1] // visible.shape[1], 1)
+        shown = shown.repeat_interleave(key.shape[1] // shown.shape[1], 1)
         scaling = kwargs.get("scaling")
         logits = query.to(wide) @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         softcap = None if self.ignores_softcap else kwargs.get("softcap")
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
+        logits = logits.masked_fill(~shown[:, :, None], -torch.inf)
         if kwargs.get("s_aux") is not None:
             sinks = kwargs["s_aux"].to(wide).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
             logits = torch.cat([logits, sinks], -1)
@@ -279,7 +314,28 @@ def probe_model(model: PreTrainedModel, **inputs: Any) -> Verdict:
     return Verdict(SUPPORTED, "", compressed, layers)
 
 
-def probe_graphed(model: PreTrainedModel) -> str:
+def probe_bits(model: PreTrainedModel, bits: Any) -> str:
+    """ "yes" when decoding equals the oracle's, which reads decoded tokens; or why these bits are refused.
+
+    Raises:
+        Defect: it is neither the same nor refused.
+    """
+    attn = model.config.get_text_config(decoder=True)._attn_implementation
+    try:
+        cache = Recording(config=model.config, scorer="snapkv", bits=bits, **EVICT)
+        coded = run(model, cache)
+    except ValueError as error:
+        if str(error).startswith("bits=") and str(error).endswith("use bits=16"):
+            return in_one_line(error)
+        raise Defect(f"bits: obscure {in_one_line(error)}") from error
+    kinds = [layer.tiers.condensed.keys.dtype for layer in cache._compressed if layer.tiers is not None]
+    if set(kinds) != {torch.uint8}:
+        raise Defect(f"bits: holds {set(kinds)}")
+    assert_near(coded, oracle_run(model, cache.held, attn), "bits")
+    return YES
+
+
+def probe_graphed(model: PreTrainedModel, **settings: Any) -> str:
     """ "yes" when decoding by static steps is generate()'s own loop with the same evicting cache; or why it is refused.
 
     The logits, what every KV head keeps, and all that layers hold which are not compressed. Between two events a step
@@ -288,7 +344,7 @@ def probe_graphed(model: PreTrainedModel) -> str:
     Raises:
         Defect: it is neither the same nor refused.
     """
-    caches = [HardKVCache(config=model.config, scorer="snapkv", **EVICT) for _ in range(2)]
+    caches = [HardKVCache(config=model.config, scorer="snapkv", **EVICT, **settings) for _ in range(2)]
     try:
         expected = run(model, caches[0])
         with replaying() as replays:

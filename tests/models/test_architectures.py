@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from hardkv import HardKVCache
 from hardkv.cache.argument import CACHE
+from hardkv.cache.model import Traits
 from hardkv.decoding import fixed
 from tests.models import compatibility
 from tests.models.probe import (
@@ -20,9 +21,11 @@ from tests.models.probe import (
     PROMPT,
     REFUSED,
     SUPPORTED,
+    YES,
     Defect,
     autocast_rounding,
     probe,
+    probe_bits,
     probe_graphed,
     rounding,
 )
@@ -32,6 +35,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about tiny
 # Of every kind one; tests of the others are slow.
 KINDS = ["llama", "deepseek_v3", "gemma2", "llama4", "mistral", "qwen2_moe", "qwen3_next", "recurrent_gemma", "whisper"]
 OF_EVERY_KIND = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in TYPES]
+SUPPORTED_TYPES = [
+    name for name, verdict in (compatibility.committed() or {}).items() if verdict["status"] == SUPPORTED
+]
 # Whose own code stores float32 beside bfloat16, with any cache.
 NO_AUTOCAST = ["dbrx", "xmod"]
 # 0.9 quantiles, of logits of a few units: a rounding may move a token to other experts, and change it altogether
@@ -80,13 +86,21 @@ def test_architecture_in_half_precision(model_type, dtype):
         assert verdict_of(model_type).reason
 
 
+@pytest.mark.parametrize("model_type", [each for each in OF_EVERY_KIND if each.values[0] in SUPPORTED_TYPES])
+def test_architecture_with_bits(model_type, installed):
+    """Attention over codes, with keys and values of unequal bits; only latents are refused."""
+    model = tiny_model(model_type)
+    if Traits.of(model.config).latent:
+        assert "has latent attention (MLA)" in probe_bits(model, 4)
+        return
+    assert probe_bits(model, (8, 3)) == YES
+    if compatibility.committed()[model_type]["graphed"] == YES:
+        assert probe_graphed(model, bits=4) == YES
+
+
 @pytest.mark.parametrize(
     "model_type",
-    [
-        pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow)
-        for name, verdict in (compatibility.committed() or {}).items()
-        if verdict["status"] == SUPPORTED and name not in NO_AUTOCAST
-    ],
+    [each for each in OF_EVERY_KIND if each.values[0] in SUPPORTED_TYPES and each.values[0] not in NO_AUTOCAST],
 )
 def test_architecture_under_autocast(model_type, installed):
     assert autocast_rounding(model_type).abs().quantile(0.9) < HALF[torch.bfloat16]
