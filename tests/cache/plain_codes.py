@@ -24,9 +24,9 @@ def quantised(state, centre, bits):
         largest = max(abs(x) for x in rotated)
         found = np.array([round(x / largest * 127) for x in rotated]) / 64
     else:
-        unit = [x / norm * math.sqrt(dim) * DEVIATION[bits] for x in rotated]
-        table = [sign * level for level in LEVELS[bits] for sign in (-1, 1)]
-        found = np.array([min(table, key=lambda level: abs(level - x)) for x in unit]) / 64
+        unit = rotated / norm * math.sqrt(dim) * DEVIATION[bits]
+        table = np.array([sign * level for level in LEVELS[bits] for sign in (-1, 1)])
+        found = table[abs(table - unit[:, None]).argmin(1)] / 64
     scale = float(np.float16(np.float32(norm / math.sqrt(sum(x * x for x in found)))))  # PyTorch rounds twice as well
     return matrix @ (found * scale) + centre
 

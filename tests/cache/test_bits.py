@@ -17,7 +17,7 @@ from hardkv.cache.model import Traits
 from hardkv.cache.storage.codec import Centres, Codec
 from hardkv.cache.storage.dense import DenseTier
 from hardkv.cache.storage.tiers import Tiers
-from hardkv.selectors import AdaKV, TopK
+from hardkv.selectors import BUDGETS, SCORERS, AdaKV, TopK, get_budget
 from tests.cache.bare_model import BareModel
 from tests.cache.conftest import DEVICE
 from tests.cache.plain_codes import CodedRow
@@ -210,6 +210,38 @@ def test_keys_stay_and_values_are_quantised_from_the_first_token_on():
     followed.check_observed()
     assert cache.layers[0].tiers.condensed.columns.scales.dtype == torch.float16
     assert followed.events > 2
+
+
+def measured(scorer, **tensors):
+    """Return a calibration of the bare model whose heads differ."""
+    counts = torch.tensor([0, 4, 8, 16, 32, 64])
+    steep = torch.linspace(0.02, 0.6, LAYERS * HEADS).view(LAYERS, HEADS, 1)
+    temperatures = torch.linspace(0.5, 1.5, LAYERS * HEADS).view(LAYERS, HEADS)
+    provenance = {
+        **{"geometry": Traits.of(CONFIG).geometry, "layers": list(range(LAYERS))},
+        **{"scorer": HardKVConfig(scorer=scorer).to_dict()["scorer"], "window": 4},
+    }
+    loss = torch.exp(-steep * counts) * (1 - counts / 64)
+    return Calibration(temperatures, temperatures, counts, loss, provenance=provenance, **tensors)
+
+
+@pytest.mark.parametrize("name", sorted(BUDGETS))
+@pytest.mark.parametrize("scorer", sorted(SCORERS))
+def test_every_scorer_and_budget(scorer, name):
+    """With a sparse tier, and a row of pads and few tokens; budgets with temperatures fit them to decoded keys."""
+    budget = get_budget({"name": name} | ({"p": 0.6, "cap": 12} if name == "topp" else {"n": 12}))
+    calibration = measured(scorer) if budget.uses_risk else "online" if budget.uses_temperature else None
+    cache = HardKVCache(
+        config=CONFIG, scorer=scorer, budget=budget, calibration=calibration, window=4, sinks=2, interval=6,
+        patience=1, bits=(4, 2),
+    )  # fmt: skip
+    followed = Followed(cache, 2, 0)
+    followed.forward(torch.arange(16) >= torch.tensor([[0], [11]]))
+    for _ in range(3):
+        followed.forward(torch.ones(2, 6, dtype=torch.bool))
+    followed.check_observed()
+    assert followed.events == 4
+    assert all(layer.tiers.condensed.keys.dtype == torch.uint8 for layer in cache.layers)
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 2])
