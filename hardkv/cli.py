@@ -9,6 +9,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def add_demo(subparsers: Any) -> None:
         help=f"how heads share the budget: {', '.join(BY_MEAN)} (default: topk; with --calibration risk, or adaptive "
         "when it holds temperatures only). Of several, those that cannot use a calibration do without",
     )
+    add(
+        "--bits",
+        type=_bits,
+        default="16",
+        metavar="N,N:N,...",
+        help="bits per coordinate of the tokens kept: 16, 8, 4, 3, 2, or two of these for keys:values; every budget "
+        "with each (default: %(default)s)",
+    )
     add("--calibration", metavar="FILE", help="what `hardkv calibrate` wrote, or 'auto' or 'online' (default: none)")
     add(
         "--scorer",
@@ -110,14 +119,16 @@ def _demo(args: argparse.Namespace) -> None:
     policies = args.policy or [None]  # None: the meaning of a plain integer
     configs = {}
     try:  # before a model is loaded
-        for n in args.budget:
-            for policy in policies:
-                budget = get_budget({"name": policy, "n": n}) if policy else n
-                calibration, label = args.calibration, str(n)
-                if isinstance(budget, Budget) and len(policies) > 1:
-                    label = f"{policy} {n}"
-                    calibration = calibration if budget.uses_risk or budget.uses_temperature else None
-                configs[label] = HardKVConfig(budget=budget, calibration=calibration, **common)
+        for n, policy, bits in product(args.budget, policies, args.bits):
+            budget = get_budget({"name": policy, "n": n}) if policy else n
+            calibration, label = args.calibration, str(n)
+            if isinstance(budget, Budget) and len(policies) > 1:
+                label = f"{policy} {n}"
+                calibration = calibration if budget.uses_risk or budget.uses_temperature else None
+            config = HardKVConfig(budget=budget, calibration=calibration, bits=bits, **common)
+            if config.bits != 16:
+                label += f" at {' and '.join(str(config.bits).strip('()').split(', '))} bits"
+            configs[label] = config
     except (TypeError, ValueError) as error:
         args.parser.error(str(error))
     require("demo", "accelerate", "gguf", "matplotlib", "rich")
@@ -208,6 +219,16 @@ def _counts(text: str) -> list[int]:
         return [_positive(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them: 1024,512") from None
+
+
+def _bits(text: str) -> list[int | tuple[int, ...]]:
+    try:
+        pairs = [tuple(int(number) for number in part.split(":")) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be whole numbers with commas between them, or keys:values: 16,4,4:2"
+        ) from None
+    return [pair if len(pair) > 1 else pair[0] for pair in pairs]
 
 
 def _policies(text: str) -> list[str]:

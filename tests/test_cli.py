@@ -91,6 +91,22 @@ def test_demo_answers_with_every_cache_and_writes_what_it_printed(model_folder, 
     assert f"{compressed[1]['ratio']:.1%}" in printed
 
 
+def test_bits_of_every_budget(model_folder, text_file, tmp_path, capsys):
+    """The names of rows and pictures say them, and bytes follow."""
+    settings = ["--budget", "96,48", "--bits", "16,8,4:2", "--window", "8", "--interval", "16", "--max-new-tokens", "6"]
+    assert demo(model_folder, text_file, tmp_path / "out", *settings) == 0
+    _, *runs = json.loads((tmp_path / "out" / "demo.json").read_text())["runs"]
+    names = [f"{n}{bits}" for n in (96, 48) for bits in ("", " at 8 bits", " at 4 and 2 bits")]
+    assert [run["cache"] for run in runs] == [f"HardKV {name}" for name in names]
+    assert [run["settings"]["bits"] for run in runs] == [16, 8, [4, 2]] * 2
+    for three in (runs[:3], runs[3:]):
+        sizes = [run["nbytes"] for run in three]
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(set(sizes)) == 3
+    assert all((tmp_path / "out" / f"lengths-{name.replace(' ', '-')}.png").is_file() for name in names)
+    assert "HardKV 48 at 4 and 2 bits: scorer rkv, budget TopK(n=48), bits 4, 2, window 8" in capsys.readouterr().out
+
+
 def test_a_budget_beyond_the_text_changes_no_token(model_folder, text_file, tmp_path):
     assert demo(model_folder, text_file, tmp_path / "out", "--budget", "5000", "--max-new-tokens", "12") == 0
     dense, roomy = json.loads((tmp_path / "out" / "demo.json").read_text())["runs"]
@@ -120,6 +136,9 @@ def test_a_prompt_longer_than_the_model_is_told(model_folder, text_file, tmp_pat
         (["demo", "--budget", "512,,256"], "must be whole numbers"),
         (["demo", "--budget", "0"], "must be at least 1"),
         (["demo", "--budget", "512,30"], "must be larger than window + sinks"),
+        (["demo", "--bits", "four"], "'four' must be whole numbers with commas between them, or keys:values"),
+        (["demo", "--bits", "16,5"], "bits=5 must be one of (16, 8, 4, 3, 2), or a pair"),
+        (["demo", "--bits", "4:4:4"], "bits=(4, 4, 4) must be one of (16, 8, 4, 3, 2), or a pair"),
         (["demo", "--window", "0"], "window=0 must be >= 1"),
         (["demo", "--patience", "-1"], "patience=-1 must be >= 0"),
         (["demo", "--max-new-tokens", "0"], "must be at least 1"),

@@ -114,8 +114,9 @@ def held(cache: DynamicCache) -> tuple[int, int]:
 
 
 def selection(config: HardKVConfig) -> str:
-    """Return scorer and budget as text."""
-    return f"scorer {config.to_dict()['scorer']['name']}, budget {config.budget}"
+    """Return scorer, budget and, below 16, bits as text."""
+    bits = "" if config.bits == 16 else f", bits {str(config.bits).strip('()')}"
+    return f"scorer {config.to_dict()['scorer']['name']}, budget {config.budget}{bits}"
 
 
 def environment(model: Any, model_name: str | None) -> dict[str, str]:
