@@ -346,16 +346,17 @@ def test_masks_that_hide_sinks_are_refused():
 def test_codes_take_the_bytes_that_they_say():
     """Per token and head: the codes, two scales, position and misses."""
     caches = {bits: HardKVCache(config=CONFIG, budget=60, window=8, sinks=4, bits=bits) for bits in (16, 8, 4, 3, 2)}
+    states = [torch.randn(LAYERS, 1, heads, 90, DIM) for heads in (HEADS * GROUP, HEADS, HEADS)]
     for cache in caches.values():
-        Followed(cache, 1, 0).forward(torch.ones(1, 90, dtype=torch.bool))
+        MODEL.attend(cache, *states, None)
     for bits, cache in caches.items():
         condensed = cache.layers[0].tiers.condensed
         tokens = HEADS * (60 - 8 - (4 if bits != 16 else 0))
         assert condensed.rows.total == tokens
-        each = 2 * DIM * 8 if bits == 16 else 2 * DIM * bits // 8 + 4
+        each = 2 * DIM * 4 if bits == 16 else 2 * DIM * bits // 8 + 4
         assert sum(column.nbytes for column in condensed.columns) == tokens * (each + 5)
         if bits != 16:
-            assert cache.layers[0].codec.nbytes(DIM, DIM, 8) == each
+            assert cache.layers[0].codec.nbytes(DIM, DIM, 4) == each
     assert Codec((16, 2), 2, None).nbytes(16, 24, 8) == 16 * 8 + 24 * 2 // 8 + 4
     sizes = [cache.nbytes() for cache in caches.values()]
     assert sizes == sorted(sizes, reverse=True)

@@ -89,6 +89,17 @@ def test_nbytes_is_what_the_object_graph_holds(name, batch, budget, patience, ti
                 assert sum(view.nbytes for view in views) >= nbytes
 
 
+@pytest.mark.parametrize(("bits", "patience"), [(4, 0), ((16, 2), 2), (8, 1)], ids=str)
+def test_nbytes_counts_codes_scales_and_centres(bits, patience, tiny_model, tiny_prompts, run_feed):
+    model, inputs = tiny_model("gemma3"), tiny_prompts(3, 40, new=30)
+    cache = HardKVCache(config=model.config, scorer="snapkv", budget=AdaKV(24), patience=patience, bits=bits, **SIZES)
+    for _ in run_feed(model, cache, **inputs, chunks=[40] + [1] * 20 + [10]):
+        assert cache.nbytes() == cache.stats().nbytes == bytes_of(held_by(cache))
+        for layer in cache._compressed:
+            for nbytes, views in by_storage(walk(layer)).values():
+                assert sum(view.nbytes for view in views) >= nbytes
+
+
 def test_nbytes_counts_the_temperatures(tiny_model, tiny_prompts, run_feed):
     model, inputs = tiny_model("llama"), tiny_prompts(3, 40, new=20)
     cache = HardKVCache(config=model.config, budget=Adaptive(24), calibration="online", **SIZES)

@@ -73,7 +73,11 @@ def test_never_more_than_planned(batch, length, new, n):
     assert run(model, batch, length, new, static=False, budget=AdaKV(n)).nbytes() <= planned.nbytes
 
 
-@pytest.mark.parametrize("more", [{"budget": 40}, {"budget": Adaptive(40), "calibration": "online"}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{"budget": 40}, {"budget": 40, "bits": 4}, {"budget": Adaptive(40), "calibration": "online"}],
+    ids=str,
+)
 def test_pinned_prompts_and_sliding_layers(more):
     model = make_model("gemma3")
     more = {"pin_prompt": True} | more
@@ -154,6 +158,18 @@ def test_batches_that_fit():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="memory="):
             hardkv.max_batch_size(config)
+
+
+@pytest.mark.parametrize("bits", [8, 4, (4, 2)], ids=str)
+def test_batches_with_bits_that_fit(bits):
+    """As many sequences as are said to fit do, and more than with 16 bits."""
+    model = make_model("llama")
+    lengths = {"prompt_length": 60, "max_length": 80, "dtype": torch.float32}
+    memory = 3 * hardkv.plan(model.config, 40, **lengths, **SIZES).nbytes
+    number = hardkv.max_batch_size(model.config, 40, **lengths, memory=memory, bits=bits, **SIZES)
+    assert number > hardkv.max_batch_size(model.config, 40, **lengths, memory=memory, **SIZES) == 3
+    assert run(model, number, 60, 20, budget=40, bits=bits).nbytes() == pytest.approx(memory, rel=0.3)
+    assert run(model, number, 60, 20, static=False, budget=40, bits=bits).nbytes() <= memory
 
 
 def test_a_model_is_taken_for_its_config():
