@@ -28,6 +28,7 @@ from hardkv.kernels.attention import triton as attention  # noqa: E402
 from hardkv.kernels.attention import triton_schedule as schedule  # noqa: E402
 from hardkv.kernels.codes import Coding, code_width  # noqa: E402
 from hardkv.kernels.codes import triton as codes  # noqa: E402
+from hardkv.kernels.codes import triton_decode as decode  # noqa: E402
 from hardkv.kernels.compaction import triton as compaction  # noqa: E402
 from hardkv.kernels.compaction import triton_in_place as in_place  # noqa: E402
 from hardkv.kernels.layout import triton as layout  # noqa: E402
@@ -238,6 +239,16 @@ def gather_codes(dim, dtype, layout, bits):
     codes.gather_codes([*tiers, (dense, dense)], scales, centres, bits, address, address[:500], *known)
 
 
+def gather_states(dim, dtype, layout, bits):
+    *_, dense = sources(dim, dtype, layout)
+    dense = dense if dense.dim() == 4 else dense.view(B, H, -1, dim)
+    held = torch.empty(2, N, code_width(dim, bits), dtype=torch.uint8)
+    scales = torch.empty(2, N, 2, dtype=torch.float16)
+    centre, rows = torch.empty(B * H, dim, dtype=dense.dtype), Rows(cu_seqlens(), N, 300)
+    out, address = torch.empty(N, dim, dtype=dense.dtype), torch.zeros(N, dtype=torch.int64)
+    decode.gather_states([*held, dense], scales, centre, 0, bits, address, rows, out)
+
+
 def cut():
     schedule.Schedule.make(cu_seqlens(), N, C, 400)
 
@@ -391,6 +402,19 @@ def test_gathering_codes(check, arch, dim, dtype, layout, bits):
 
 
 @pytest.mark.parametrize(
+    ("arch", "dim", "dtype", "layout", "bits"),
+    [
+        *((*shape, *case) for shape, *case in zip(SHAPES, cycle(LAYOUTS), cycle([8, 4, 3, 2]), strict=False)),
+        *product(["sm_80", "sm_90"], [128], ["bfloat16"], ["strided"], [8, 4, 3, 2]),
+        *product(["sm_86"], [256, 512], ["bfloat16"], ["strided"], [8, 3]),
+        ("sm_90", 8, "float16", "flat", 3),
+    ],
+)
+def test_gathering_states(check, arch, dim, dtype, layout, bits):
+    check(arch, gather_states, dim, dtype, layout, bits)
+
+
+@pytest.mark.parametrize(
     ("arch", "dim", "dtype", "q_len", "options"),
     [(*shape, *case) for shape, case in zip(SHAPES, cycle(APPENDS), strict=False)],
 )
@@ -416,6 +440,7 @@ def test_no_kernel_is_left_out():
         gather_keys(64, "float16", "flat")
         compact(64, "float16", "flat")
         gather_codes(64, "float16", "flat", (4, 4))
+        gather_states(64, "float16", "flat", 4)
         add(64, "float16", 1, "plain")
         append_step(64, "float16")
     assert launched == {function.__name__ for function in functions} - called

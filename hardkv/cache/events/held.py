@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hardkv.cache.storage.tiers import Tiers
-from hardkv.kernels.compaction import gather_tokens
 from hardkv.kernels.layout import layout
 from hardkv.kernels.rows import Rows, cumulative
 
@@ -42,13 +41,12 @@ class HeldTokens:
         return [rows.total for rows in self.layers]
 
     def gather(self, layers: Sequence[Tiers], kind: int) -> Tensor:
-        """Return keys (kind 0) or values (kind 1) of all tokens, `[N, D]`."""
-        sources = [tiers.states(kind) for tiers in layers]
-        out = sources[0][0].new_empty(self.rows.total, sources[0][0].shape[-1])
-        for source, address, place in zip(
-            sources, self.address.split(self.totals), out.split(self.totals), strict=True
-        ):
-            gather_tokens(source, address, out=place)
+        """Return keys (kind 0) or values (kind 1) of all tokens, `[N, D]`, decoded."""
+        dense = layers[0].sources[-1][kind]
+        out = dense.new_empty(self.rows.total, dense.shape[-1])
+        parts = zip(layers, self.address.split(self.totals), self.layers, out.split(self.totals), strict=True)
+        for tiers, address, rows, place in parts:
+            tiers.gather(kind, address, rows, out=place)
         return out
 
 

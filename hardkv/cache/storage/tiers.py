@@ -8,7 +8,9 @@ from torch import Tensor
 from hardkv.cache.storage.codec import Centres, Codec
 from hardkv.cache.storage.dense import DenseTier
 from hardkv.cache.storage.ragged import Columns, RaggedTier
-from hardkv.kernels.codes import Coding
+from hardkv.kernels.codes import Coding, gather_states
+from hardkv.kernels.compaction import gather_tokens
+from hardkv.kernels.rows import Rows
 
 # The places that hold tokens. Attention reads "condensed" and "dense".
 TIERS = ("condensed", "sparse", "dense")
@@ -97,14 +99,18 @@ class Tiers:
         assert self.centres is not None
         return Coding(self.codec.bits, columns.scales, *self.centres)
 
-    def states(self, kind: int) -> list[Tensor]:
-        """Return the keys (kind 0) or values (kind 1) of all tiers, decoded, in the order that addresses count them."""
+    def gather(self, kind: int, address: Tensor, rows: Rows, *, out: Tensor) -> None:
+        """Write keys (kind 0) or values (kind 1) of tokens to `out [N, D]`, decoded.
+
+        Args:
+            address: int64 `[N]`, index of each token in `sources`. rows: of these N tokens.
+        """
         stored = [source[kind] for source in self.sources]
-        for i, tier in enumerate((self.condensed, self.sparse)):
-            coding = self.coding(tier.columns)
-            if coding is not None:
-                stored[i] = coding.states(kind, stored[i], tier.rows.ids)
-        return stored
+        if self.codec is None or self.centres is None or self.codec.bits[kind] == 16:
+            gather_tokens(stored, address, out=out)
+        else:
+            scales = [tier.columns.scales for tier in (self.condensed, self.sparse)]
+            gather_states(stored, scales, self.centres[kind], kind, self.codec.bits[kind], address, rows, out=out)
 
     def next_centres(self) -> Centres | None:
         """Return the centres with which an event quantises; None without a codec."""

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from hardkv.kernels.backends import current, kernels_for
 from hardkv.kernels.codes.coding import Coding
-from hardkv.kernels.codes.gather_reference import gather_codes_reference
+from hardkv.kernels.codes.gather_reference import gather_codes_reference, gather_states_reference
 from hardkv.kernels.codes.reference import code_width, decode, encode
+from hardkv.kernels.rows import Rows
 
-__all__ = ["BITS", "Coding", "code_width", "decode", "encode", "gather_codes"]
+__all__ = ["BITS", "Coding", "code_width", "decode", "encode", "gather_codes", "gather_states"]
 
 # Bits per coordinate that states can have; 16 stands for states that are not quantised.
 BITS = (16, 8, 4, 3, 2)
@@ -52,3 +53,43 @@ def gather_codes(
         with current(address):
             return kernel.gather_codes(sources, scales, centres, bits, *chosen)
     return gather_codes_reference(sources, scales, centres, bits, *chosen)
+
+
+def gather_states(
+    sources: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    centre: Tensor,
+    kind: int,
+    bits: int,
+    address: Tensor,
+    rows: Rows,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gather the keys or the values of tokens of two quantised tiers and a dense tier, decoded.
+
+    On a GPU with Triton, this is one launch, which reads codes and writes states.
+
+    Args:
+        sources: of three tiers: codes, uint8 `[n_i, W]`, of two, and then states `[B, H, C, D]` in the dense tier.
+        scales: float16 `[n_i, 2]`, of the keys and values of the first two tiers.
+        centre: `[R, D]`, added to what the codes of a row stand for.
+        kind: 0 for keys, 1 for values. bits: of the codes: 8, 4, 3 or 2.
+        address: int64 `[N]`, index of each token in the first two tiers and then the dense slots, as in `gather_codes`.
+        rows: of these N tokens; row b * H + h is of head h of sequence b.
+        out: `[N, D]`, contiguous, written to; None allocates it.
+
+    Returns:
+        `[N, D]`, in the dense tier's dtype.
+    """
+    dense = sources[-1]
+    if out is None:
+        out = dense.new_empty(address.shape[0], dense.shape[-1])
+    if kernels_for(dense.device, dense.dtype) == "triton":
+        from hardkv.kernels.codes import triton_decode as kernel
+
+        with current(address):
+            kernel.gather_states(sources, scales, centre, kind, bits, address, rows, out)
+    else:
+        gather_states_reference(sources, scales, centre, kind, bits, address, rows, out)
+    return out

@@ -1,11 +1,12 @@
-"""The PyTorch reference of `gather_codes`."""
+"""The PyTorch references of `gather_codes` and `gather_states`."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hardkv.kernels.codes.reference import encode
+from hardkv.kernels.codes.reference import decode, encode
+from hardkv.kernels.rows import MAX_BUCKET_TOKENS, Rows
 
 
 def gather_codes_reference(
@@ -37,3 +38,24 @@ def gather_codes_reference(
         new_scales.append(scale)
     stored = torch.cat([*scales, torch.stack(new_scales, 1)])
     return codes[0], codes[1], positions[index], misses[index], stored[place]
+
+
+def gather_states_reference(
+    sources: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    centre: Tensor,
+    kind: int,
+    bits: int,
+    address: Tensor,
+    rows: Rows,
+    out: Tensor,
+) -> None:
+    """The PyTorch reference of `gather_states`. It decodes in parts, because temporaries take several times a part."""
+    *held, dense = sources
+    codes, scale, states = torch.cat([*held]), torch.cat([each[:, kind] for each in scales]), dense.flatten(0, 2)
+    parts = (each.split(MAX_BUCKET_TOKENS) for each in (address, rows.ids, out))
+    for where, row, place in zip(*parts, strict=True):
+        coded = where < codes.shape[0]
+        chosen = where[coded]
+        place[coded] = decode(codes[chosen], scale[chosen], centre[row[coded]], bits)
+        place[~coded] = states[where[~coded] - codes.shape[0]]
