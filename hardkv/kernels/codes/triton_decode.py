@@ -20,8 +20,7 @@ from hardkv.kernels.gpu import cdiv, next_power_of_2
 from hardkv.kernels.rows import Rows
 
 # Coordinates that a program makes at most, and tokens; bytes of a token's codes that it reads at a time.
-COORDINATES, MAX_TOKENS, MAX_BYTES = 1 << 13, 128, 64
-WARPS = 8
+COORDINATES, MAX_TOKENS, MAX_BYTES = 1 << 13, 128, 32
 UNIT = tl.constexpr(reference.UNIT)
 
 
@@ -166,6 +165,6 @@ def gather_states(
         BLOCK=block,
         BYTES=min(max(padded // fields, 16), MAX_BYTES if padded <= 128 else MAX_BYTES // 2),
         BD=padded,
-        num_warps=WARPS,
+        num_warps=4 if padded <= 256 else 8,
         num_stages=1,
     )
