@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from hardkv.selectors.budgets.bits import CHOICES, choose, losses
 from hardkv.selectors.budgets.budget import Budget, FixedTotal, register_budget
 from hardkv.selectors.budgets.curves import RiskCurves
 from hardkv.selectors.budgets.water_filling import ROOM_SPARE, Plan
@@ -65,15 +66,45 @@ class Risk(FixedTotal):
         """
         if curves is None:
             raise ValueError(f"{self} needs measured risk curves: pass calibration=hardkv.calibrate(model)")
-        layers, heads, _ = curves.loss.shape
+        layers = curves.loss.shape[0]
         if num_layers != layers:
             raise ValueError(f"{self} has the curves of {layers} layers, not of {num_layers}: calibrate this model")
-        continued = curves.continued()
+        return self._budgets(self._plans(curves), curves)
+
+    def for_bits(
+        self, num_protected: int, curves: RiskCurves, distortion: Tensor, nbytes: Sequence[int]
+    ) -> "tuple[list[LayerRisk], list[tuple[int, int]]]":
+        """Choose the bits of every layer. Return the layers' budgets in bytes, and their bits of keys and values.
+
+        The budget is the bytes of n tokens per head at 16 bits, without the protected ones, which stay at 16.
+
+        Args:
+            num_protected: the usual |F|, window + sinks.
+            distortion: `[L, H, 2, 4]`, the loss by fewer bits; see `hardkv.Calibration`.
+            nbytes: of a token and head, by each of `bits.CHOICES`.
+        """
+        loss, cost = losses(distortion), torch.tensor(nbytes, device=distortion.device)
+        plans, chosen = [], []
+        for plan, own in zip(self._plans(curves), [loss] if self.scope == "model" else loss.split(1), strict=True):
+            found = choose(self, plan, own, cost, num_protected)
+            chosen += [CHOICES[each] for each in found.tolist()]
+            rows = cost[found].repeat_interleave(plan.rows // len(found))
+            plans.append(plan.priced(rows, int(cost[CHOICES.index((16, 16))]), num_protected))
+        return self._budgets(plans, curves), chosen
+
+    def _plans(self, curves: RiskCurves) -> list[Plan]:
+        """Return one plan per total: for all layers, or for each."""
+        continued, layers = curves.continued(), curves.loss.shape[0]
+        if self.scope == "model":
+            return [Plan.of(curves, continued, slice(None))]
+        return [Plan.of(curves, continued, slice(layer, layer + 1)) for layer in range(layers)]
+
+    def _budgets(self, plans: Sequence[Plan], curves: RiskCurves) -> "list[LayerRisk]":
+        """Return one budget per layer."""
+        layers, heads, _ = curves.loss.shape
         if self.scope == "layer":
-            plans = [Plan.of(curves, continued, slice(layer, layer + 1)) for layer in range(layers)]
             return [LayerRisk(self, (0,), heads, plan) for plan in plans]
-        plan = Plan.of(curves, continued, slice(None))
-        return [LayerRisk(self, (layer * heads,), heads, plan) for layer in range(layers)]
+        return [LayerRisk(self, (layer * heads,), heads, plans[0]) for layer in range(layers)]
 
     def allocation(self, curves: RiskCurves, length: int, num_protected: int) -> Tensor:
         """Return the counts `[L, H]` for a sequence of `length` tokens, the `num_protected` per head included."""
@@ -107,7 +138,7 @@ class LayerRisk(Budget):
 
     @property
     def limit(self) -> int:
-        return self.risk.limit
+        return self.plan.mean(self.risk.n)
 
     def joint(self, budgets: Sequence[Budget]) -> Budget | None:
         same = [each for each in budgets if isinstance(each, LayerRisk) and each.plan is self.plan]
