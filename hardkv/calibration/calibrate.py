@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from hardkv.cache.argument import argument_of
 from hardkv.cache.model import Traits
+from hardkv.calibration.distortion import distortion
 from hardkv.calibration.file import Calibration, describe_scorer
 from hardkv.calibration.fingerprint import fingerprint
 from hardkv.calibration.survey import Record, Step, SurveyCache, curve_edges, squared_attention
@@ -53,7 +54,8 @@ def calibrate(
     keeps n would still hold, since kept sets are nested (as in the stack simulation of paging, Mattson et al. 1970).
     The loss at n is the squared attention that the next `interval` queries pay to the tokens that the head would have
     lost. The curves average it over queries, the group's query heads, and contexts from a quarter of each text's length
-    on. `hardkv.selectors.fit_temperatures` fits the temperatures to at most 16 of the events.
+    on. `hardkv.selectors.fit_temperatures` fits the temperatures to at most 16 of the events. At as many, the loss by
+    fewer bits is measured in the same unit (`hardkv.calibration.distortion`), for `bits="auto"`.
 
     Args:
         model: a causal language model, on any device. It is not changed.
@@ -66,7 +68,8 @@ def calibrate(
         length: number of tokens used per text, by default 2,048, or fewer if the model has fewer positions.
             It does not apply to token ids.
         solver: the solver of `fit_temperatures`.
-        measure: another measure of loss: a function of a `Step`; `squared_attention` by default.
+        measure: another measure of loss: a function of a `Step`; `squared_attention` by default. With another one, the
+            loss by fewer bits is not measured, and `bits="auto"` cannot use the calibration.
         progress: show a bar.
 
     Raises:
@@ -117,8 +120,9 @@ def calibrate(
     edges = curve_edges(longest - interval - window - sinks)  # what the last queries have before them
     total_events = sum(ids.shape[0] * (ids.shape[1] // interval) for ids in batches)
     records: list[Record] = []
+    distort = distortion if measure is None and not traits.latent else None  # its unit is the default measure's
     cache = SurveyCache(
-        model.config, records, edges, -(-total_events // SAMPLES), measure or squared_attention, checked
+        model.config, records, edges, -(-total_events // SAMPLES), measure or squared_attention, distort, checked
     )
     if not records:
         raise ValueError(f"no layer of {type(model).__name__} uses full attention: there is nothing to calibrate")
@@ -146,6 +150,7 @@ def calibrate(
             module.training = training
     counts = torch.tensor(edges, device="cpu") + window + sinks
     key_means, value_means = (torch.stack(each) for each in zip(*(record.means() for record in records), strict=True))
+    distorted = [found for record in records if (found := record.distortion()) is not None]
     digest = hashlib.sha256()
     for ids in batches:
         digest.update(ids.cpu().numpy().tobytes())
@@ -157,6 +162,7 @@ def calibrate(
         risk=torch.stack([record.curve() for record in records]),
         key_means=key_means,
         value_means=value_means,
+        distortion=torch.stack(distorted) if len(distorted) == len(records) else None,
         provenance={
             "name": traits.name,
             "geometry": traits.geometry,

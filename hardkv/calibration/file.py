@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = "1"
 # Fields of a calibration that are tensors.
-TENSORS = ("temperatures", "residuals", "counts", "risk", "kept", "key_means", "value_means")
+TENSORS = ("temperatures", "residuals", "counts", "risk", "kept", "key_means", "value_means", "distortion")
 
 
 def describe_scorer(scorer: Scorer) -> dict[str, Any]:
@@ -50,6 +50,8 @@ class Calibration:
         path: the file it was loaded from or saved to.
         key_means, value_means: float32 `[L, H, D]` and `[L, H, Dv]`, the mean key and value of each head, without the
             first `sinks` tokens of a text. Caches with `bits` below 16 subtract them. None: not measured.
+        distortion: float32 `[L, H, 2, 4]`, the loss of a head, in the unit of `risk`, whose keys (0) or values (1) have
+            8, 4, 3 or 2 bits. Keys and values add up. `bits="auto"` chooses by it. None: not measured.
     """
 
     temperatures: Tensor
@@ -61,6 +63,7 @@ class Calibration:
     path: Path | None = None
     key_means: Tensor | None = None
     value_means: Tensor | None = None
+    distortion: Tensor | None = None
 
     @property
     def curves(self) -> RiskCurves:
@@ -171,6 +174,14 @@ class Calibration:
         if made_for and name and Path(made_for).name != Path(name).name:
             return f"the calibration was made for {made_for!r} and is used with {name!r}"
         return None
+
+    def check_distortion(self) -> None:
+        """Raise ValueError unless the loss by fewer bits was measured."""
+        if self.distortion is None or self.risk is None:
+            raise ValueError(
+                f"bits='auto': the calibration {self} did not measure the loss by fewer bits: calibrate again, "
+                "hardkv.calibrate(model), without a measure of your own; head dims must be multiples of 8"
+            )
 
     def _compare(self, kind: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         different = [

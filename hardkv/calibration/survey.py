@@ -19,6 +19,8 @@ from hardkv.selectors.observation import Observation
 from hardkv.selectors.ranking import Ranking
 from hardkv.selectors.temperatures import fit_temperatures, kept_counts
 
+GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 spread evenly
+
 
 @dataclass(frozen=True)
 class Step:
@@ -63,6 +65,8 @@ class Record:
     edges: list[int]
     lost: Tensor | None = None  # float64 [H, K - 1], the loss between two counts, summed over steps
     steps: int = 0
+    distorted: Tensor | None = None  # float64 [H, 2, bits], the loss by quantising keys or values, summed over steps
+    distorted_steps: int = 0
     samples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # z, A, candidates: each [H, n]
     sums: list[Tensor] = field(default_factory=list)  # float64 [H, D] and [H, Dv], keys and values summed over tokens
     tokens: int = 0  # of all texts, summed in `sums`
@@ -84,6 +88,10 @@ class Record:
         assert self.lost is not None
         tail = (self.lost / self.steps).flip(-1).cumsum(-1).flip(-1)
         return torch.nn.functional.pad(tail, (0, 1)).float().cpu()
+
+    def distortion(self) -> Tensor | None:
+        """Return the mean loss by quantising keys or values, float32 `[H, 2, bits]`; None if it was not measured."""
+        return None if self.distorted is None else (self.distorted / self.distorted_steps).float().cpu()
 
     def fit(self, p: float, solver: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return temperatures and residuals, `[H]` each, and median kept counts `[3, H]`."""
@@ -112,12 +120,20 @@ def curve_edges(most: int) -> list[int]:
 class _Survey(Budget):
     """A budget that keeps everything, and records the loss that keeping fewer tokens would cause."""
 
-    def __init__(self, record: Record, layer_idx: int, every: int, measure: "Callable[[Step], Tensor]"):
+    def __init__(
+        self,
+        record: Record,
+        layer_idx: int,
+        every: int,
+        measure: "Callable[[Step], Tensor]",
+        distort: "Callable[[Step], Tensor] | None",
+    ):
         self.record = record
         self.layer_idx = layer_idx
         self.every = every  # number of events from one sample for the temperatures to the next
         self.measure = measure
-        self.events = 0  # in all texts
+        self.distort = distort
+        self.events = self.measured = 0  # in all texts
         self.begin(0)
 
     def begin(self, length: int) -> None:
@@ -151,8 +167,16 @@ class _Survey(Budget):
         assert self.order is not None
         edges = torch.tensor(self.record.edges, device=query.device).clamp_max(self.order.shape[1])
         step = Step(self.layer_idx, observation, query, positions, sinks, self.order, edges)
-        lost = self.measure(step).unflatten(0, (observation.batch_size, -1)).sum(0)
-        self.record.lost = lost if self.record.lost is None else self.record.lost + lost
+        record, batch = self.record, observation.batch_size
+        lost = self.measure(step).unflatten(0, (batch, -1)).sum(0)
+        record.lost = lost if record.lost is None else record.lost + lost
+        dims = observation.keys.shape[-1], observation.values.shape[-1]
+        chosen = self.measured * GOLDEN % 1 < 1 / self.every  # a share of the steps, at all lengths
+        self.measured += 1
+        if self.distort is not None and chosen and self.order.shape[1] and not any(dim % 8 for dim in dims):
+            distorted = self.distort(step).unflatten(0, (batch, -1)).sum(0)
+            record.distorted = distorted if record.distorted is None else record.distorted + distorted
+            record.distorted_steps += batch
 
     def _sample(self, ranking: Ranking) -> None:
         observation = ranking.observation
@@ -213,10 +237,11 @@ class SurveyCache(HardKVCache):
         edges: list[int],
         every: int,
         measure: "Callable[[Step], Tensor]",
+        distort: "Callable[[Step], Tensor] | None",
         settings: HardKVConfig,
     ):
         def make_layer(settings: HardKVConfig, budget: Budget, layer_idx: int, states: int) -> HardKVLayer:
-            survey = _Survey(Record(edges), layer_idx, every, measure)
+            survey = _Survey(Record(edges), layer_idx, every, measure, distort)
             if states:
                 return _HybridSurveyLayer(settings, survey, layer_idx, states)
             return _SurveyLayer(settings, survey, layer_idx)

@@ -26,7 +26,7 @@ TINY = {
 }
 # of `make`
 SETTINGS = {"scorer": "attention", "window": 8, "sinks": 2}
-TENSORS = ["temperatures", "residuals", "counts", "risk", "kept", "key_means", "value_means"]
+TENSORS = ["temperatures", "residuals", "counts", "risk", "kept", "key_means", "value_means", "distortion"]
 
 
 def make(config=None, layers=(0, 1, 2), **changes):
@@ -42,6 +42,7 @@ def make(config=None, layers=(0, 1, 2), **changes):
         "kept": torch.randint(0, 200, (3, *shape), generator=generator),
         "key_means": torch.rand(*shape, 8, generator=generator),
         "value_means": torch.rand(*shape, 8, generator=generator),
+        "distortion": torch.rand(*shape, 2, 4, generator=generator),
         "provenance": {
             "name": Traits.of(config).name,
             "geometry": Traits.of(config).geometry,
@@ -59,7 +60,7 @@ def make(config=None, layers=(0, 1, 2), **changes):
 
 
 def temperatures_only(**changes):
-    return make(counts=None, risk=None, kept=None, key_means=None, value_means=None, **changes)
+    return make(counts=None, risk=None, kept=None, key_means=None, value_means=None, distortion=None, **changes)
 
 
 def bits(tensor):
