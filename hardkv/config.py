@@ -16,15 +16,17 @@ from hardkv.selectors.scorers.scorer import Scorer, get_scorer, scorer_to_dict
 MAX_PATIENCE = 254
 
 
-def check_bits(bits: Any) -> int | tuple[int, int]:
-    """Return the bits of keys and values, as one number if they are equal.
+def check_bits(bits: Any) -> int | tuple[int, int] | str:
+    """Return the bits of keys and values, as one number if they are equal; or "auto".
 
     Raises:
         ValueError: they are not allowed.
     """
+    if isinstance(bits, str) and bits == "auto":
+        return bits
     pair = tuple(bits) if isinstance(bits, list | tuple) else (bits, bits)
     if len(pair) != 2 or any(type(each) is not int or each not in BITS for each in pair):
-        raise ValueError(f"bits={bits!r} must be one of {BITS}, or a pair of them for keys and values")
+        raise ValueError(f"bits={bits!r} must be one of {BITS}, or a pair of them for keys and values, or 'auto'")
     return pair[0] if pair[0] == pair[1] else pair
 
 
@@ -54,7 +56,9 @@ class HardKVConfig:
         offload: keep condensed keys and values in host memory, and copy those of a layer to the device while the layer
             before it computes. The dense tier, positions and sliding-window layers stay on the device.
         bits: per coordinate of the tokens that events keep: 16 (as they are), 8, 4, 3 or 2, or a pair for keys and
-            values. The first `sinks` tokens and those since the last event always have 16.
+            values. "auto", for `Risk(n)` with a calibration: choose each layer's bits, and spend the bytes of n tokens
+            of 16 bits per head where they buy most. The first `sinks` tokens and those since the last event always
+            have 16.
 
     Raises:
         ValueError, TypeError: a value is not allowed; the message says which are.
@@ -86,7 +90,7 @@ class HardKVConfig:
     refit: int = 0
     attention: str = "auto"
     offload: bool = False
-    bits: "int | tuple[int, int]" = 16
+    bits: "int | tuple[int, int] | str" = 16
 
     def __post_init__(self) -> None:
         self.scorer = get_scorer(self.scorer)
@@ -101,6 +105,12 @@ class HardKVConfig:
             self.budget, of_int=Risk if has_risk else Adaptive if self.calibration is not None else TopK
         )
         self.bits = check_bits(self.bits)
+        if self.bits == "auto" and not (has_risk and isinstance(self.budget, Risk)):
+            raise ValueError(
+                "bits='auto' shares the bytes of Risk(n) between tokens and bits, by losses that a calibration "
+                f"measured; got budget={self.budget}, calibration={self.calibration}: pass budget=Risk(n), and "
+                "calibration='auto', or what hardkv.calibrate(model) returned, or the path it was saved to"
+            )
         self.window = check_count("window", self.window, 1)
         self.sinks = check_count("sinks", self.sinks, 0)
         self.interval = check_count("interval", self.interval, 1)
@@ -118,6 +128,8 @@ class HardKVConfig:
                 )
         if isinstance(self.calibration, Calibration):
             self.calibration.check_settings(self.scorer, self.window)
+            if self.bits == "auto":
+                self.calibration.check_distortion()
         if self.budget.uses_risk and not has_risk:
             raise ValueError(
                 f"the budget {self.budget} needs measured risk curves: pass calibration='auto', or what "
@@ -138,7 +150,9 @@ class HardKVConfig:
 
     @property
     def bits_of_both(self) -> tuple[int, int]:
-        """`bits` of keys and of values."""
+        """`bits` of keys and of values; 16 if they are "auto", until the cache has chosen those of each layer."""
+        if isinstance(self.bits, str):
+            return 16, 16
         return self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from transformers.cache_utils import (
 from hardkv.cache.hybrid import HybridLayer
 from hardkv.cache.layer import HardKVLayer
 from hardkv.cache.model import Traits
+from hardkv.cache.storage.codec import token_nbytes
 from hardkv.cache.storage.offload import Offload
 from hardkv.calibration.file import Calibration
 from hardkv.config import HardKVConfig
-from hardkv.selectors.budgets import Budget
+from hardkv.selectors.budgets import Budget, Risk
+from hardkv.selectors.budgets.bits import CHOICES
 
 # Takes settings, budget, layer_idx, and the number of linear-attention states that the layer holds besides its keys.
 LayerFactory = Callable[[HardKVConfig, Budget, int, int], HardKVLayer]
@@ -71,9 +73,13 @@ def build_layers(
     ):
         warn(warning)
     calibration, built = settings.calibration, list(layers)
-    for rank, (idx, budget) in enumerate(zip(full, _budgets(settings, len(full)), strict=True)):
+    budgets, bits = (
+        _with_bits(settings, traits, full) if settings.bits == "auto" else (_budgets(settings, len(full)), None)
+    )
+    for rank, (idx, budget) in enumerate(zip(full, budgets, strict=True)):
         layer = make(settings, budget, idx, getattr(layers[idx], "number_of_states", 0))
         layer.first, layer.offloading = rank == 0, offload
+        layer.bits = layer.bits if bits is None else bits[rank]
         layer.shared, layer.latent = traits.shares_keys, traits.latent
         if isinstance(calibration, Calibration) and budget.uses_temperature:
             layer.temperatures = calibration.temperatures[rank]
@@ -110,6 +116,21 @@ def _budgets(settings: HardKVConfig, num_layers: int | None) -> Sequence[Budget]
     has_risk = isinstance(calibration, Calibration) and calibration.risk is not None
     curves = calibration.curves if has_risk else None  # type: ignore[union-attr]
     return budget.for_layers(num_layers, settings.window + settings.sinks, curves)
+
+
+def _with_bits(
+    settings: HardKVConfig, traits: Traits, full: Sequence[int]
+) -> tuple[Sequence[Budget], list[tuple[int, int]]]:
+    """Return one budget per compressed layer, and the layer's bits of keys and values, for bits "auto"."""
+    budget, calibration = settings.budget, settings.calibration
+    assert isinstance(budget, Risk)
+    assert isinstance(calibration, Calibration)
+    calibration.check_distortion()
+    assert calibration.distortion is not None
+    _, _, dim, value_dim = traits.heads(full[0])
+    nbytes = [token_nbytes(pair, dim, value_dim, itemsize=2) for pair in CHOICES]
+    protected = settings.window + settings.sinks
+    return budget.for_bits(protected, calibration.curves, calibration.distortion, nbytes)
 
 
 def _not_compressed(traits: Traits, layers: Sequence[Any]) -> str | None:

@@ -78,7 +78,7 @@ class HardKVCache(GivenCache):
         refit: int = HardKVConfig.refit,
         attention: str = HardKVConfig.attention,
         offload: bool = HardKVConfig.offload,
-        bits: "int | tuple[int, int]" = HardKVConfig.bits,
+        bits: "int | tuple[int, int] | str" = HardKVConfig.bits,
     ):
         self.settings = HardKVConfig(
             scorer, budget, window, sinks, interval, patience, pin_prompt, calibration, refit, attention, offload, bits

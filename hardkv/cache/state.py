@@ -38,6 +38,7 @@ class LayerState(CacheLayerMixin):
         first: whether it is the first compressed layer. This layer checks masks for all layers.
         shared: whether later layers read the layer's keys again. Its events then wait for its next `update()`.
         temperatures: `[H]`, from a calibration; the budget divides scores by them. None without.
+        bits: of keys and of values; those of the settings by default.
         means: of keys and values, `[H, D]` and `[H, Dv]`, from a calibration; a codec subtracts them. None without.
         offloading: keeps the ragged tiers on the host while the layer does not attend. None: they stay on the device.
         latent: whether the model expands what the layer stores. "keys" are then latents and "values" are rotated keys;
@@ -54,6 +55,7 @@ class LayerState(CacheLayerMixin):
         self.shared = False
         self.latent = False
         self.temperatures: Tensor | None = None
+        self.bits = settings.bits_of_both
         self.means: tuple[Tensor, Tensor] | None = None
         self.offloading: Offload | None = None
         self.pool: Pool | None = None
@@ -85,13 +87,12 @@ class LayerState(CacheLayerMixin):
     @property
     def codec(self) -> Codec | None:
         """How the ragged tiers quantise their tokens; None: not at all."""
-        settings = self.settings
-        return None if settings.bits == 16 else Codec(settings.bits_of_both, settings.sinks, self.means)
+        return None if self.bits == (16, 16) else Codec(self.bits, self.settings.sinks, self.means)
 
     @property
     def stay_in_dense(self) -> int:
         """How many tokens of a sequence stay in the dense tier at events, if it has so many."""
-        return self.settings.window + (0 if self.settings.bits == 16 else self.settings.sinks)
+        return self.settings.window + (0 if self.bits == (16, 16) else self.settings.sinks)
 
     @property
     def key_dim(self) -> int:
@@ -116,7 +117,7 @@ class LayerState(CacheLayerMixin):
         Raises:
             ValueError: the cache quantises, and a head dim is not a multiple of 8.
         """
-        check_dims(self.settings.bits_of_both, key_states.shape[-1], value_states.shape[-1], self.layer_idx)
+        check_dims(self.bits, key_states.shape[-1], value_states.shape[-1], self.layer_idx)
         self.dtype, self.device = attended_dtype(key_states), key_states.device
         dense = DynamicLayer().update(key_states[:, :, :0], value_states[:, :, :0])
         self.dense_dtypes = tuple(states.dtype for states in dense)

@@ -40,8 +40,8 @@ def auto(model: Any, settings: HardKVConfig, warn: Callable[[str], Any] = warnin
 
     A file belongs to weights, adapters included, under any name of the model (`hardkv.calibration.fingerprint`), and to
     a scorer with its window, sinks and interval. It holds the result of the default texts. Delete it to calibrate
-    again. A file that cannot be read is replaced. If no file can be written, this process keeps the calibration in
-    memory.
+    again. A file that cannot be read is replaced, and with bits "auto" one without losses by bits. If no file can be
+    written, this process keeps the calibration in memory.
 
     Args:
         model: the transformers model, loaded. settings: scorer, window, sinks and interval. warn: is told what is
@@ -75,9 +75,12 @@ def auto(model: Any, settings: HardKVConfig, warn: Callable[[str], Any] = warnin
     try:
         found = Calibration.load(cache_folder() / name)
         found.check_settings(scorer, settings.window)
-        if found.provenance.get("weights") == weights:
+        if settings.bits == "auto" and found.distortion is None:
+            warn(f"calibration='auto' calibrates again, since {str(found.path)!r} holds no losses by bits")
+        elif found.provenance.get("weights") == weights:
             return found
-        warn(f"calibration='auto' calibrates again, since {str(found.path)!r} was made for other weights")
+        else:
+            warn(f"calibration='auto' calibrates again, since {str(found.path)!r} was made for other weights")
     except FileNotFoundError:  # nothing is kept yet
         pass
     except (OSError, ValueError) as error:

@@ -14,10 +14,10 @@ from transformers import DeepseekV3Config
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
 from hardkv.cache.model import Traits
-from hardkv.cache.storage.codec import Centres, Codec
+from hardkv.cache.storage.codec import Centres, Codec, token_nbytes
 from hardkv.cache.storage.dense import DenseTier
 from hardkv.cache.storage.tiers import Tiers
-from hardkv.selectors import BUDGETS, SCORERS, AdaKV, TopK, get_budget
+from hardkv.selectors import BUDGETS, SCORERS, AdaKV, Risk, TopK, get_budget
 from tests.cache.bare_model import BareModel
 from tests.cache.conftest import DEVICE
 from tests.cache.plain_codes import CodedRow
@@ -33,12 +33,12 @@ class Followed:
     def __init__(self, cache, batch, seed):
         self.cache, self.batch = cache, batch
         self.generator = torch.Generator("cpu").manual_seed(seed)
-        self.bits = cache.settings.bits_of_both
-        self.rows = [[[CodedRow(self.bits) for _ in range(HEADS)] for _ in range(batch)] for _ in range(LAYERS)]
+        self.bits = [layer.bits for layer in cache.layers]
+        self.rows = [[[CodedRow(bits) for _ in range(HEADS)] for _ in range(batch)] for bits in self.bits]
         self.keys = np.zeros((LAYERS, batch, HEADS, 0, DIM))
         self.values = np.zeros((LAYERS, batch, HEADS, 0, DIM))
         self.exists = torch.zeros(batch, 0, dtype=torch.bool)
-        self.dense = [[] for _ in range(batch)]  # positions in the dense tier
+        self.dense = [[[] for _ in range(batch)] for _ in range(LAYERS)]  # positions in the dense tier
         self.events = 0
 
     def draw(self, heads, count):
@@ -57,8 +57,9 @@ class Followed:
         self.keys, self.values = (
             np.concatenate([old, new.numpy()], 3) for old, new in ((self.keys, keys), (self.values, values))
         )
-        for b in range(self.batch):
-            self.dense[b] += (start + exists[b].nonzero()[:, 0]).tolist()
+        for layer in range(LAYERS):
+            for b in range(self.batch):
+                self.dense[layer][b] += (start + exists[b].nonzero()[:, 0]).tolist()
         states = (each.to(DEVICE) for each in (queries, keys, values))
         for layer, out in enumerate(MODEL.attend(self.cache, *states, self.exists)):
             self.compare(out.cpu().numpy(), queries[layer].numpy(), kept[layer], layer, start)
@@ -86,8 +87,9 @@ class Followed:
         if tiers[0].events == self.events:
             return
         self.events = tiers[0].events
-        sinks = 0 if self.bits == (16, 16) else self.cache.settings.sinks
+        window = self.cache.settings.window
         for layer, held in enumerate(tiers):
+            sinks = 0 if self.bits[layer] == (16, 16) else self.cache.settings.sinks
             for b in range(self.batch):
                 for h in range(HEADS):
                     staying = [
@@ -96,11 +98,10 @@ class Followed:
                         for p in tier.positions[tier.cu_seqlens[b * HEADS + h] : tier.cu_seqlens[b * HEADS + h + 1]]
                     ]
                     states = self.keys[layer, b, h], self.values[layer, b, h]
-                    self.rows[layer][b][h].event(staying, self.dense[b], *states, sinks)
-        window = self.cache.settings.window
-        self.dense = [sorted({*tokens[:sinks], *tokens[-window:]}) for tokens in self.dense]
-        for b in range(self.batch):  # so each token is in the dense tier or in a row, never in both
-            assert tiers[0].dense.positions[b, : tiers[0].dense.fill[b]].tolist() == self.dense[b]
+                    self.rows[layer][b][h].event(staying, self.dense[layer][b], *states, sinks)
+            self.dense[layer] = [sorted({*tokens[:sinks], *tokens[-window:]}) for tokens in self.dense[layer]]
+            for b in range(self.batch):  # so each token is in the dense tier or in a row, never in both
+                assert held.dense.positions[b, : held.dense.fill[b]].tolist() == self.dense[layer][b]
 
     def check_observed(self):
         """Scorers see the states that attention reads."""
@@ -125,7 +126,7 @@ class Followed:
         self.cache.reorder_cache(torch.tensor(rows))
         self.batch, self.exists = len(rows), self.exists[rows]
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.dense = [[*self.dense[b]] for b in rows]
+        self.dense = [[[*layer[b]] for b in rows] for layer in self.dense]
         self.rows = [[[row.copy() for row in layer[b]] for b in rows] for layer in self.rows]
 
     def crop(self, count):
@@ -134,7 +135,7 @@ class Followed:
         left = self.exists.shape[1] - count
         self.exists = self.exists[:, :left]
         self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
-        self.dense = [[p for p in tokens if p < left] for tokens in self.dense]
+        self.dense = [[[p for p in tokens if p < left] for tokens in layer] for layer in self.dense]
 
     def store(self):
         """Go on with what torch.save wrote."""
@@ -174,6 +175,11 @@ def test_any_run_reads_what_a_plain_account_reads(bits, sizes, budget, extra, pr
         config=CONFIG, scorer="snapkv", budget=budget(window + sinks + extra), window=window, sinks=sinks,
         interval=interval, patience=patience, bits=bits, offload=offload,
     )  # fmt: skip
+    follow(cache, prompt, pads, steps, seed)
+
+
+def follow(cache, prompt, pads, steps, seed):
+    """Run a prompt with `pads` columns before each sequence, and steps, and compare every output."""
     followed = Followed(cache, len(pads), seed)
     pads = torch.tensor(pads).clamp_max(prompt - 1)
     followed.forward(torch.arange(prompt) >= pads[:, None])
@@ -186,6 +192,106 @@ def test_any_run_reads_what_a_plain_account_reads(bits, sizes, budget, extra, pr
             followed.store()
         else:
             followed.check_observed()
+
+
+def calibrated(window, n, layers=((1, 1), (1, 1)), **changes):
+    """Settings with bits "auto", and a calibration by which each layer's keys and values lose so much by few bits."""
+    counts = torch.tensor([window, 10, 14, 20, 30, 50, 80])
+    steep = torch.tensor([[0.02, 0.1], [0.05, 0.3]])
+    risk = torch.exp(-steep[..., None] * counts) * (1 - counts / 80)
+    by_bits = torch.tensor([0.001, 0.02, 0.1, 0.4])
+    distortion = (torch.tensor(layers)[:, None, :, None] * by_bits).repeat(1, HEADS, 1, 1)
+    provenance = {
+        "geometry": Traits.of(CONFIG).geometry, "layers": [0, 1], "scorer": {"name": "attention"}, "window": window,
+    }  # fmt: skip
+    ones = torch.ones(LAYERS, HEADS)
+    values = {"counts": counts, "risk": risk, "distortion": distortion, "provenance": provenance} | changes
+    return {
+        "budget": Risk(n), "bits": "auto", "calibration": Calibration(ones, ones, **values),
+        "scorer": "attention", "window": window,
+    }  # fmt: skip
+
+
+@hypothesis_settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    scales=st.tuples(*[st.tuples(*[st.sampled_from([0.0, 0.01, 0.3, 3.0, 100.0])] * 2)] * 2),
+    sizes=st.tuples(st.integers(1, 4), st.integers(0, 4), st.integers(1, 6), st.integers(0, 2)),
+    extra=st.integers(1, 8),
+    prompt=st.integers(1, 30),
+    pads=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    offload=st.booleans(),
+    steps=steps,
+    seed=st.integers(0, 1 << 16),
+)
+def test_any_run_with_bits_by_layer(scales, sizes, extra, prompt, pads, offload, steps, seed):
+    window, sinks, interval, patience = sizes
+    settings = calibrated(window, window + sinks + extra, scales)
+    cache = HardKVCache(
+        config=CONFIG, sinks=sinks, interval=interval, patience=patience, offload=offload, **settings
+    )  # fmt: skip
+    follow(cache, prompt, pads, steps, seed)
+
+
+def test_bits_by_layer():
+    """Keys of the first layer and values of the second cannot be quantised well; bytes are those of the plan."""
+    cache = HardKVCache(config=CONFIG, sinks=2, interval=6, **calibrated(4, 12, [(1.0, 0.01), (0.01, 1.0)]))
+    (keys, values), (other_keys, other_values) = cache.stats().layer_bits
+    assert keys > values
+    assert other_keys < other_values
+    followed = Followed(cache, 1, 0)
+    for count in (90, 4, 6, 6):
+        followed.forward(torch.ones(1, count, dtype=torch.bool))
+    followed.crop(4)
+    for each in (followed, followed.copied()):
+        each.store()
+        each.select([0, 0])
+        each.forward(torch.ones(2, 9, dtype=torch.bool))
+        each.check_observed()
+        tiers = [layer.tiers.condensed for layer in each.cache.layers]
+        nbytes = [token_nbytes(layer.bits, DIM, DIM, 2) for layer in each.cache.layers]
+        spent = sum(tier.rows.total * each for tier, each in zip(tiers, nbytes, strict=True)) / 2
+        total = LAYERS * HEADS * (12 - 4 - 2) * token_nbytes((16, 16), DIM, DIM, 2)
+        assert total - max(nbytes) < spent <= total
+    stats = followed.cache.stats()
+    assert stats.bits == "auto"
+    assert f"bits            auto: {keys}, {values} in 1 layers, {other_keys}, {other_values} in 1 layers" in str(stats)
+    followed.cache.reset()
+    assert [layer.bits for layer in followed.cache.layers] == [(keys, values), (other_keys, other_values)]
+
+
+def test_a_layer_of_16_bits_beside_one_of_few():
+    cache = HardKVCache(config=CONFIG, sinks=2, interval=6, **calibrated(4, 40, [(1e4, 1e4), (0.001, 0.001)]))
+    assert cache.layers[0].codec is None
+    assert max(cache.layers[1].bits) < 16
+    followed = Followed(cache, 2, 0)
+    for count in (90, 6, 6):
+        followed.forward(torch.ones(2, count, dtype=torch.bool))
+    followed.check_observed()
+
+
+def test_auto_in_json(tmp_path):
+    settings = calibrated(4, 12)
+    settings["calibration"].save(tmp_path / "c.safetensors")
+    config = HardKVConfig(**settings)
+    again = HardKVConfig.from_json(config.to_json())
+    assert again.bits == "auto"
+    assert again.to_dict() == config.to_dict()
+    one, other = (HardKVCache(config=CONFIG, **each.to_dict()).stats().layer_bits for each in (config, again))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration": None, "budget": 12}, r"budget=TopK\(n=12\), calibration=None: pass budget=Risk\(n\), and cal"),
+        ({"budget": AdaKV(12)}, "pass budget=Risk"),
+        ({"calibration": "online", "budget": 12}, "calibration='auto', or what hardkv.calibrate"),
+        ({"calibration": calibrated(4, 12, distortion=None)["calibration"]}, "calibrate again, hardkv.calibrate"),
+    ],
+)
+def test_what_auto_needs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        HardKVConfig(**calibrated(4, 12) | changes)
 
 
 def test_crops_take_back_what_was_not_quantised():
@@ -305,9 +411,9 @@ def test_copies_go_on_by_themselves():
             each.forward(torch.ones(1, 6, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("bits", [1, 5, 4.0, True, "4", None, (4,), (4, 4, 4), (4, 7), "auto"])
+@pytest.mark.parametrize("bits", [1, 5, 4.0, True, "4", None, (4,), (4, 4, 4), (4, 7), "Auto"])
 def test_bits_that_are_refused(bits):
-    with pytest.raises(ValueError, match=r"must be one of \(16, 8, 4, 3, 2\), or a pair"):
+    with pytest.raises(ValueError, match=r"must be one of \(16, 8, 4, 3, 2\), or a pair .*, or 'auto'"):
         HardKVConfig(bits=bits)
 
 

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, Gemma4TextConfig
 
 import hardkv
-from hardkv import HardKVCache, graphed
+from hardkv import Calibration, HardKVCache, graphed
 from hardkv.cache.hybrid import HybridLayer
+from hardkv.cache.model import Traits
 from hardkv.cache.storage.memory import storage_nbytes
-from hardkv.selectors import AdaKV, Adaptive, Pyramid, TopK, TopP
+from hardkv.selectors import AdaKV, Adaptive, Pyramid, Risk, TopK, TopP
 from tests.cache.conftest import generate_logits, make_model, make_prompts
 from tests.models.tiny import tiny_model
 
@@ -38,6 +39,33 @@ def test_fixed_totals_are_held_exactly(budget, batch, bits):
     plain = run(model, batch, 80, 40, static=False, budget=budget, bits=bits)
     assert plain.nbytes() <= planned.nbytes
     assert planned.dense_nbytes == batch * model.config.num_hidden_layers * 2 * 120 * 2 * 8 * 4
+
+
+def test_bits_by_layer():
+    """What `Risk` keeps depends on the length by two in a hundred at most."""
+    model = make_model("qwen3")
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    counts = torch.tensor([10, 20, 40, 80, 120])
+    steep = torch.linspace(0.02, 0.1, layers * heads).view(layers, heads, 1)
+    scale = torch.logspace(-3, 1, layers).view(-1, 1, 1, 1)
+    ones = torch.ones(layers, heads)
+    provenance = {
+        "geometry": Traits.of(model.config).geometry, "layers": [*range(layers)], "scorer": {"name": "attention"},
+        "window": SIZES["window"],
+    }  # fmt: skip
+    calibration = Calibration(
+        ones, ones, counts, torch.exp(-steep * counts) * (1 - counts / 120), provenance=provenance,
+        distortion=(scale * torch.tensor([0.001, 0.02, 0.1, 0.4])).expand(-1, heads, 2, -1),
+    )  # fmt: skip
+    settings = {"budget": Risk(30), "bits": "auto", "calibration": calibration, "scorer": "attention"}
+    planned = hardkv.plan(model.config, batch=2, prompt_length=80, max_length=120, dtype=torch.float32,
+                          **SIZES, **settings)  # fmt: skip
+    assert planned.fixed
+    cache = run(model, 2, 80, 40, **settings)
+    assert len(set(cache.stats().layer_bits)) > 1
+    budgets = storage_nbytes(cache.layers[0].budget.tensors(cache.layers[0].device))
+    assert cache.nbytes() - budgets == pytest.approx(planned.nbytes, rel=0.04)
+    assert run(model, 2, 80, 40, static=False, **settings).nbytes() - budgets <= planned.nbytes
 
 
 @pytest.mark.parametrize(

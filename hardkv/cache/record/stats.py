@@ -1,5 +1,6 @@
 """Statistics of what a cache holds."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -88,7 +89,8 @@ class Stats:
         budget: decides how many tokens are kept.
         calibration: the calibration in use: its file, the model that it was made for and a fingerprint of that model's
             weights; "online"; "" for none.
-        bits: per coordinate of the tokens that events keep; "4", or "4, 3" for keys and values.
+        bits: per coordinate of the tokens that events keep; "4", or "4, 3" for keys and values, or "auto".
+        layer_bits: bits of keys and values, `[compressed layers][2]`.
         attention: backend that computes attention after the prompt.
         kernels: "triton" or "torch"; they score, select and compact.
         decode: how `graphed` ran its steps: "" if it did not run, "captured", or "uncaptured" without CUDA.
@@ -112,6 +114,7 @@ class Stats:
     budget: str
     calibration: str
     bits: str
+    layer_bits: list[tuple[int, int]]
     attention: str
     kernels: str
     decode: str
@@ -144,6 +147,7 @@ class Stats:
             budget=str(settings.budget),
             calibration="" if settings.calibration is None else str(settings.calibration),
             bits=str(settings.bits).strip("()"),
+            layer_bits=[layer.bits for layer in compressed],
             attention=used(_attention),
             kernels=used(lambda layer: kernels_for(layer.device, layer.dtype, layer.key_dim)),
             decode="" if steps is None else steps.how,
@@ -174,7 +178,7 @@ class Stats:
             f"selection       {self.scorer}, {self.budget}",
             *([f"calibration     {self.calibration}"] if self.calibration else []),
             *([f"temperatures    {_range(self.temperatures)}"] if self.temperatures else []),
-            *([f"bits            {self.bits}"] if self.bits != "16" else []),
+            *([f"bits            {self._bits()}"] if self.bits != "16" else []),
             f"attention       {self.attention}, other kernels {self.kernels}",
             *(
                 [f"decode steps    {self.decode}, {self.replays} replays of {self.captures} captures"]
@@ -184,6 +188,12 @@ class Stats:
             *(f"warning         {warning}" for warning in self.warnings),
         ]
         return "HardKVCache stats\n  " + "\n  ".join(lines)
+
+    def _bits(self) -> str:
+        """Return the bits, and if they are "auto", in how many layers keys and values have which."""
+        layers = sorted(Counter(self.layer_bits).items(), reverse=True) if self.bits == "auto" else []
+        which = ", ".join(f"{keys}, {values} in {count} layers" for (keys, values), count in layers)
+        return f"{self.bits}: {which}" if which else self.bits
 
 
 def _attention(layer: HardKVLayer) -> str:

@@ -23,6 +23,17 @@ class Centres(NamedTuple):
         return Centres(self.keys[rows], self.values[rows])
 
 
+def token_nbytes(bits: tuple[int, int], dim: int, value_dim: int, itemsize: int) -> int:
+    """Return the bytes of a token that an event keeps, with its position and misses.
+
+    Args:
+        bits, dim, value_dim: of its key and value. itemsize: bytes of a coordinate that is not quantised.
+    """
+    if bits == (16, 16):
+        return (dim + value_dim) * itemsize + 5
+    return Codec(bits, 0, None).nbytes(dim, value_dim, itemsize) + 5
+
+
 @dataclass(frozen=True)
 class Codec:
     """Quantise tokens when they leave the dense tier.
