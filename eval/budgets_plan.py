@@ -168,7 +168,8 @@ def _shares() -> list[Entry]:
 def _bits() -> list[Entry]:
     """Bits and tokens: one is calibrated on texts, which gives the centres, and one centres on its own tokens.
 
-    "Risk at equal bytes" keeps as many tokens as take the bytes of n tokens at 16 bits.
+    "Risk at equal bytes" keeps as many tokens as take the bytes of n tokens at 16 bits. "Risk, bits auto" has these
+    bytes too.
     """
     base = Entry("bits", "all tokens", 2048, "report")
     choices: list[Any] = [8, 4, 3, 2, [4, 3], [3, 4], [4, 2], [2, 4]]
@@ -182,6 +183,7 @@ def _bits() -> list[Entry]:
     for n in EQUAL_BYTES:
         for bits in (8, 4, 3, 2, [4, 3], [4, 2], [3, 2]):
             entries.append(seeded(replace(base, label="Risk at equal bytes", n=n, options={"bits": bits}), 0))
+        entries.append(seeded(replace(base, label="Risk, bits auto", n=n, options={"bits": "auto"}), 0))
         if n not in BUDGETS[2048]:
             entries.append(seeded(replace(base, label="Risk", n=n, options={"bits": 16}), 0))
     return entries

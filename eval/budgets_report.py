@@ -69,7 +69,7 @@ def label(record: dict[str, Any]) -> str:
     name, options = record["label"], record["options"]
     if options.get("scope") == "layer" and record["section"] != "shares":
         name += ", per layer"
-    if "bits" in options:
+    if options.get("bits", "auto") != "auto":
         name += f", {str(options['bits']).strip('[]')} bits"
     return name + (f", calibrated at {options['from']:,}" if "from" in options else "")
 

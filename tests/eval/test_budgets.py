@@ -97,6 +97,7 @@ def make_calibration(model, scorer):
         risk=weight * (36 / counts - 36 / 320),
         key_means=torch.zeros(3, 2, 8),
         value_means=torch.zeros(3, 2, 8),
+        distortion=(weight[..., None] * torch.tensor([0.001, 0.02, 0.1, 0.4])).expand(-1, -1, 2, -1),
         provenance={
             "geometry": Traits.of(model.config).geometry,
             "layers": [0, 1, 2],
@@ -154,6 +155,8 @@ def test_every_entry_makes_its_cache(entry, model):
         assert 89 <= held.mean() <= 90
     elif isinstance(budget, LUKV):  # the curves end before the text: a token of one head more or less
         assert abs(held.sum() - 6 * 90) <= 1
+    elif entry.options.get("bits") == "auto":
+        assert held.mean() >= 90
     else:
         assert held.mean() == budget.n
 
