@@ -26,6 +26,7 @@ from eval import measures
 from eval.baselines import LUKV, DuoAttention, HeadKV, LayerShares, Mixed
 from eval.budgets_plan import SCORERS, SECTIONS, Entry, Source, plan
 from eval.machine import one_line
+from eval.peers import Quantized, missing_package
 from eval.teacher_forced import Result, teacher_forced
 from hardkv import Calibration, HardKVCache, HardKVConfig, calibrate
 from hardkv.cache.storage.codec import Codec
@@ -75,8 +76,10 @@ def tokens_at_equal_bytes(n: int, bits: Any, calibration: Calibration) -> int:
     return protected + (n - protected) * (2 * sum(widths) + 5) // (codec.nbytes(*widths, itemsize=2) + 5)
 
 
-def make_cache(model: Any, entry: Entry, calibration: Calibration | None) -> HardKVCache:
+def make_cache(model: Any, entry: Entry, calibration: Calibration | None) -> HardKVCache | Quantized:
     """Create a new cache for an entry."""
+    if "backend" in entry.options:
+        return Quantized(model.config, **entry.options)
     budget = make_budget(entry, calibration)
     bits = entry.options.get("bits", 16)
     uses = isinstance(budget, Risk) or "calibrated" in entry.label or (bits != 16 and calibration is not None)
@@ -146,8 +149,8 @@ class Worker:
         """Return the records for the entries of one group."""
         names, ids = read_texts(self.tokenizer, *entries[0].group)
         ids = ids.to(self.model.device)
-        own = any(entry.source is not None and entry.source.texts == "self" for entry in entries)
-        parts = [self._pass(entries, part, own) for part in (ids.split(1) if own else [ids])]
+        apart = any(entry.apart for entry in entries)
+        parts = [self._pass(entries, part) for part in (ids.split(1) if apart else [ids])]
         records = []
         for entry in entries:
             results = [part[entry.key] for part in parts]
@@ -160,8 +163,8 @@ class Worker:
             records.append(record)
         return records
 
-    def _pass(self, entries: list[Entry], ids: Tensor, own: bool) -> dict[str, Result]:
-        def maker(entry: Entry) -> Callable[[], HardKVCache]:
+    def _pass(self, entries: list[Entry], ids: Tensor) -> dict[str, Result]:
+        def maker(entry: Entry) -> Callable[[], HardKVCache | Quantized]:
             calibration = None
             if entry.source is not None:
                 calibration = self.calibration(entry.source, ids if entry.source.texts == "self" else None)
@@ -203,10 +206,14 @@ def run(out: Path, sections: list[str], scorers: list[str], model_name: str | No
         raise SystemExit(f"{out} holds results of {found['model']}: choose another --out for {model_label(model_name)}")
     done = {_key(record) for record in records}
     missing = [entry for entry in plan(sections) if entry.key not in done and entry.scorer in scorers]
+    for backend in {entry.options["backend"] for entry in missing if "backend" in entry.options}:
+        if (message := missing_package(backend)) is not None:
+            print(message, flush=True)
+            missing = [entry for entry in missing if entry.options.get("backend") != backend]
     sources = {entry.source for entry in missing if entry.source is not None and entry.source.texts != "self"}
     groups: dict[Any, list[Entry]] = {}
     for entry in missing:
-        groups.setdefault((*entry.group, entry.section == "prompt"), []).append(entry)
+        groups.setdefault((*entry.group, entry.section in ("prompt", "peers")), []).append(entry)
     batches = [entries[i : i + together] for entries in groups.values() for i in range(0, len(entries), together)]
     folder = out.parent / "calibrations"
     context = get_context("spawn")

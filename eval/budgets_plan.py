@@ -45,6 +45,11 @@ class Entry:
         return json.dumps(asdict(self), sort_keys=True)
 
     @property
+    def apart(self) -> bool:
+        """Return whether the texts run one by one: groups of QuantizedCache may span the texts of a batch."""
+        return "backend" in self.options or (self.source is not None and self.source.texts == "self")
+
+    @property
     def group(self) -> tuple[str, int]:
         """Return the key of entries that can run in one pass over the texts."""
         return self.texts, self.length
@@ -204,6 +209,33 @@ def _lukv() -> list[Entry]:
     return entries
 
 
+def _peers() -> list[Entry]:
+    """transformers' QuantizedCache, first with its defaults: axis 0 of keys and values, groups of 64, and a residual of
+    128 tokens, which is the study's interval.
+
+    quanto's axis -1 groups the tokens of a channel, as KIVI does for keys. Its axis 0 and hqq's axis 1 group neighbours
+    in memory, which are a token's 64 coordinates; hqq's axis 0 groups coordinates far from each other. hqq cannot
+    decode 3 bits along axis 1.
+    """
+    choices: list[tuple[str, str, tuple[int, ...], list[int]]] = [
+        ("quanto", "", (4, 2), [0, 0]),
+        ("quanto", ", keys by channel", (4, 2), [-1, 0]),
+        ("hqq", "", (8, 4, 3, 2, 1), [0, 0]),
+        ("hqq", ", groups of a token", (8, 4, 2, 1), [1, 1]),
+    ]
+    return [
+        Entry(
+            "peers",
+            f"QuantizedCache, {backend}{variant}",
+            2048,
+            "report",
+            options={"backend": backend, "bits": bits, "axes": axes},
+        )
+        for backend, variant, widths, axes in choices
+        for bits in widths
+    ]
+
+
 # Every section of the study, and the function that lists its caches.
 SECTIONS: dict[str, Callable[[], list[Entry]]] = {
     "main": _main,
@@ -218,6 +250,7 @@ SECTIONS: dict[str, Callable[[], list[Entry]]] = {
     "shares": _shares,
     "bits": _bits,
     "lukv": _lukv,
+    "peers": _peers,
 }
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hardkv import HardKVCache
 from hardkv.cache.argument import argument_of
 
 
@@ -33,7 +32,7 @@ class Result:
 def teacher_forced(
     model: Any,
     ids: Tensor,
-    caches: Mapping[str, Callable[[], HardKVCache]],
+    caches: Mapping[str, Callable[[], Any]],
     *,
     step: int = 128,
     count_from: float = 1 / 4,
@@ -45,7 +44,7 @@ def teacher_forced(
 
     Args:
         ids: int64 `[B, n]`, no padding.
-        caches: functions that make a new cache, by name.
+        caches: functions that make a new cache with a method `nbytes`, by name.
     """
     batch, length = ids.shape
     dense, ours = DynamicCache(config=model.config), {name: make() for name, make in caches.items()}
@@ -55,11 +54,11 @@ def teacher_forced(
     for start in range(0, length - 1, step):
         chunk, target = ids[:, start : start + step], ids[:, start + 1 : start + step + 1]
         counts = start >= count_from * length
-        reference = _log_softmax(model, chunk, dense, counts)
+        reference = log_probabilities(model, chunk, dense, counts)
         for name, cache in ours.items():
-            log_q = _log_softmax(model, chunk, cache, counts)
+            log_q = log_probabilities(model, chunk, cache, counts)
             if counts:
-                sums[name] += _compare(reference[:, : target.shape[1]], log_q[:, : target.shape[1]], target)
+                sums[name] += compare(reference[:, : target.shape[1]], log_q[:, : target.shape[1]], target)
                 held[name] += cache.nbytes()
         if counts:
             counted += target.shape[1]
@@ -71,14 +70,18 @@ def teacher_forced(
     }
 
 
-def _log_softmax(model: Any, chunk: Tensor, cache: Any, whole: bool) -> Tensor:
-    """Return float32 log-probabilities of the next tokens, `[B, q, V]`, or of the last one only."""
-    keep = 0 if whole else 1
-    logits = model(input_ids=chunk, **{argument_of(model): cache}, use_cache=True, logits_to_keep=keep).logits
+def log_probabilities(model: Any, chunk: Tensor, cache: Any, whole: bool, **arguments: Any) -> Tensor:
+    """Return float32 log-probabilities of the next tokens, `[B, q, V]`, or of the last one only.
+
+    Args:
+        chunk: int64 `[B, q]`. arguments: more arguments of the model's `forward`.
+    """
+    arguments |= {argument_of(model): cache, "use_cache": True, "logits_to_keep": 0 if whole else 1}
+    logits = model(input_ids=chunk, **arguments).logits
     return logits.float().log_softmax(-1)
 
 
-def _compare(reference: Tensor, log_q: Tensor, target: Tensor) -> Tensor:
+def compare(reference: Tensor, log_q: Tensor, target: Tensor) -> Tensor:
     """Return sums over tokens, float64 `[4, B]`: NLL, dense NLL, KL, agreement."""
     picked = [-log_p.gather(-1, target[..., None])[..., 0].double().sum(1) for log_p in (log_q, reference)]
     kl = (reference.exp() * (reference - log_q)).sum(-1).double().sum(1)

@@ -52,7 +52,7 @@ def test_calibrations_have_their_own_files():
 
 def test_report_texts_are_kept_for_the_final_tables():
     for entry in plan(SECTIONS):
-        assert entry.texts == ("report" if entry.section in ("main", "long", "bits", "lukv") else "choose")
+        assert entry.texts == ("report" if entry.section in ("main", "long", "bits", "lukv", "peers") else "choose")
 
 
 # ---------------------------------------------------------------- caches of entries
@@ -84,7 +84,9 @@ def expected_type(entry):
 
 
 def one_of_every_label():
-    return list({(e.section, e.label, e.scorer, str(e.options)): e for e in plan(SECTIONS)}.values())
+    """Of our caches; test_peers.py tests the others."""
+    entries = [entry for entry in plan(SECTIONS) if entry.section != "peers"]
+    return list({(e.section, e.label, e.scorer, str(e.options)): e for e in entries}.values())
 
 
 def make_calibration(model, scorer):
@@ -288,8 +290,9 @@ class Pool:
         return {entry.key for batch in self.batches for entry in batch}
 
 
-def run_with_pool(monkeypatch, out, sections, scorers=("attention", "snapkv", "rkv"), together=4):
+def run_with_pool(monkeypatch, out, sections, scorers=("attention", "snapkv", "rkv"), together=4, missing=()):
     monkeypatch.setattr(budgets, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(budgets, "missing_package", lambda backend: f"no {backend}" if backend in missing else None)
     budgets.run(out, list(sections), list(scorers), None, 1, together)
     return Pool.last
 
@@ -318,6 +321,13 @@ def test_only_what_is_missing_runs(monkeypatch, tmp_path):
     assert list(out.parent.glob("*.partial")) == []
 
 
+def test_entries_without_their_package_are_left_out(monkeypatch, tmp_path, capsys):
+    pool = run_with_pool(monkeypatch, tmp_path / "budgets.json", ["peers"], missing=["hqq"])
+    assert pool.keys == {entry.key for entry in plan(["peers"]) if entry.options["backend"] == "quanto"}
+    assert pool.keys
+    assert capsys.readouterr().out.splitlines()[0] == "no hqq"
+
+
 def test_what_is_no_file_is_left_and_told_before_anything_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(budgets, "run", lambda *arguments: pytest.fail("it ran"))
     os.mkfifo(tmp_path / "budgets.json")
@@ -338,7 +348,7 @@ def test_batches_share_texts_and_the_scorer_chooses(monkeypatch, tmp_path):
     for batch in pool.batches:
         assert len(batch) <= 5
         assert len({entry.group for entry in batch}) == 1
-        assert len({entry.section == "prompt" for entry in batch}) == 1  # text by text
+        assert len({entry.section in ("prompt", "peers") for entry in batch}) == 1  # text by text
     assert pool.sources
     assert all(source.texts != "self" and source.scorer == "attention" for source in pool.sources)
     assert len(pool.sources) == len(set(pool.sources))
