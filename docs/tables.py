@@ -15,6 +15,7 @@ from typing import Any
 
 from docs import bits_tables
 from docs.table_parts import markdown, read
+from eval import bits_report
 from eval.budgets_report import Study
 from eval.methods import Configuration
 from eval.speed import generate_report, kernels_report
@@ -195,6 +196,17 @@ def decode_records(model: str, context: int) -> list[dict[str, Any]]:
     return [r for r in read("generate")["records"] if "error" not in r and wanted.items() <= r.items()]
 
 
+def study(part: Callable[[Any], list[str]]) -> Callable[[], str]:
+    """Return a function that shows a part of the study of budgets."""
+    return lambda: "\n".join([*part(read("budgets")["records"]), ""])
+
+
+def presses() -> str:
+    """Show kvpress beside HardKVCache, once it is measured."""
+    found = read("presses") if (ROOT / "eval" / "results" / "presses.json").exists() else None
+    return "\n".join([*bits_report.presses(found), ""])
+
+
 def first() -> str:
     """Show the time to the first token."""
     records = [r for r in read("generate")["records"] if r["measure"] == "first token" and "error" not in r]
@@ -309,11 +321,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "bits": bits_tables.step,
     "bits-attention": bits_tables.attention,
     "bits-solved": bits_tables.solved,
+    "bits-all-tokens": study(bits_report.all_tokens),
+    "bits-equal-bytes": study(bits_report.equal_bytes),
+    "bits-fewer-tokens": study(bits_report.fewer_tokens),
     "budgets": budgets,
     "first": first,
     "kernels": kernels,
+    "lukv": study(bits_report.lukv),
     "methods": methods,
     "needle": needle,
+    "presses": presses,
     "profile": profile,
     "prompts": prompts,
     "reasoner": reasoner,

@@ -167,6 +167,7 @@ def page(reports: Mapping[str, Mapping[str, Any]], study: Study, model: str) -> 
     if not reports:
         lines += ["Not measured yet.", ""]
     lines += ["## Loss on given texts", "", "All tables: [eval/results/budgets.md](../eval/results/budgets.md).", ""]
+    lines += ["Bits, transformers' QuantizedCache and kvpress are [by themselves](methods.md#bits).", ""]
     lines += ["![loss against budget](../eval/results/budgets.png)", "", "## Not tested", ""]
     hard = {name: told for name, report in reports.items() if (told := too_hard(report)) is not None}
     lines += [f"- [{name}](#{name}): {told}." for name, told in hard.items()]
