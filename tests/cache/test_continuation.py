@@ -7,6 +7,7 @@ import torch
 
 from hardkv import HardKVCache, graphed
 from hardkv.cache.argument import CACHE
+from hardkv.cache.continuation import HeldIds
 from tests.models.tiny import random_ids
 
 SIZES = {"budget": 16, "window": 4, "sinks": 1, "interval": 6}
@@ -71,6 +72,43 @@ def test_new_tokens_alone(tiny_model):
     model, cache, _ = begun(tiny_model)
     new, mask = torch.full((2, 30), 7), torch.ones(2, 24 + 30, dtype=torch.long)
     turn(model, cache, new, mask)
+
+
+def test_only_ids_of_all_columns_held_are_remembered():
+    """generate() returns them with the newest token, which is not held; other results say nothing."""
+    out = torch.arange(12).view(2, 6)
+    for columns in (5, 6):
+        held = HeldIds.of(out, columns)
+        assert torch.equal(held.ids, out[:, :columns])
+        assert held.ids.data_ptr() != out.data_ptr()
+    assert [HeldIds.of(other, 6) for other in (out[:, :5], torch.zeros(2, 8), out[0], None)] == [None] * 4
+
+
+def test_ids_that_cannot_be_those_held_are_not_compared():
+    held = HeldIds(torch.arange(12).view(2, 6))
+    other = torch.full((2, 8), 99)
+    held.check(None, None)
+    held.check(other[:1], None)  # another batch
+    held.check(other[:, :5], None)  # fewer columns
+    held.check(other, torch.ones(2, 14))  # new ones only
+    held.check(other, torch.zeros(2, 8))  # all hidden
+    for ids in (other, other[:, :6]):
+        mask = torch.zeros(ids.shape)
+        mask[1, 3:] = 1
+        with pytest.raises(ValueError, match="column 0 of sequence 0, 99 instead of 0"):
+            held.check(ids, None)
+        with pytest.raises(ValueError, match="column 3 of sequence 1, 99 instead of 9"):
+            held.check(ids, mask)
+
+
+@pytest.mark.parametrize("change", ["reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"])
+def test_every_change_of_rows_forgets_the_tokens(change):
+    cache = HardKVCache()
+    cache.generated(torch.zeros(2, 0))
+    assert cache._ids is not None
+    arguments = {"reset": (), "batch_repeat_interleave": (2,)}.get(change, (torch.tensor([0]),))
+    getattr(cache, change)(*arguments)
+    assert cache._ids is None
 
 
 def test_what_changes_the_cache_forgets_the_tokens(tiny_model):

@@ -15,10 +15,12 @@ from transformers import (
     EncoderDecoderCache,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, HardKVConfig, UnroutedKVError
 from hardkv.cache.argument import CACHE
+from hardkv.cache.incoming import check_rows, check_shape, what_else
 from hardkv.selectors import (
     RKV,
     SCORERS,
@@ -230,6 +232,56 @@ def filled(request, tiny_model, tiny_prompts):
     for token in (20, 21):
         step(model, cache, token)
     return request.param, model, cache
+
+
+@pytest.mark.parametrize(
+    ("indices", "fits"),
+    [
+        ([0, 2, -1, -3], True),
+        ([3], False),
+        ([-4], False),
+        ([0, -4], False),
+        ([True, False, True], True),
+        ([True, False], False),
+        ([True, False, True, True], False),
+        ([], True),
+    ],
+    ids=str,
+)
+def test_rows_of_three_sequences(indices, fits):
+    check_rows(torch.tensor(indices), 0)  # nothing is held yet
+    if fits:
+        return check_rows(torch.tensor(indices), 3)
+    with pytest.raises(IndexError, match=r"do not fit the 3 sequences"):
+        check_rows(torch.tensor(indices), 3)
+
+
+@pytest.mark.parametrize(
+    ("held", "got", "times"),
+    [
+        ((2, 4, 8), (6, 4, 8), 3),
+        ((2, 4, 8), (5, 4, 8), None),
+        ((6, 4, 8), (2, 4, 8), None),
+        ((0, 4, 8), (2, 4, 8), None),
+        ((2, 4, 8), (2, 2, 8), None),
+        ((2, 4, 8), (6, 2, 8), None),
+    ],
+)
+def test_beams_are_advised_where_they_explain_the_shape(held, got, times):
+    advice = what_else(held, got)
+    assert advice.startswith("this cache belongs to another batch or model")
+    assert ("batch_repeat_interleave" in advice) == (times is not None)
+    assert times is None or advice.endswith(f"batch_repeat_interleave({times})")
+
+
+def test_another_shape_of_a_layer_of_transformers():
+    layer = DynamicLayer()
+    check_shape(layer, 0, torch.zeros(2, 4, 3, 8))  # it holds nothing yet
+    layer.update(torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 3, 8))
+    check_shape(layer, 0, torch.zeros(2, 4, 1, 8))
+    for shape in ((3, 4, 1, 8), (2, 2, 1, 8), (2, 4, 1, 16)):
+        with pytest.raises(ValueError, match=r"layer 0 holds.*\(2, 4, 8\) and gets"):
+            check_shape(layer, 0, torch.zeros(shape))
 
 
 def test_another_batch_size(filled):

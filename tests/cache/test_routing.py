@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hardkv import HardKVCache, UnroutedKVError
 from hardkv.cache.argument import CACHE
+from hardkv.cache.routing.masks import HardKVMask, mask_of_new, padding_of
 from tests.models.tiny import random_normal, randomize, tiny_arguments
 
 VOCABULARY = 98
@@ -464,6 +466,7 @@ def test_what_a_mask_can_do(mask, tiny_prompts):
     assert mask.to("cpu") is mask
     assert torch.equal(mask.padding, tiny_prompts(3)["attention_mask"].bool())
     assert mask.original.shape[-2:] == (13, 13)
+    assert mask.to(torch.float16).padding.dtype is torch.bool
     moved = mask.to("meta")
     assert moved.padding.device.type == "meta"
     assert moved.original.device.type == "meta"
@@ -597,6 +600,87 @@ def test_a_2d_mask_that_hides_past_tokens_from_single_steps(late, offload, tiny_
     model(**inputs, **{CACHE: cache})
     single_steps(model, cache, inputs["attention_mask"], 4)
     assert cache.stats().events == 2
+
+
+@dataclass
+class Columns:
+    """New columns `start` to `stop` of some sequences."""
+
+    start: int
+    stop: int
+    batch: int = 3
+
+
+def random_4d(columns: Columns, heads: int, seed: int) -> Tensor:
+    """Bool `[B, heads, q, columns]`: causal among random new tokens, the others see only the first column."""
+    generator = torch.Generator().manual_seed(seed)
+    seen = torch.rand(columns.batch, heads, columns.stop - columns.start, columns.stop, generator=generator) < 0.6
+    causal = torch.ones(columns.stop, columns.stop, dtype=torch.bool).tril()[columns.start :]
+    real = torch.rand(columns.batch, columns.stop - columns.start, generator=generator) < 0.5
+    own = torch.zeros_like(causal)
+    own[range(len(own)), range(columns.start, columns.stop)] = True
+    mask = (seen & causal & ~own) | (own & real[:, None, :, None])
+    mask &= real[:, None, :, None]
+    mask[..., 0] |= ~real[:, None, :] if columns.start else False
+    return mask
+
+
+@pytest.mark.parametrize("form", [lambda mask: mask, lambda mask: additive(mask) * 0.75], ids=["bool", "additive"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("columns", [Columns(0, 6), Columns(4, 8), Columns(5, 6)], ids=str)
+def test_padding_is_what_the_last_new_token_does_not_see(columns, heads, form):
+    for seed in range(8):
+        mask = random_4d(columns, heads, seed)
+        expected = torch.zeros(3, columns.stop, dtype=torch.bool)
+        for b in range(3):
+            for i in range(columns.stop - columns.start):
+                if mask[b, :, i, columns.start + i].any():  # a token, as it sees itself
+                    expected[b] = mask[b, :, i].any(0)
+        assert torch.equal(padding_of(form(mask), 3, columns), expected)
+        assert torch.equal(padding_of(form(mask)[:1], 3, columns), expected[:1].expand(3, -1))
+    for wrong in (columns.stop - 1, columns.stop + 1):
+        with pytest.raises(ValueError, match=rf"covers {wrong} columns.*seen {columns.stop}"):
+            padding_of(torch.ones(3, 1, columns.stop - columns.start, wrong, dtype=torch.bool), 3, columns)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_what_a_4d_mask_says_of_the_past(heads):
+    """Of each sequence: what some and what all of its new tokens see; pads among them have no say."""
+    columns, silent = Columns(4, 7), 0
+    for seed in range(12):
+        mask = random_4d(columns, 1, seed)
+        among, past = mask_of_new(mask.expand(-1, heads, -1, -1), torch.ones(3, 7, dtype=torch.bool), columns)
+        assert torch.equal(among, mask[:, 0, :, 4:])
+        for b in range(3):
+            told = [mask[b, 0, i, :4] for i in range(3) if mask[b, 0, i, 4 + i]]
+            some, every = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+            for each in told:
+                some, every = some | each, every & each
+            assert torch.equal(past.some[b], some)
+            assert torch.equal(past.every[b], every)
+            assert bool(past.told[b]) == bool(told)
+            silent += not told
+    assert silent  # or it would not matter whether pads have a say
+
+
+def test_what_a_2d_mask_says_of_the_past():
+    """As much as it shows, if there are several new tokens; a step of one is not read."""
+    padding = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]).bool()
+    for mask in (padding, None):
+        among, past = mask_of_new(mask, padding, Columns(3, 6))
+        assert among is None
+        assert torch.equal(past.some, padding[:, :3])
+        assert torch.equal(past.every, padding[:, :3])
+        assert past.told is None
+    assert mask_of_new(padding, padding, Columns(5, 6)) == (None, None)
+    assert mask_of_new(None, None, Columns(3, 6)) == (None, None)
+    # with a mask of ours, the causal one that transformers would have made counts too, below the padding
+    full = torch.ones(6, 6, dtype=torch.bool).tril()[3:][None, None].expand(3, 1, 3, 6).clone()
+    full[1, 0, :, 2] = False
+    among, past = mask_of_new(HardKVMask(padding, 0, lambda: full), padding, Columns(3, 6))
+    assert torch.equal(among, full[:, 0, :, 3:])
+    assert torch.equal(past.some, padding[:, :3])
+    assert torch.equal(past.every, padding[:, :3] & torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]).bool())
 
 
 @pytest.mark.parametrize("q_len", [1, 3])
