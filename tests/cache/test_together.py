@@ -1,16 +1,21 @@
 """Test that layers in a joint event keep exactly the tokens that each would keep alone."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from hardkv import HardKVCache
+from hardkv import HardKVCache, HardKVConfig
+from hardkv.cache import schedule
 from hardkv.cache.argument import CACHE
 from hardkv.cache.events import run as events
 from hardkv.cache.events import select as event
+from hardkv.cache.layer import HardKVLayer
+from hardkv.cache.storage.queries import QueryRing
 from hardkv.selectors import RKV, AdaKV, Adaptive, Attention, Pyramid, Risk, RiskCurves, SnapKV, TopK, TopP
 
 SIZES = {"window": 4, "sinks": 1, "interval": 6}
@@ -199,3 +204,189 @@ def test_the_host_waits_as_often_for_eight_layers_as_for_one(padded, tiny_model,
         assert cache.stats().events == 2
         assert all(layer.tiers.dense.even for layer in cache.layers)
     assert counts[:2] == counts[2:]
+
+
+# ---------------------------------------------------------------- who goes with whom
+
+
+def grouped(sizes, kinds=None, across=None):
+    """The groups of layers with keys of `sizes` bytes, kinds, and scorers that take several layers or not."""
+    kinds, across = kinds or [0] * len(sizes), across or [True] * len(sizes)
+    layers = [
+        SimpleNamespace(
+            kind=kind,
+            tiers=SimpleNamespace(key_bytes=size),
+            settings=SimpleNamespace(scorer=SimpleNamespace(across_layers=each)),
+        )
+        for size, kind, each in zip(sizes, kinds, across, strict=True)
+    ]
+    return list(event.groups(layers))
+
+
+def test_groups_of_neighbours_that_are_alike_and_within_the_bound(monkeypatch):
+    monkeypatch.setattr(event, "TOGETHER_SHARE", 0.5)
+    monkeypatch.setattr(event, "TOGETHER_BYTES", 0)
+    assert grouped([]) == []
+    assert grouped([10] * 4) == [[0, 1], [2, 3]]  # half of 40 bytes
+    assert grouped([10, 10, 10, 14]) == [[0, 1], [2], [3]]  # half of 44: 10 + 14 are too many
+    monkeypatch.setattr(event, "TOGETHER_BYTES", 30)
+    assert grouped([10] * 4) == [[0, 1, 2], [3]]
+    assert grouped([40, 1, 1]) == [[0], [1, 2]]  # more than the bound by itself
+    monkeypatch.setattr(event, "TOGETHER_BYTES", 1000)
+    assert grouped([10] * 5, kinds="aabba") == [[0, 1], [2, 3], [4]]
+    assert grouped([10] * 4, across=[False] * 4) == [[0], [1], [2], [3]]
+
+
+def test_what_makes_layers_of_another_kind(tiny_model, tiny_prompts):
+    """Every difference that a common observation cannot express."""
+    model = tiny_model("llama")
+    cache = HardKVCache(config=model.config, budget=Adaptive(12), calibration="online", **SIZES)
+    model(**tiny_prompts(2), **{CACHE: cache})
+    one, other = (layer.event_inputs() for layer in cache.layers[:2])
+    assert one.kind == other.kind
+    tiers, ring, dense = one.tiers, one.ring, one.tiers.dense
+
+    def of_dense(**changes):
+        return {"tiers": replace(tiers, dense=replace(dense, **changes))}
+
+    wider = QueryRing(torch.zeros(2, 4, 1, 8), ring.capacity + 1)
+    for changes in (
+        {"scale": 0.7},
+        {"softcap": 5.0},
+        {"latent": 4},
+        {"pinned": 3},
+        {"temperatures": torch.ones(2)},
+        {"tiers": replace(tiers, temperatures=None)},
+        {"ring": wider},
+        of_dense(keys=dense.keys.double()),
+        of_dense(keys=dense.keys[..., :4]),
+        of_dense(keys=dense.keys[:, :1]),
+        of_dense(values=dense.values[..., :4]),
+    ):
+        assert replace(one, **changes).kind != one.kind, changes
+    one, other = (replace(each, tiers=replace(tiers, temperatures=None, fitted=None)) for each in (one, other))
+    assert one.due == [True, True]
+    assert one.kind == other.kind
+    assert replace(one, budget=TopP(0.5)).kind != one.kind  # a fit of other temperatures
+
+
+# ---------------------------------------------------------------- when
+
+
+class Layer:
+    """A layer with `nbytes` of a prompt, for a schedule."""
+
+    def __init__(self, nbytes=40, across=True):
+        self.tiers = SimpleNamespace(dense=SimpleNamespace(nbytes=nbytes))
+        self.settings = SimpleNamespace(scorer=SimpleNamespace(across_layers=across))
+        self.ready = False
+
+    def event_inputs(self):
+        return self
+
+    def install(self, tiers):
+        self.tiers, self.ready = tiers, False
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The layers of every start of events, whose new tiers are their names, and room for 100 bytes to wait."""
+    starts = []
+
+    class Events:
+        def __init__(self, inputs):
+            self.inputs = inputs
+            starts.append(inputs)
+
+        def finish(self, wanted):
+            return ((i, "new") for i in range(len(self.inputs)) if wanted(i))
+
+    monkeypatch.setattr(schedule, "Events", Events)
+    monkeypatch.setattr(schedule, "WAITING_BYTES", 100)
+    return starts
+
+
+def test_layers_of_a_prompt_wait_until_they_hold_enough(ran):
+    layers = [Layer() for _ in range(6)]
+    plan = schedule.EventSchedule(layers)
+    for _ in range(2):  # prompts
+        ran.clear()
+        for i, layer in enumerate(layers):
+            plan.finish()
+            assert [each.ready for each in layers[:i]] == [False] * (i - i % 2) + [True] * (i % 2)
+            layer.tiers, layer.ready = Layer().tiers, True
+            plan.prefilled(layer, 40)  # of the next layer too: 120 bytes after two layers
+        assert ran == [layers[:2], layers[2:4], layers[4:]]
+        assert not any(layer.ready for layer in layers)
+        assert plan.under_way is None
+
+
+def test_layers_that_have_had_their_event_do_not_wait(ran):
+    layers = [Layer() for _ in range(4)]
+    plan = schedule.EventSchedule(layers)
+    for layer in layers:
+        plan.prefilled(layer, 40)
+    assert ran == []
+    assert plan.waiting_bytes == 0
+    plan.waiting_bytes = 90  # of a prompt that failed
+    layers[0].ready = True
+    plan.prefilled(layers[0], 40)
+    assert (plan.waiting_bytes, ran) == (40, [])
+
+
+def test_who_may_wait(ran):
+    plan = schedule.EventSchedule([])
+    assert plan.may_wait(Layer(), 50)
+    assert not plan.may_wait(Layer(), 51)  # two of them would be too many
+    assert not plan.may_wait(Layer(across=False), 1)
+
+
+def test_events_of_steps_run_after_the_last_layer(ran):
+    layers = [Layer() for _ in range(3)]
+    plan = schedule.EventSchedule(layers)
+    layers[0].ready = layers[2].ready = True
+    for layer in layers[:2]:
+        plan.decoded(layer)
+    assert ran == []
+    plan.decoded(layers[2])
+    assert ran == [[layers[0], layers[2]]]
+    assert [layer.tiers == "new" for layer in layers] == [True, False, True]
+    plan.decoded(layers[2])
+    assert len(ran) == 1
+
+
+def test_a_layer_that_changed_meanwhile_keeps_its_tiers(ran):
+    layers = [Layer(), Layer()]
+    events = schedule.LayersEvents(layers)
+    layers[0].tiers = "changed"
+    events.finish()
+    assert [layer.tiers for layer in layers] == ["changed", "new"]
+    plan = schedule.EventSchedule(layers)
+    plan.under_way = events
+    assert copy.copy(plan).under_way is None
+
+
+# ---------------------------------------------------------------- how much
+
+
+@pytest.mark.parametrize(
+    ("budget", "arguments", "outside", "fixed"),
+    [
+        (TopK(20), (3, 100, 0), 3 * (20 - 8), True),
+        (TopK(20), (3, 100, 50), 3 * (60 - 8), True),  # window, sinks and 50 pinned columns
+        (TopK(20), (3, 15, 0), 3 * (15 - 8), True),
+        (TopK(20), (3, 5, 0), 0, True),
+        (TopP(0.9, cap=30), (3, 100, 0), 3 * (30 - 8), False),
+        (TopP(0.9, cap=30), (3, 100, 50), 3 * (60 - 8), False),
+        (TopP(0.9, cap=30), (3, 25, 50), 3 * (25 - 8), False),
+        (TopP(0.9, cap=None), (3, 100, 0), 3 * (100 - 8), False),
+        (TopP(0.9, cap=None), (3, 5, 0), 0, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_most_tokens_outside_the_dense_tier(budget, arguments, outside, fixed, bits):
+    """With codes the sinks stay in the dense tier as well."""
+    settings = HardKVConfig(budget=budget, window=8, sinks=2, bits=bits)
+    found = HardKVLayer(settings, budget, 0).most_condensed(*arguments)
+    assert found == (outside if bits == 16 else max(outside - 3 * 2, 0), fixed)
