@@ -2,7 +2,7 @@
 
 import ast
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -389,6 +389,41 @@ class TestFromDense:
     def test_mask_that_does_not_fit(self, shape):
         with pytest.raises(ValueError, match="mask"):
             small_observation(mask=torch.ones(shape, dtype=torch.bool))
+
+
+def test_several_layers_are_split_into_each():
+    """Their sequences follow one another; all that a budget or a scorer reads is then that of the layer alone."""
+    generator, alone = torch.Generator().manual_seed(0), []
+    for columns in (5, 7, 4):
+        keys, values = (torch.randn(2, 2, columns, 4, generator=generator) for _ in range(2))
+        mask = torch.rand(2, 2, columns, generator=generator) < 0.8
+        mask[1, :, columns - 2] = False  # a query that does not count
+        queries = torch.randn(2, 4, 2, 4, generator=generator)
+        alone.append(Observation.from_dense(keys, values, queries, window=1, sinks=1, mask=mask))
+
+    def joined(name):
+        return torch.cat([getattr(each, name) for each in alone])
+
+    rows = [each.rows for each in alone]
+    starts = torch.tensor([0, rows[0].total, rows[0].total + rows[1].total])
+    cu_seqlens = torch.cat([torch.zeros(1), *(r.cu_seqlens[1:] + s for r, s in zip(rows, starts, strict=True))]).int()
+    flat = {name: joined(name) for name in ("keys", "positions", "queries", "query_valid", "protected", "window_mask")}
+    whole = replace(
+        alone[0],
+        load_values=lambda: joined("values"),
+        cu_seqlens=cu_seqlens,
+        longest=9,
+        tokens=joined("tokens"),
+        **flat,
+    )
+    assert whole.max_length == 9  # an upper bound, if it is no more than all tokens
+    assert replace(whole, longest=1000).max_length == len(whole.keys)
+    for part, expected in zip(whole.split(rows), alone, strict=True):
+        for name in (*flat, "values", "cu_seqlens", "context", "lengths", "row"):
+            assert torch.equal(getattr(part, name), getattr(expected, name)), name
+        assert (part.batch_size, part.num_kv_heads, part.max_length) == (2, 2, expected.max_length)
+    for part, expected in zip(replace(whole, tokens=None).split(rows), alone, strict=True):
+        assert torch.equal(part.context, expected.lengths.view(2, 2).amax(1))
 
 
 class TestPadding:
