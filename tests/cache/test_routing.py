@@ -641,6 +641,8 @@ def test_padding_is_what_the_last_new_token_does_not_see(columns, heads, form):
     for wrong in (columns.stop - 1, columns.stop + 1):
         with pytest.raises(ValueError, match=rf"covers {wrong} columns.*seen {columns.stop}"):
             padding_of(torch.ones(3, 1, columns.stop - columns.start, wrong, dtype=torch.bool), 3, columns)
+        with pytest.raises(ValueError, match=rf"covers {wrong} columns"):
+            padding_of(torch.ones(3, wrong), 3, columns)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -673,6 +675,7 @@ def test_what_a_2d_mask_says_of_the_past():
         assert torch.equal(past.every, padding[:, :3])
         assert past.told is None
     assert mask_of_new(padding, padding, Columns(5, 6)) == (None, None)
+    assert mask_of_new(HardKVMask(padding, 0, lambda: pytest.fail("built")), padding, Columns(5, 6)) == (None, None)
     assert mask_of_new(None, None, Columns(3, 6)) == (None, None)
     # with a mask of ours, the causal one that transformers would have made counts too, below the padding
     full = torch.ones(6, 6, dtype=torch.bool).tril()[3:][None, None].expand(3, 1, 3, 6).clone()
