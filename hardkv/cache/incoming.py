@@ -67,7 +67,7 @@ def what_else(held: tuple[int, ...], got: tuple[int, ...]) -> str:
 def check_rows(indices: Tensor, batch: int) -> None:
     """Raise IndexError if `indices`, int64 or bool over the batch, name sequences that the batch does not have."""
     indices = torch.as_tensor(indices)
-    if not batch or not indices.numel():
+    if not batch:
         return
     if indices.dtype == torch.bool:
         fits = indices.shape[0] == batch
