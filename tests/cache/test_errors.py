@@ -263,6 +263,7 @@ def test_rows_of_three_sequences(indices, fits):
         ((2, 4, 8), (5, 4, 8), None),
         ((6, 4, 8), (2, 4, 8), None),
         ((0, 4, 8), (2, 4, 8), None),
+        ((2, 4, 8), (2, 4, 8), None),  # another dtype
         ((2, 4, 8), (2, 2, 8), None),
         ((2, 4, 8), (6, 2, 8), None),
     ],
@@ -282,6 +283,9 @@ def test_another_shape_of_a_layer_of_transformers():
     for shape in ((3, 4, 1, 8), (2, 2, 1, 8), (2, 4, 1, 16)):
         with pytest.raises(ValueError, match=r"layer 0 holds.*\(2, 4, 8\) and gets"):
             check_shape(layer, 0, torch.zeros(shape))
+    layer = DynamicLayer()
+    layer.update(torch.zeros(2, 3, 8), torch.zeros(2, 3, 8))  # keys without heads are the layer's own matter
+    check_shape(layer, 0, torch.zeros(2, 1, 8))
 
 
 def test_another_batch_size(filled):
