@@ -118,7 +118,7 @@ def log_affine(score: Tensor, observation: Observation) -> Tensor:
         observation: the tokens that the scores belong to.
 
     Returns:
-        `[N]`.
+        `[N]`, with a NaN if the score of a candidate is NaN or infinite.
     """
     if not score.numel():
         return score
