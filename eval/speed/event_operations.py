@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from eval.speed.checks import inexact, reference_kernels, relative_error, spot_rows
-from eval.speed.inputs import SEEN, Setting, Shape, make_tiers, slots
+from eval.speed.inputs import SEEN, Setting, Shape, coded, make_tiers, slots
 from eval.speed.operation import Operation
+from hardkv import HardKVConfig
 from hardkv.cache.events.held import HeldTokens
+from hardkv.cache.storage.codec import Codec
 from hardkv.kernels import compaction, scoring, selection, similarity
+from hardkv.kernels.codes.gather_reference import gather_states_reference
 from hardkv.kernels.rows import Rows
 from hardkv.kernels.similarity import REACH
 
@@ -229,3 +232,38 @@ class Compaction(Operation):
             older, newer = older[address.clamp_max(offset - 1)], newer.flatten(0, 2)[(address - offset).clamp_min(0)]
             pairs.append((mine[place], torch.where((address < offset)[:, None], older, newer)))
         return max(wrong, relative_error(pairs))
+
+
+class Decoding(Operation):
+    """Gather the keys that a scorer sees, row after row: 4 bit codes, decoded, and the whole dense tier."""
+
+    name = "decoding"
+    bits = 4
+
+    def __init__(self, shape: Shape, seed: int, setting: Setting):
+        fill = setting.capacity
+        tiers = make_tiers(setting, (shape.draw(seed) - fill).clamp_min(1), fill, SEEN, seed)
+        self.tiers = coded(tiers, Codec((self.bits, self.bits), HardKVConfig.sinks, None))
+        self.held = HeldTokens.of([self.tiers], setting.window, 0, 0)
+        held, codes = self.held.rows.total, self.tiers.condensed
+        dense = (held - codes.rows.total) * setting.token_bytes // 2
+        # codes with two scales and dense keys are read, keys are written; then the address
+        self.nbytes = codes.keys.nbytes + codes.columns.scales.nbytes + dense + held * (setting.token_bytes // 2 + 8)
+
+    def run(self, backend: str) -> Tensor:
+        return self.held.gather([self.tiers], 0)
+
+    def error(self, found: Tensor) -> float:
+        tiers, held, pairs = self.tiers, self.held, []
+        assert tiers.centres is not None
+        *codes, dense = (keys for keys, _ in tiers.sources)
+        scales = [tier.columns.scales for tier in (tiers.condensed, tiers.sparse)]
+        for row, part in spot_rows(held.rows):
+            one = Rows.of(held.rows.cu_seqlens[row : row + 2] - part.start)
+            expected = torch.empty_like(found[part], dtype=torch.float64)
+            centre = tiers.centres.keys[row][None].double()
+            gather_states_reference(
+                [*codes, dense.double()], scales, centre, 0, self.bits, held.address[part], one, expected
+            )
+            pairs.append((found[part], expected))
+        return relative_error(pairs)

@@ -6,6 +6,7 @@ from torch import Tensor
 from eval.speed.checks import inexact, relative_error, spot_rows
 from eval.speed.event_operations import (
     Compaction,
+    Decoding,
     Pooling,
     ScoringMaxLogits,
     ScoringMean,
@@ -140,6 +141,7 @@ class Append(Operation):
 KINDS: tuple[type[Operation], ...] = (
     Attention,
     Compaction,
+    Decoding,
     ScoringMean,
     ScoringMaxLogits,
     Similarity,
