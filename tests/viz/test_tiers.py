@@ -10,6 +10,7 @@ from hardkv.cache.record.snapshot import HeldByLayer, Positions, Snapshot
 from hardkv.cache.storage.tiers import TIERS
 from hardkv.extras import MissingPackageError
 from hardkv.viz import plot_kept, plot_tiers, plot_token
+from tests.viz.conftest import recorded
 
 CODES = dict(zip(TIERS, (1, 2, 3), strict=True))
 
@@ -53,6 +54,18 @@ def test_every_position_has_the_colour_of_its_tier(run, sequence, tmp_path):
     assert [text.get_text().split(":")[0] for text in figure.legends[0].get_texts()] == [
         *("given back", "condensed", "sparse", "dense")
     ]
+
+
+def test_sinks_beside_codes_are_drawn_dense():
+    """With bits they stay in the dense tier, far from its other tokens."""
+    trace = recorded(bits=4)[1]
+    for sequence, first in enumerate((4, 0)):  # columns of the first tokens; the first sequence begins with pads
+        figure = plot_kept(trace, 3, sequence=sequence)
+        for head, axis in enumerate(figure.axes):
+            image = drawn(axis, len(trace))
+            assert (image[first] == CODES["dense"]).all()
+            assert_is_kept(image, trace, 3, head, sequence)
+            assert (image[first + 1, 1:] != CODES["dense"]).all()
 
 
 def test_the_legend_has_the_colours_of_the_image(run):
