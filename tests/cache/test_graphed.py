@@ -539,10 +539,11 @@ def test_nothing_is_made_on_the_default_device(model, shares):
     assert torch.equal(tokens, generate_logits(model, plain, inputs, NEW)[0])
 
 
-def test_compiled(tmp_path):
+@pytest.mark.parametrize("bits", [16, 4])
+def test_compiled(bits, tmp_path):
     model = make_model("qwen3", num_hidden_layers=2)
     inputs = make_prompts(2)
-    caches = [HardKVCache(config=model.config, **EVICT) for _ in range(2)]
+    caches = [HardKVCache(config=model.config, bits=bits, **EVICT) for _ in range(2)]
     tokens, logits = generate_logits(model, caches[0], inputs, 12)
     ours, our_logits = generate_logits(model, caches[1], inputs, 12, custom_generate=graphed, compile=True)
     assert torch.equal(ours, tokens)

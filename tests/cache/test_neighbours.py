@@ -35,6 +35,8 @@ CASES = [
     *((budget, settings) for budget in BUDGETS for settings in SETTINGS.values()),
     *((budget, settings) for budget in WITH_TEMPERATURES for settings in CALIBRATED.values()),
     *((Risk(12), settings | {"calibration": "file"}) for settings in SETTINGS.values()),
+    (AdaKV(12), {"bits": 4, "patience": 2}),
+    (TopP(0.6, floor=9, cap=16), {"bits": (8, 3), "calibration": "online"}),
 ]
 
 
