@@ -199,7 +199,7 @@ def calibrated(window, n, layers=((1, 1), (1, 1)), **changes):
     counts = torch.tensor([window, 10, 14, 20, 30, 50, 80])
     steep = torch.tensor([[0.02, 0.1], [0.05, 0.3]])
     risk = torch.exp(-steep[..., None] * counts) * (1 - counts / 80)
-    by_bits = torch.tensor([0.001, 0.02, 0.1, 0.4])
+    by_bits = torch.tensor([0.01, 0.2, 1.0, 4.0])
     distortion = (torch.tensor(layers)[:, None, :, None] * by_bits).repeat(1, HEADS, 1, 1)
     provenance = {
         "geometry": Traits.of(CONFIG).geometry, "layers": [0, 1], "scorer": {"name": "attention"}, "window": window,

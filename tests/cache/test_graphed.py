@@ -132,7 +132,7 @@ def test_risk(model):
 def test_bits_by_layer(model):
     settings = risk(model, 12) | {"bits": "auto"}
     layers = torch.logspace(-3, 1, model.config.num_hidden_layers)
-    distortion = layers.view(-1, 1, 1, 1) * torch.tensor([0.001, 0.02, 0.1, 0.4])
+    distortion = layers.view(-1, 1, 1, 1) * torch.tensor([0.01, 0.2, 1.0, 4.0])
     settings["calibration"].distortion = distortion.expand(-1, model.config.num_key_value_heads, 2, -1)
     cache = same(model, make_prompts(2, length=30), new=40, cache_settings=settings)[1]
     assert len(set(cache.stats().layer_bits)) > 1

@@ -55,7 +55,7 @@ def test_bits_by_layer():
     }  # fmt: skip
     calibration = Calibration(
         ones, ones, counts, torch.exp(-steep * counts) * (1 - counts / 120), provenance=provenance,
-        distortion=(scale * torch.tensor([0.001, 0.02, 0.1, 0.4])).expand(-1, heads, 2, -1),
+        distortion=(scale * torch.tensor([0.01, 0.2, 1.0, 4.0])).expand(-1, heads, 2, -1),
     )  # fmt: skip
     settings = {"budget": Risk(30), "bits": "auto", "calibration": calibration, "scorer": "attention"}
     planned = hardkv.plan(model.config, batch=2, prompt_length=80, max_length=120, dtype=torch.float32,

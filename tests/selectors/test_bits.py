@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardkv.selectors import Risk, RiskCurves
-from hardkv.selectors.budgets.bits import CHOICES, CONTEXT, losses
+from hardkv.selectors.budgets.bits import CHOICES, CONTEXT, EXCHANGE, losses
 from hardkv.selectors.budgets.water_filling import ROOM_SPARE
 from tests.selectors import test_risk
 from tests.selectors.test_risk import hull_gains, random_curves
@@ -32,7 +32,7 @@ def by_layer(distortion):
     def of(head, kind, bits):
         return 0 if bits == 16 else head[kind][order.index(bits) - 1]
 
-    return [[sum(of(h, 0, k) + of(h, 1, v) for h in layer) for k, v in CHOICES] for layer in distortion]
+    return [[EXCHANGE * sum(of(h, 0, k) + of(h, 1, v) for h in layer) for k, v in CHOICES] for layer in distortion]
 
 
 def least(counts, loss, distortion, total, low, high):
@@ -72,7 +72,7 @@ def instances(draw, layers=2, heads=1, most=40):
     def falling(length, top):
         return sorted(draw(st.lists(st.integers(0, top), min_size=length, max_size=length)), reverse=True)
 
-    top = draw(st.sampled_from([5, 60]))
+    top = draw(st.sampled_from([50, 600]))
     loss = [[[*falling(len(counts) - 1, 100), 0] for _ in range(heads)] for _ in range(layers)]
     distortion = [[[falling(4, top)[::-1] for _ in range(2)] for _ in range(heads)] for _ in range(layers)]
     return counts, loss, distortion
@@ -121,7 +121,7 @@ def test_hardly_any_choice_is_better():
         counts = [0, *inner, 16]
         gains = torch.randint(1, 20, (2, 1, 4), generator=generator) * torch.tensor([30, 10, 3, 1])
         loss = torch.nn.functional.pad(gains.flip(-1).cumsum(-1).flip(-1), (0, 1)).tolist()
-        scale = torch.tensor([0.1, 3.0, 10.0, 40.0]) * torch.rand(2, 1, 1, 1, generator=generator).mul(4).exp()
+        scale = torch.tensor([1.0, 30.0, 100.0, 400.0]) * torch.rand(2, 1, 1, 1, generator=generator).mul(4).exp()
         distortion = (torch.rand(2, 1, 2, 4, generator=generator) * scale).cumsum(-1).double().tolist()
         total = 2 * FULL * 2
         _, bits, kept = found_by(Risk(2, floor=0), counts, loss, distortion)
@@ -134,7 +134,7 @@ def test_layers_that_bits_hurt_keep_them():
     """Two layers with the same risk: that with the larger distortion gets more bits and fewer tokens."""
     counts = list(test_risk.TestContinued.COUNTS)
     loss = random_curves(0, counts, layers=1, heads=2, lost=0) * 2
-    distortion = [[[[each * scale for each in (0.1, 4.0, 16.0, 64.0)]] * 2] * 2 for scale in (0.1, 10.0)]
+    distortion = [[[[each * scale for each in (0.1, 4.0, 16.0, 64.0)]] * 2] * 2 for scale in (1.0, 100.0)]
     _, bits, kept = found_by(Risk(24), counts, loss, distortion, 10)
     assert sum(bits[0]) < sum(bits[1])
     assert sum(kept[0]) > sum(kept[1])
