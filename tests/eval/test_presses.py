@@ -80,10 +80,13 @@ def test_without_kvpress_ours_run(monkeypatch, tmp_path, model, ids, capsys):
     monkeypatch.setattr(presses, "ours", lambda: [entry for entry in ours() if entry.label == "TopK, snapkv, 16 bits"])
     monkeypatch.setattr(presses, "missing_kvpress", lambda: "kvpress is left out")
     out = tmp_path / "presses.json"
-    presses.run(out, None)
+    presses.run(out, [4], None)
+    first = json.loads(out.read_text())["records"]
+    presses.run(out, [4, 2], None)
     assert capsys.readouterr().out.splitlines()[-1] == "kvpress is left out"
     data = json.loads(out.read_text())
-    assert data["names"] == ["a", "b"]
+    assert data["records"][:1] == first
+    assert first[0]["names"] == ["a", "b"]
     assert [(record["label"], record["part"]) for record in data["records"]] == [
         ("TopK, snapkv, 16 bits", part) for part in presses.PARTS
     ]
@@ -105,8 +108,11 @@ def test_presses_keep_their_part(name, ids, monkeypatch):
         pytest.skip("no kvpress")
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    for each, function in list(ALL_ATTENTION_FUNCTIONS.items()):  # kvpress wraps them when it is imported
+    for each, function in list(ALL_ATTENTION_FUNCTIONS.items()):  # kvpress wraps them, and the end of the test unwraps
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, each, function)
+    from kvpress import patch_attention_functions
+
+    patch_attention_functions()  # importing it again would not
     model = tiny.make_model("llama")
     masks, step = name.startswith("AdaKV"), 1 if name.startswith("AdaKV") else 128
     reference = dense(model, ids)
