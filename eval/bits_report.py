@@ -41,15 +41,15 @@ def equal_bytes(records: Iterable[Record]) -> list[str]:
     """Show tokens against bits: each column holds the bytes of n tokens at 16 bits."""
     found = [r for r in records if r["section"] == "bits"]
     found.sort(key=lambda r: (r["label"] != "TopK", -_coordinate(r)))
-    counts = sorted({r["n"] for r in found if r["label"] == "Risk at equal bytes"})
+    shares = {r["n"]: share(r) for r in found if r["label"] == "Risk at equal bytes"}
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for record in found:
         bits = _bits(record)
         if record["label"] == "Risk at equal bytes" or (record["label"] in ("TopK", "Risk") and bits == "16"):
             cells.setdefault((record["label"].split(" at ")[0], bits), {})[record["n"]] = loss(record)
-    rows = [[name, bits, *(row.get(n, "") for n in counts)] for (name, bits), row in cells.items()]
-    columns = [f"bytes of {n} tokens at 16 bits" for n in counts]
-    return _table(["budget", "bits", *columns], rows if counts else [])
+    rows = [[name, bits, *(row.get(n, "") for n in sorted(shares))] for (name, bits), row in cells.items()]
+    columns = [f"bytes of {n} tokens at 16 bits, {shares[n]:.3f} of dense" for n in sorted(shares)]
+    return _table(["budget", "bits", *columns], rows if shares else [])
 
 
 def lukv(records: Sequence[Record]) -> list[str]:

@@ -112,7 +112,8 @@ def test_fewer_tokens_by_their_bytes():
 
 def test_equal_bytes_in_columns():
     lines = bits_report.equal_bytes(RECORDS)
-    assert lines[0] == "| budget | bits | bytes of 64 tokens at 16 bits | bytes of 128 tokens at 16 bits |"
+    columns = [f"bytes of {n} tokens at 16 bits, {share} of dense" for n, share in ((64, "0.032"), (128, "0.064"))]
+    assert lines[0] == f"| budget | bits | {' | '.join(columns)} |"
     rows = [row.strip("|").split("|") for row in lines[2:]]
     assert [(row[0].strip(), row[1].strip()) for row in rows] == [
         ("TopK", "16"),
