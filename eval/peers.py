@@ -15,7 +15,8 @@ def missing_package(backend: str) -> str | None:
     package, available = PACKAGES[backend]
     if available():
         return None
-    return f"entries of QuantizedCache, {backend}, are left out: {package} is not installed. Run: pip install {package}"
+    left_out = f"QuantizedCache, {backend}, is left out: {package} is not installed"
+    return f"{left_out}. Run: pip install 'hardkv[peers]' or pip install {package}"
 
 
 class Quantized(QuantizedCache):

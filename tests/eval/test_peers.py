@@ -19,7 +19,7 @@ ENTRIES = plan(["peers"])
 def test_a_missing_package_is_named(monkeypatch):
     for backend, (package, _) in PACKAGES.items():
         monkeypatch.setitem(PACKAGES, backend, (package, lambda: False))
-        assert missing_package(backend).endswith(f"Run: pip install {package}")
+        assert missing_package(backend).endswith(f"or pip install {package}")
         monkeypatch.setitem(PACKAGES, backend, (package, lambda: True))
         assert missing_package(backend) is None
 
