@@ -9,6 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hardkv import HardKVCache
 from hardkv.cache.argument import CACHE
+from tests.cache.bare_model import BareModel
 
 TOKENS = 1000
 MODELS = {
@@ -61,3 +62,14 @@ def test_peak_of_a_prompt(name, chunk, more, tmp_path):
     for scorer in ("snapkv", "rkv"):
         made = HardKVCache(config=config, scorer=scorer, budget=TOKENS // 2, window=window)
         assert peak_bytes(lambda cache=made: run(cache), tmp_path / "trace.json") <= dense + more * held, scorer
+
+
+def test_peak_of_an_event_of_codes(tmp_path):
+    """A scorer's keys are decoded in parts, so an event takes little more than they and the new tiers."""
+    model = BareModel(1, 4, 2, 64, 0.1)
+    cache = HardKVCache(config=model.config, scorer="snapkv", budget=2000, window=32, interval=128, bits=4)
+    for count in (2300, 100):
+        queries, keys = torch.randn(1, 2, 8, count, 64).bfloat16(), torch.randn(1, 2, 4, count, 64).bfloat16()
+        model.attend(cache, queries, keys, keys.clone(), None)
+    held = 2 * 4 * 2100 * 64 * 2
+    assert peak_bytes(cache.layers[0].compress, tmp_path / "trace.json") <= 5 * held

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from hardkv.kernels.codes.reference import decode, encode
-from hardkv.kernels.rows import MAX_BUCKET_TOKENS, Rows
+from hardkv.kernels.rows import Rows
+
+# Tokens that `gather_states_reference` decodes at a time: temporaries take several times what they become.
+PART_TOKENS = 1 << 12
 
 
 def gather_codes_reference(
@@ -67,10 +70,10 @@ def gather_states_reference(
     rows: Rows,
     out: Tensor,
 ) -> None:
-    """The PyTorch reference of `gather_states`. It decodes in parts, because temporaries take several times a part."""
+    """The PyTorch reference of `gather_states`."""
     *held, dense = sources
     codes, scale, states = torch.cat([*held]), torch.cat([each[:, kind] for each in scales]), dense.flatten(0, 2)
-    parts = (each.split(MAX_BUCKET_TOKENS) for each in (address, rows.ids, out))
+    parts = (each.split(PART_TOKENS) for each in (address, rows.ids, out))
     for where, row, place in zip(*parts, strict=True):
         coded = where < codes.shape[0]
         chosen = where[coded]
