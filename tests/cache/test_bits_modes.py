@@ -10,7 +10,20 @@ from hardkv import HardKVCache
 from hardkv.cache.argument import CACHE
 from hardkv.selectors import AdaKV, Adaptive
 from tests.cache.following import Follower
-from tests.cache.test_modes import EVICT, MODES, draft_by_the_same_weights, extended, greedy, look_up, repetitive, step
+from tests.cache.test_modes import (
+    EVICT,
+    MODES,
+    beam_search,
+    chunked_prefill,
+    draft_by_the_same_weights,
+    early_stop,
+    extended,
+    greedy,
+    look_up,
+    repetitive,
+    step,
+    three_turns,
+)
 from tests.cache.test_turns import converse
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -28,10 +41,16 @@ def followed(model, name, bits, **settings):
     return cache, Follower(model, cache, name)
 
 
-@pytest.mark.parametrize("mode", MODES)
+PLAIN = "qwen3", 4, {"scorer": "snapkv", "patience": 1}
+SLIDING = "gemma3", (8, 3), {"budget": AdaKV(9)}
+
+
 @pytest.mark.parametrize(
-    ("name", "bits", "settings"),
-    [("qwen3", 4, {"scorer": "snapkv", "patience": 1}), ("gemma3", (8, 3), {"budget": AdaKV(9)})],
+    ("mode", "name", "bits", "settings"),
+    [
+        *((mode, *PLAIN) for mode in MODES),
+        *((mode, *SLIDING) for mode in (beam_search, chunked_prefill, early_stop, three_turns)),
+    ],
 )
 def test_mode(mode, name, bits, settings, tiny_model, tiny_prompts):
     """Greedy search, sampling, beams, prompts in chunks, rows that ended, several turns, forwards by hand."""
@@ -43,8 +62,10 @@ def test_mode(mode, name, bits, settings, tiny_model, tiny_prompts):
     assert all(each.since.any() for each in follower.decoded.values())
 
 
-@pytest.mark.parametrize("assistant", [look_up, draft_by_the_same_weights, "other weights"])
-@pytest.mark.parametrize(("name", "bits"), [("qwen3", 2), ("gemma3", 4)])
+@pytest.mark.parametrize(
+    ("assistant", "name", "bits"),
+    [(look_up, "gemma3", 4), (draft_by_the_same_weights, "qwen3", (4, 8)), ("other weights", "qwen3", 2)],
+)
 def test_assisted_decoding(assistant, name, bits, tiny_model):
     """What is taken back was not quantised yet."""
     model = tiny_model(name)
