@@ -49,7 +49,7 @@ class LayerEvents(LayerState):
         if total is None:
             limit = length if self.budget.limit is None else max(self.budget.limit, protected)
             total = heads * min(limit, length)
-        return max(total - heads * min(self.stay_in_dense, length), 0), fixed
+        return max(total - heads * self.stay_in_dense, 0), fixed
 
     def compress(self) -> None:
         """Run an event now: score every token, apply the budget, free the tokens that lost."""

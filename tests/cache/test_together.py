@@ -249,7 +249,11 @@ def test_what_makes_layers_of_another_kind(tiny_model, tiny_prompts):
     def of_dense(**changes):
         return {"tiers": replace(tiers, dense=replace(dense, **changes))}
 
-    wider = QueryRing(torch.zeros(2, 4, 1, 8), ring.capacity + 1)
+    more_heads = QueryRing(torch.zeros(2, 8, 1, 8), ring.capacity)
+    more_heads.append(torch.zeros(2, 8, tiers.seen, 8), None, 0)
+    fewer = QueryRing(torch.zeros(2, 4, 1, 8), ring.capacity)
+    fewer.append(torch.zeros(2, 4, 2, 8), None, tiers.seen - 2)
+    assert more_heads.available(tiers.seen) == ring.available(tiers.seen)
     for changes in (
         {"scale": 0.7},
         {"softcap": 5.0},
@@ -257,7 +261,9 @@ def test_what_makes_layers_of_another_kind(tiny_model, tiny_prompts):
         {"pinned": 3},
         {"temperatures": torch.ones(2)},
         {"tiers": replace(tiers, temperatures=None)},
-        {"ring": wider},
+        {"ring": ring.resized(ring.capacity + 1, tiers.seen)},
+        {"ring": more_heads},
+        {"ring": fewer},
         of_dense(keys=dense.keys.double()),
         of_dense(keys=dense.keys[..., :4]),
         of_dense(keys=dense.keys[:, :1]),
