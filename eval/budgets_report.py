@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from eval import bits_report
 from eval.equal_bytes import between
 from eval.intervals import bootstrap
 from eval.markdown import table
@@ -109,6 +110,15 @@ def at_bytes(study: Study, section: str) -> str:
     return "\n".join([f"\n### {section}, at the bytes held\n", *lines]) if rows else ""
 
 
+def bits(records: list[dict[str, Any]]) -> str:
+    """Show the sections `bits` and `peers` at the bytes of a model of 16 bits; the bytes held are those of float32."""
+    if all(record["section"] not in ("bits", "peers") for record in records):
+        return ""
+    parts = (bits_report.all_tokens, bits_report.equal_bytes, bits_report.fewer_tokens)
+    lines = [line for part in parts for line in (*part(records), "")]
+    return "\n".join(["\n### bits and peers, at the bytes of 16 bits\n", *lines])
+
+
 def draw(study: Study, path: Path) -> None:
     """Draw excess NLL against n, with one panel per scorer and length of the sections `main` and `long`."""
     require("viz", "matplotlib")
@@ -191,8 +201,7 @@ def report(path: Path) -> None:
         "# Ways to share a budget between heads\n\n"
         f"Written by `python -m eval.budgets report`, from {path.name}. {head}.\n\n"
         "Each cell: mean excess NLL over the dense cache = fraction of TopK's [95 % interval over texts]. TopP stands "
-        f"at TopK's bytes.\n{tables(study)}\n{at_bytes(study, 'patience')}\n"
-        f"{at_bytes(study, 'bits')}\n"
+        f"at TopK's bytes.\n{tables(study)}\n{at_bytes(study, 'patience')}\n{bits(data['records'])}\n"
     )
     write_text(path.with_suffix(".md"), text)
     if any(group[0] in ("main", "long") for group in study.cells):

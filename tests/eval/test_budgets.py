@@ -359,7 +359,7 @@ def test_batches_share_texts_and_the_scorer_chooses(monkeypatch, tmp_path):
 
 def make_record(label, n, excess, nbytes, section="main", texts="report", **entry):
     made = asdict(Entry(section, label, n, texts, **entry))
-    return made | {"excess": excess, "nbytes": float(nbytes), "dense_nbytes": 1000.0}
+    return made | {"excess": excess, "kl": excess, "nbytes": float(nbytes), "dense_nbytes": 1000.0}
 
 
 GROUP = ("main", "report", 2048, "attention")
@@ -441,7 +441,9 @@ def test_report_of_a_section_without_pictures(tmp_path, section, texts):
     path = tmp_path / "budgets.json"
     write_records(path, [make_record("some", 128, [0.1, 0.2], 9, section=section, texts=texts)])
     report(path)
-    assert "| some | 0.1500 |" in (tmp_path / "budgets.md").read_text()
+    text = (tmp_path / "budgets.md").read_text()
+    assert "| some | 0.1500 |" in text
+    assert ("| some | 128 | 16 | 0.064 | 0.1500 [" in text) == (section == "bits")
     assert not (tmp_path / "budgets.png").exists()
 
 
