@@ -345,6 +345,9 @@ def test_who_may_wait(ran):
     assert plan.may_wait(Layer(), 50)
     assert not plan.may_wait(Layer(), 51)  # two of them would be too many
     assert not plan.may_wait(Layer(across=False), 1)
+    silent = Layer()
+    silent.settings.scorer = object()  # says nothing of several layers
+    assert not plan.may_wait(silent, 1)
 
 
 def test_events_of_steps_run_after_the_last_layer(ran):

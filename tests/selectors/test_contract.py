@@ -422,6 +422,7 @@ def test_several_layers_are_split_into_each():
     for part, expected in zip(whole.split(rows), alone, strict=True):
         for name in (*flat, "values", "cu_seqlens", "context", "lengths", "row"):
             assert torch.equal(getattr(part, name), getattr(expected, name)), name
+        assert torch.equal(part.context, expected.tokens)
         assert (part.batch_size, part.num_kv_heads, part.max_length) == (2, 2, expected.max_length)
     for part, expected in zip(replace(whole, tokens=None).split(rows), alone, strict=True):
         assert torch.equal(part.context, expected.lengths.view(2, 2).amax(1))
