@@ -891,5 +891,6 @@ class TestThroughTheCache:
                 pass
             sizes.append((int(cache.lengths().sum()), cache.nbytes()))
         curves = cache.layers[0].budget.tensors(torch.device("cpu"))
-        assert len({tensor.untyped_storage().data_ptr() for tensor in curves}) == 6  # five of the curves, and the cost of a token
+        # five of the curves, and the cost of a token
+        assert len({tensor.untyped_storage().data_ptr() for tensor in curves}) == 6
         assert sizes[1] == (sizes[0][0], sizes[0][1] + sum(tensor.nbytes for tensor in curves))
