@@ -114,7 +114,7 @@ class Stats:
     budget: str
     calibration: str
     bits: str
-    layer_bits: list[tuple[int, int]]
+    layer_bits: list[list[int]]
     attention: str
     kernels: str
     decode: str
@@ -147,7 +147,7 @@ class Stats:
             budget=str(settings.budget),
             calibration="" if settings.calibration is None else str(settings.calibration),
             bits=str(settings.bits).strip("()"),
-            layer_bits=[layer.bits for layer in compressed],
+            layer_bits=[list(layer.bits) for layer in compressed],
             attention=used(_attention),
             kernels=used(lambda layer: kernels_for(layer.device, layer.dtype, layer.key_dim)),
             decode="" if steps is None else steps.how,
@@ -191,7 +191,7 @@ class Stats:
 
     def _bits(self) -> str:
         """Return the bits, and if they are "auto", in how many layers keys and values have which."""
-        layers = sorted(Counter(self.layer_bits).items(), reverse=True) if self.bits == "auto" else []
+        layers = sorted(Counter(map(tuple, self.layer_bits)).items(), reverse=True) if self.bits == "auto" else []
         which = ", ".join(f"{keys}, {values} in {count} layers" for (keys, values), count in layers)
         return f"{self.bits}: {which}" if which else self.bits
 
