@@ -28,8 +28,8 @@ from eval.budgets_plan import SCORERS, SECTIONS, Entry, Source, plan
 from eval.machine import one_line
 from eval.peers import Quantized, missing_package
 from eval.teacher_forced import Result, teacher_forced
-from hardkv import Calibration, HardKVCache, HardKVConfig, calibrate
-from hardkv.cache.storage.codec import Codec
+from eval.token_bytes import PROTECTED, ours
+from hardkv import Calibration, HardKVCache, calibrate
 from hardkv.calibration.calibrate import default_texts
 from hardkv.files import file_to_write, write_text
 from hardkv.loading import DEFAULT_MODEL, load
@@ -71,9 +71,7 @@ def tokens_at_equal_bytes(n: int, bits: Any, calibration: Calibration) -> int:
     assert calibration.key_means is not None
     assert calibration.value_means is not None
     widths = calibration.key_means.shape[-1], calibration.value_means.shape[-1]
-    codec = Codec(tuple(bits) if isinstance(bits, list) else (bits, bits), HardKVConfig.sinks, None)
-    protected = HardKVConfig.window + HardKVConfig.sinks
-    return protected + (n - protected) * (2 * sum(widths) + 5) // (codec.nbytes(*widths, itemsize=2) + 5)
+    return PROTECTED + (n - PROTECTED) * ours(16, *widths) // ours(bits, *widths)
 
 
 def make_cache(model: Any, entry: Entry, calibration: Calibration | None) -> HardKVCache | Quantized:

@@ -7,21 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from hardkv import HardKVConfig
-from hardkv.cache.storage.codec import Codec
+from hardkv.cache.storage.codec import token_nbytes
 
 HEAD_DIM = 64
 # Bytes of a token's key and value in one head.
 DENSE = 2 * 2 * HEAD_DIM
-# Tokens per head that keep 16 bits; and the bytes of a token's position and misses.
-PROTECTED, POSITION = HardKVConfig.sinks + HardKVConfig.window, 5
+# Tokens per head that keep 16 bits.
+PROTECTED = HardKVConfig.sinks + HardKVConfig.window
 
 
-def ours(bits: Any) -> int:
+def ours(bits: Any, dim: int = HEAD_DIM, value_dim: int = HEAD_DIM) -> int:
     """Return the bytes of a token in a head of HardKVCache; `bits` is a number, or a list for keys and values."""
-    if bits == 16:
-        return DENSE + POSITION
     pair = (bits[0], bits[1]) if isinstance(bits, list) else (bits, bits)
-    return Codec(pair, HardKVConfig.sinks, None).nbytes(HEAD_DIM, HEAD_DIM, itemsize=2) + POSITION
+    return token_nbytes(pair, dim, value_dim, itemsize=2)
 
 
 def quantized(bits: int) -> float:
