@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hardkv.kernels.attention.triton_codes import attend_codes
+from hardkv.kernels.attention.triton_codes import attend_coded, occupancy
 from hardkv.kernels.attention.triton_schedule import (
     OCCUPANCY,
     UNIT,
@@ -23,7 +23,6 @@ from hardkv.kernels.attention.triton_schedule import (
 )
 from hardkv.kernels.attention.triton_states import LOG2_E, attend
 from hardkv.kernels.codes import Coding
-from hardkv.kernels.codes.rotation import sign_matrix
 from hardkv.kernels.gpu import next_power_of_2
 from hardkv.kernels.rows import Rows
 
@@ -45,11 +44,6 @@ def _ragged_attention(
     fill_ptr,
     mask_ptr,
     sinks_ptr,
-    scales_ptr,
-    key_centres_ptr,
-    value_centres_ptr,
-    key_rotation_ptr,
-    value_rotation_ptr,
     row_start_ptr,
     first_row_ptr,
     share_ptr,
@@ -80,7 +74,6 @@ def _ragged_attention(
     D: tl.constexpr,
     DV: tl.constexpr,
     BM: tl.constexpr,
-    BC: tl.constexpr,
     BD: tl.constexpr,
     BDV: tl.constexpr,
     BN: tl.constexpr,
@@ -89,10 +82,6 @@ def _ragged_attention(
     MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
-    CODE_TOKENS: tl.constexpr,
-    CODE_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -124,24 +113,12 @@ def _ragged_attention(
         top = tl.full([BM], -float("inf"), tl.float32)
         norm = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BDV], tl.float32)
-        if KEY_BITS == 16 and VALUE_BITS == 16:
-            acc, top, norm = attend(
-                acc, top, norm, query,
-                keys_ptr + offset.to(tl.int64) * keys_n, values_ptr + offset.to(tl.int64) * values_n, keys_n, values_n,
-                start, stop, length, m, cu_ptr, cu_ptr, m, False, False,
-                scale, softcap, SOFTCAP, D, DV, BD, BDV, BN, STAGES, PRECISION,
-            )  # fmt: skip
-        elif start < length:
-            few = block * BM + tl.arange(0, BC)
-            at_few = batch.to(tl.int64) * query_b + (head * G + few % G) * query_h + few // G * query_q
-            acc, top, norm = attend_codes(
-                query_ptr + at_few, few < G * q_len,
-                keys_ptr + offset.to(tl.int64) * keys_n, values_ptr + offset.to(tl.int64) * values_n,
-                keys_n, values_n, scales_ptr + offset.to(tl.int64),
-                key_centres_ptr + row.to(tl.int64) * D, value_centres_ptr + row.to(tl.int64) * DV,
-                key_rotation_ptr, value_rotation_ptr, start, stop, length, scale, softcap, SOFTCAP,
-                KEY_BITS, VALUE_BITS, D, DV, BC, BM, BD, BDV, CODE_TOKENS, CODE_STAGES, PRECISION,
-            )  # fmt: skip
+        acc, top, norm = attend(
+            acc, top, norm, query,
+            keys_ptr + offset.to(tl.int64) * keys_n, values_ptr + offset.to(tl.int64) * values_n, keys_n, values_n,
+            start, stop, length, m, cu_ptr, cu_ptr, m, False, False,
+            scale, softcap, SOFTCAP, D, DV, BD, BDV, BN, STAGES, PRECISION,
+        )  # fmt: skip
         if stop > length:
             acc, top, norm = attend(
                 acc, top, norm, query,
@@ -212,8 +189,6 @@ def _ragged_attention(
 # Warps per program, and pipeline stages of about 16 KB. Fastest on an H200 for 60 MB of keys and values and more
 # (eval/speed), with `triton_schedule.OCCUPANCY`.
 WARPS, STAGES, STAGE_BYTES = 4, 3, 16 << 10
-# The same over codes, with tokens per step and programs per multiprocessor; there a thread needs most registers.
-CODE_WARPS, CODE_STAGES, CODE_TOKENS, CODE_OCCUPANCY = 2, 3, 64, 4
 
 
 def block_tokens(head_dim: int, itemsize: int) -> tuple[int, int]:
@@ -258,8 +233,9 @@ def ragged_attention(
     """
     size = max(query.shape[3], dense_values.shape[3]), query.element_size()
     blocks = query_blocks(query.shape[1] // dense_keys.shape[1], query.shape[2], *size)
-    occupancy = OCCUPANCY if coding is None else CODE_OCCUPANCY
-    schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks, occupancy)
+    queries = query.shape[1] // dense_keys.shape[1] * query.shape[2]
+    programs = OCCUPANCY if coding is None else occupancy(queries, dense_values.shape[3], coding.bits[1])
+    schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks, programs)
     tensors = query, keys, values, rows.cu_seqlens, dense_keys, dense_values, dense_positions, fill
     return launch(
         *tensors,
@@ -303,33 +279,32 @@ def launch(
     size = max(head_dim, value_dim), query.element_size()
     queries, blocks = queries_per_block(group, q_len, *size), query_blocks(group, q_len, *size)
     tokens, stages = block_tokens(*size)
+    mask = new_mask.view(torch.uint8) if new_mask is not None else None
+    if coding is not None:
+        tensors = query, keys, values, cu_seqlens, dense_keys, dense_values, dense_positions, fill
+        attend_coded(
+            *tensors, schedule, out, lse, coding, start=start, scale=scale, softcap=softcap, sinks=sinks,
+            mask=mask, queries=queries, blocks=blocks, tokens=max(tokens // 2, 16),
+        )  # fmt: skip
+        return out, lse
     programs = schedule.first_row.shape[0]
     partial = query.new_empty(2 * programs * blocks * queries, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(2 * programs * blocks * queries, dtype=torch.float32)
-    masked = new_mask is not None
-    mask = new_mask.view(torch.uint8) if new_mask is not None else fill
-    read: tuple[Tensor, ...] = (fill,) * 5
-    if coding is not None:
-        rotations = (sign_matrix(dim, query.device, query.dtype) for dim in (head_dim, value_dim))
-        read = coding.scales.view(torch.int32), coding.key_centres, coding.value_centres, *rotations
-    key_bits, value_bits = (16, 16) if coding is None else coding.bits
     _ragged_attention[(programs, blocks)](
         out, lse, partial, partial_lse, schedule.arrived,
         query, keys, values, cu_seqlens,
         dense_keys, dense_values, dense_positions, fill,
-        mask, sinks if sinks is not None else fill, *read,
+        fill if mask is None else mask, sinks if sinks is not None else fill,
         schedule.row_start, schedule.first_row, schedule.share,
         batch * num_kv_heads, start, q_len, scale, softcap or 0.0,
         *query.stride()[:3], *out.stride()[:3], keys.stride(0), values.stride(0),
         *dense_keys.stride()[:3], *dense_values.stride()[:3], dense_positions.stride(0),
-        *(mask.stride()[:2] if masked else (0, 0)),
+        *((0, 0) if mask is None else mask.stride()[:2]),
         H=num_kv_heads, G=group, D=head_dim, DV=value_dim, BM=queries, BN=tokens, UNIT=UNIT,
-        BC=8 if group * q_len <= 8 else queries,
         BD=next_power_of_2(max(head_dim, 16)), BDV=next_power_of_2(max(value_dim, 16)),
-        CAUSAL=q_len > 1 and not masked, MASKED=masked, SOFTCAP=softcap is not None, SINKS=sinks is not None,
-        KEY_BITS=key_bits, VALUE_BITS=value_bits, CODE_STAGES=CODE_STAGES,
-        CODE_TOKENS=CODE_TOKENS if size[0] <= 128 else CODE_TOKENS // 2,
+        CAUSAL=q_len > 1 and mask is None, MASKED=mask is not None,
+        SOFTCAP=softcap is not None, SINKS=sinks is not None,
         STAGES=stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=WARPS if coding is None else CODE_WARPS,
+        num_warps=WARPS,
     )  # fmt: skip
     return out, lse

@@ -21,6 +21,14 @@ def sign_matrix(dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+def pairs_matrix(dim: int, fields: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return `sign_matrix` with each field's even columns before its odd ones, for codes read two bytes at a time."""
+    with torch.inference_mode(False):
+        columns = torch.arange(dim, device=device).view(fields, -1, 2).transpose(1, 2).flatten()
+        return sign_matrix(dim, device, dtype)[:, columns].contiguous()
+
+
+@lru_cache(maxsize=64)
 def rotation(dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the orthogonal matrix M `[dim, dim]`: random signs, then a Hadamard transform. Rows of states times M.
 

@@ -27,25 +27,27 @@ def _words(levels: list[int]) -> list[str]:
     return [f"0x{int.from_bytes(octets[i : i + 4], 'little'):08X}" for i in range(0, len(octets), 4)]
 
 
-def _assembly(bits: int, centred: bool) -> str:
-    """Return PTX that turns four bytes into their levels, field by field, two float16 per register.
+def _assembly(bits: int, values: bool) -> str:
+    """Return PTX that turns four bytes into their levels, two float16 per register.
 
-    The inputs follow the outputs: codes; for 3 bits also the bytes of highest bits, and bytes that are 255 where these
-    are used as they are, 0 where they must be shifted by two.
+    The outputs are the levels of the first two bytes and of the last two, field by field; or, of values, those of the
+    first bytes of two tokens and of their second bytes. The inputs follow: codes, and for 3 bits both words of highest
+    bits; see `key_fields`.
 
     Args:
-        centred: whether to subtract the bias.
+        values: whether the bytes are two of one token and two of the next. Then the bias is subtracted.
     """
     fields = {8: 1, 4: 2}.get(bits, 4)
-    codes, high, unshifted = (f"${2 * fields + i}" for i in range(3))
+    codes, first_high, second_high = (f"${2 * fields + i}" for i in range(3))
     tables = []
     if bits < 8:
         offset = BIAS[bits] - 1024
         positive, negative = ([offset + sign * level for level in LEVELS[bits]] for sign in (1, -1))
         tables = _words(positive + negative)
-    # Opaque to the assembler, which would otherwise load constants anew before every use: no lane is below lane 0 but
-    # above lane 31, so the highest bit of this mask is 0.
-    lines = ["mov.u32 zero, %lanemask_lt;", "shr.u32 zero, zero, 31;", "or.b32 magic, zero, 0x64646464;"]
+    # Opaque to the assembler, which would otherwise load constants anew before every use: this lane's bit is not among
+    # those of the lanes below.
+    lines = ["mov.u32 zero, %lanemask_lt;", "mov.u32 first, %lanemask_eq;", "and.b32 zero, zero, first;"]
+    lines.append("or.b32 magic, zero, 0x64646464;")
     lines += [f"or.b32 table{i}, zero, {word};" for i, word in enumerate(tables)]
 
     def put(first: int, second: int, half: int) -> None:
@@ -54,10 +56,12 @@ def _assembly(bits: int, centred: bool) -> str:
             lines.append(f"prmt.b32 ${2 * number + half}, found, magic, {order};")
 
     if bits == 8:
-        lines += [f"prmt.b32 $0, {codes}, magic, 0x4140;", f"prmt.b32 $1, {codes}, magic, 0x4342;"]
-    elif bits == 4:
-        lines.append(f"xor.b32 second, {codes}, 0x88888888;")
-        lines.append(f"mov.b32 first, {codes};")
+        orders = ("0x4240", "0x4341") if values else ("0x4140", "0x4342")
+        lines += [f"prmt.b32 ${i}, {codes}, magic, {order};" for i, order in enumerate(orders)]
+    else:
+        lines.append(f"prmt.b32 first, {codes}, zero, 0x3120;" if values else f"mov.b32 first, {codes};")
+    if bits == 4:
+        lines.append("xor.b32 second, first, 0x88888888;")
         for half in (0, 1):
             if half:
                 lines += ["shr.u32 first, first, 16;", "shr.u32 second, second, 16;"]
@@ -65,12 +69,15 @@ def _assembly(bits: int, centred: bool) -> str:
             lines += ["prmt.b32 found, table0, table1, first;", "prmt.b32 other, table2, table3, second;"]
             lines.append("and.b32 found, found, other;")
             put(0, 1, half)
-    else:
+    elif bits < 4:
+        lines.append("mov.b32 bytes, first;")
         if bits == 3:
-            lines += [f"shl.b32 top, {high}, 2;", f"lop3.b32 top, {unshifted}, {high}, top, 0xCA;"]
+            lines += [f"shl.b32 top, {first_high}, 2;", f"or.b32 top, top, {second_high};"]
+            if values:
+                lines.append("prmt.b32 top, top, zero, 0x3120;")
         last = "table1" if bits == 3 else "table0"
         for field in (0, 1):
-            lines.append(f"shr.u32 first, {codes}, {2 * field};")
+            lines.append(f"shr.u32 first, bytes, {2 * field};")
             lines.append("and.b32 first, first, 0x33333333;")
             if bits == 3:
                 lines += [f"shr.u32 second, top, {field};", "lop3.b32 first, second, 0x44444444, first, 0xEA;"]
@@ -79,21 +86,25 @@ def _assembly(bits: int, centred: bool) -> str:
                     lines.append("shr.u32 first, first, 16;")
                 lines.append(f"prmt.b32 found, table0, {last}, first;")
                 put(field, field + 2, half)
-    if centred:
+    if values:
         bias = f"{0x6400 + BIAS[bits] - 1024:04X}"  # as a float16; above 1024 they are the integers
         lines.append(f"mov.b32 magic, 0x{bias}{bias};")
         lines += [f"sub.rn.f16x2 ${i}, ${i}, magic;" for i in range(2 * fields)]
-    names = "zero, magic, first, second, found, other, top, table0, table1, table2, table3"
+    names = "zero, magic, bytes, first, second, found, other, top, table0, table1, table2, table3"
     return "\n".join(["{", f".reg .b32 {names};", *lines, "}"])
 
 
 _KEYS_8, _KEYS_4, _KEYS_3, _KEYS_2 = (tl.constexpr(_assembly(bits, False)) for bits in (8, 4, 3, 2))
 _VALUES_8, _VALUES_4, _VALUES_3, _VALUES_2 = (tl.constexpr(_assembly(bits, True)) for bits in (8, 4, 3, 2))
+# The registers of each: those written, then those read.
+_READ_8, _READ_4, _READ_3, _READ_2 = (
+    tl.constexpr("=r," * written + ",".join("r" * read)) for written, read in ((2, 1), (4, 1), (8, 3), (8, 1))
+)
 _LEVELS_4, _LEVELS_3, _LEVELS_2 = (tl.constexpr(LEVELS[bits]) for bits in (4, 3, 2))
 
 
 @triton.jit
-def _plain(codes, high, unshifted, FIELD: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.constexpr):
+def _plain(codes, first_high, second_high, FIELD: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.constexpr):
     """Do for one field what the assembly does for all."""
     BIAS: tl.constexpr = KEY_BIAS_4 if BITS == 4 else KEY_BIAS_8
     if BITS == 8:
@@ -103,8 +114,8 @@ def _plain(codes, high, unshifted, FIELD: tl.constexpr, BITS: tl.constexpr, CENT
         LOW: tl.constexpr = 4 if BITS == 4 else 2
         code = (codes.to(tl.int32) >> (LOW * FIELD)) & ((1 << LOW) - 1)
         if BITS == 3:
-            top = high.to(tl.int32) >> tl.where(unshifted != 0, 2, 0)
-            code = code | (((top >> (4 * (FIELD // 2) + FIELD % 2)) & 1) << 2)
+            top = (first_high.to(tl.int32) << 2) | second_high.to(tl.int32)
+            code = code | (((top >> (4 * (FIELD // 2) + FIELD % 2 + 2)) & 1) << 2)
         HALF: tl.constexpr = 1 << (BITS - 1)
         level = tl.zeros_like(code)
         for i in tl.static_range(HALF):
@@ -114,77 +125,52 @@ def _plain(codes, high, unshifted, FIELD: tl.constexpr, BITS: tl.constexpr, CENT
 
 
 @triton.jit
-def fields_8(codes, CENTRED: tl.constexpr):
-    """Return the levels of codes of 8 bits; see `fields_4`."""
-    if PLAIN:
-        return _plain(codes, codes, codes, 0, 8, CENTRED)
-    return tl.inline_asm_elementwise(
-        _VALUES_8 if CENTRED else _KEYS_8, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
-    )
-
-
-@triton.jit
-def fields_4(codes, CENTRED: tl.constexpr):
-    """Return the levels of both fields of bytes of 4 bit codes, float16, in units of `reference.UNIT`.
+def key_fields(codes, first_high, second_high, BITS: tl.constexpr):
+    """Return the levels of all fields of bytes of codes, each float16, in units of `reference.UNIT`, plus `BIAS`.
 
     Args:
-        codes: uint8. CENTRED: whether to return levels, else each is `BIAS` larger, which takes less time.
+        codes: uint8; of 3 bits the lower two. first_high, second_high: uint8, for 3 bits: the bytes of highest bits, 0
+            but in the first or the second half of a token's codes; see `reference.pack`.
     """
+    FIELDS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    levels = ()
     if PLAIN:
-        return (
-            _plain(codes, codes, codes, 0, 4, CENTRED),
-            _plain(codes, codes, codes, 1, 4, CENTRED),
+        for i in tl.static_range(FIELDS):
+            levels += (_plain(codes, first_high, second_high, i, BITS, False),)
+    elif BITS == 8:
+        level = tl.inline_asm_elementwise(_KEYS_8, _READ_8, [codes], dtype=tl.float16, is_pure=True, pack=4)
+        levels += (level,)
+    elif BITS == 4:
+        levels = tl.inline_asm_elementwise(_KEYS_4, _READ_4, [codes], dtype=(tl.float16,) * 2, is_pure=True, pack=4)
+    elif BITS == 3:
+        levels = tl.inline_asm_elementwise(
+            _KEYS_3, _READ_3, [codes, first_high, second_high], dtype=(tl.float16,) * 4, is_pure=True, pack=4
         )
-    return tl.inline_asm_elementwise(
-        _VALUES_4 if CENTRED else _KEYS_4,
-        "=r,=r,=r,=r,r",
-        [codes],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=4,
-    )
+    else:
+        levels = tl.inline_asm_elementwise(_KEYS_2, _READ_2, [codes], dtype=(tl.float16,) * 4, is_pure=True, pack=4)
+    return levels
 
 
 @triton.jit
-def fields_3(codes, high, unshifted, CENTRED: tl.constexpr):
-    """Return the levels of all four fields of bytes of 3 bit codes; see `fields_4` and `reference.pack`.
-
-    Args:
-        codes: uint8, the lower two bits. high: uint8, the byte of highest bits. unshifted: uint8, 255 in the second
-            half of a token's codes, 0 in the first.
-    """
+def value_fields(codes, first_high, second_high, BITS: tl.constexpr):
+    """Return the levels of both bytes of int16 words of codes, field by field, without a bias; see `key_fields`."""
+    FIELDS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    levels = ()
     if PLAIN:
-        return (
-            _plain(codes, high, unshifted, 0, 3, CENTRED),
-            _plain(codes, high, unshifted, 1, 3, CENTRED),
-            _plain(codes, high, unshifted, 2, 3, CENTRED),
-            _plain(codes, high, unshifted, 3, 3, CENTRED),
+        for i in tl.static_range(FIELDS):
+            for byte in tl.static_range(2):
+                low = (codes.to(tl.int32) >> (8 * byte)) & 255
+                first = (first_high.to(tl.int32) >> (8 * byte)) & 255
+                second = (second_high.to(tl.int32) >> (8 * byte)) & 255
+                levels += (_plain(low, first, second, i, BITS, True),)
+    elif BITS == 8:
+        levels = tl.inline_asm_elementwise(_VALUES_8, _READ_8, [codes], dtype=(tl.float16,) * 2, is_pure=True, pack=2)
+    elif BITS == 4:
+        levels = tl.inline_asm_elementwise(_VALUES_4, _READ_4, [codes], dtype=(tl.float16,) * 4, is_pure=True, pack=2)
+    elif BITS == 3:
+        levels = tl.inline_asm_elementwise(
+            _VALUES_3, _READ_3, [codes, first_high, second_high], dtype=(tl.float16,) * 8, is_pure=True, pack=2
         )
-    return tl.inline_asm_elementwise(
-        _VALUES_3 if CENTRED else _KEYS_3,
-        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
-        [codes, high, unshifted],
-        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def fields_2(codes, CENTRED: tl.constexpr):
-    """Return the levels of all four fields of bytes of 2 bit codes; see `fields_4`."""
-    if PLAIN:
-        return (
-            _plain(codes, codes, codes, 0, 2, CENTRED),
-            _plain(codes, codes, codes, 1, 2, CENTRED),
-            _plain(codes, codes, codes, 2, 2, CENTRED),
-            _plain(codes, codes, codes, 3, 2, CENTRED),
-        )
-    return tl.inline_asm_elementwise(
-        _VALUES_2 if CENTRED else _KEYS_2,
-        "=r,=r,=r,=r,=r,=r,=r,=r,r",
-        [codes],
-        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-        is_pure=True,
-        pack=4,
-    )
+    else:
+        levels = tl.inline_asm_elementwise(_VALUES_2, _READ_2, [codes], dtype=(tl.float16,) * 8, is_pure=True, pack=2)
+    return levels
