@@ -341,12 +341,14 @@ def test_fixed_totals_never_move(model):
         assert cache.stats().captures == ON_GPU
 
 
-def test_rows_of_one_length_are_compacted_in_place(model, monkeypatch):
+@pytest.mark.parametrize("bits", [16, 4, (16, 3)], ids=str)
+def test_rows_of_one_length_are_compacted_in_place(model, monkeypatch, bits):
     """Once all heads keep as many tokens as before, an event rewrites them in place and allocates nothing."""
     held, in_place, after = [], [], Pool.compact
     monkeypatch.setattr(Pool, "compact", lambda *args: in_place.append(after(*args)) or in_place[-1])
     for budget in (TopK(12), AdaKV(12)):
-        cache = same(model, make_prompts(2, length=30), cache_settings={"budget": budget, "scorer": "snapkv"})[1]
+        settings = {"budget": budget, "scorer": "snapkv", "bits": bits}
+        cache = same(model, make_prompts(2, length=30), cache_settings=settings)[1]
         held.append([tiers is not None for tiers in in_place])
         for idx, pool in cache.steps.decoding.pools.items():
             assert cache.layers[idx].tiers.condensed.keys.data_ptr() == pool.tokens[0].data_ptr()

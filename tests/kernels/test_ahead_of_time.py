@@ -29,6 +29,7 @@ from hardkv.kernels.attention import triton_schedule as schedule  # noqa: E402
 from hardkv.kernels.codes import Coding, code_width  # noqa: E402
 from hardkv.kernels.codes import triton as codes  # noqa: E402
 from hardkv.kernels.codes import triton_decode as decode  # noqa: E402
+from hardkv.kernels.codes import triton_in_place as codes_in_place  # noqa: E402
 from hardkv.kernels.compaction import triton as compaction  # noqa: E402
 from hardkv.kernels.compaction import triton_in_place as in_place  # noqa: E402
 from hardkv.kernels.layout import triton as layout  # noqa: E402
@@ -239,6 +240,17 @@ def gather_codes(dim, dtype, layout, bits):
     codes.gather_codes([*tiers, (dense, dense)], scales, centres, bits, address, address[:500], *known)
 
 
+def compact_codes(dim, dtype, layout, bits):
+    first, _, dense = sources(dim, dtype, layout)
+    dense = dense if dense.dim() == 4 else dense.view(B, H, -1, dim)
+    held = [first if b == 16 else torch.empty(N, code_width(dim, b), dtype=torch.uint8) for b in bits]
+    known = [torch.zeros(size, dtype=dtype) for size in (N, 2 * N) for dtype in (torch.int32, torch.uint8)]
+    tokens = *held, *known[:2], torch.empty(N, 2, dtype=torch.float16)
+    centres, address = torch.empty(2, B * H, dim, dtype=dense.dtype), torch.zeros(2 * N, dtype=torch.int64)
+    chosen = address, address[:N], *known[2:]
+    codes_in_place.compact_codes(tokens, (dense, dense), centres, bits, cu_seqlens(), *chosen)
+
+
 def gather_states(dim, dtype, layout, bits):
     *_, dense = sources(dim, dtype, layout)
     dense = dense if dense.dim() == 4 else dense.view(B, H, -1, dim)
@@ -397,8 +409,9 @@ def test_compaction(check, arch, dim, dtype, layout, gather):
     ],
     ids=str,
 )
-def test_gathering_codes(check, arch, dim, dtype, layout, bits):
-    check(arch, gather_codes, dim, dtype, layout, bits)
+@pytest.mark.parametrize("write", [gather_codes, compact_codes])
+def test_writing_codes(check, arch, dim, dtype, layout, bits, write):
+    check(arch, write, dim, dtype, layout, bits)
 
 
 @pytest.mark.parametrize(
@@ -440,6 +453,7 @@ def test_no_kernel_is_left_out():
         gather_keys(64, "float16", "flat")
         compact(64, "float16", "flat")
         gather_codes(64, "float16", "flat", (4, 4))
+        compact_codes(64, "float16", "flat", (4, 4))
         gather_states(64, "float16", "flat", 4)
         add(64, "float16", 1, "plain")
         append_step(64, "float16")

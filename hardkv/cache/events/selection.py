@@ -90,12 +90,12 @@ class Selection:
         """
         old, settings, pool = inputs.tiers, inputs.settings, inputs.pool
         fits = self.temperatures[layer], self.fitted[layer]
-        if pool is not None and old.codec is None and not sizes.sparse:
+        if pool is not None and not sizes.sparse:
             chosen = self.address, index[0], self.positions, self.misses
             in_place = pool.compact(old, *chosen, sizes.longest_condensed, settings.window)
             if in_place is not None:
                 condensed, dense = in_place
-                return old.after_event(condensed, old.sparse, dense, *fits)
+                return old.after_event(condensed, old.sparse, dense, *fits, old.centres)
         centres = old.next_centres()
         condensed, sparse = (
             RaggedTier(

@@ -11,6 +11,7 @@ from hardkv.cache.storage.dense import DenseTier
 from hardkv.cache.storage.queries import QueryRing
 from hardkv.cache.storage.ragged import Columns, RaggedTier
 from hardkv.cache.storage.tiers import Tiers
+from hardkv.kernels.codes import compact_codes
 from hardkv.kernels.compaction import compact
 from hardkv.kernels.rows import Rows
 
@@ -96,13 +97,13 @@ class Pool:
         It is possible if all rows have one length and the event does not change it.
 
         Args:
-            tiers: in this pool, without codes; the event leaves no sparse tier.
+            tiers: in this pool; the event leaves no sparse tier.
             address: int64 `[N]`, of all tokens. index: int64 `[n]`, the tokens that go to the condensed tier.
             positions: int32 `[N]`. misses: uint8 `[N]`. longest: length of the longest new row.
-            window: tokens that stay in the dense tier.
+            window: newest tokens that stay in the dense tier, after its sinks.
         """
-        condensed, dense = tiers.condensed, tiers.dense
-        rows, kept = condensed.rows, min(dense.bound, window)
+        condensed, dense, sinks = tiers.condensed, tiers.dense, tiers.dense_sinks
+        rows, kept = condensed.rows, min(dense.bound, sinks + window)
         number = self.cu_seqlens.shape[0] - 1
         if not (
             rows.total == index.shape[0] == number * rows.longest  # all rows of one length
@@ -111,15 +112,20 @@ class Pool:
             and condensed.keys.data_ptr() == self.tokens.keys[: rows.total].data_ptr()
             and dense.keys.data_ptr() == self.dense.keys.data_ptr()
             and dense.even
-            and dense.bound >= 2 * kept  # source and target of the window do not overlap
+            and dense.bound >= 2 * kept - sinks  # source and target of the window do not overlap
+            and (tiers.codec is None or rows.total)  # rows without codes may get other centres
         ):
             return None
         held = self.tokens.map(lambda buffer: buffer[: rows.total])
-        compact(held[:4], (dense.keys, dense.values), self.cu_seqlens, address, index, positions, misses)
-        newest = slice(dense.bound - kept, dense.bound)
-        for buffer in (self.dense.keys, self.dense.values):
-            buffer[:, :, :kept].copy_(buffer[:, :, newest])
-        self.dense.positions[:, :kept].copy_(self.dense.positions[:, newest])
+        states, chosen = (dense.keys, dense.values), (self.cu_seqlens, address, index, positions, misses)
+        if tiers.codec is None or tiers.centres is None:
+            compact(held[:4], states, *chosen)
+        else:
+            compact_codes(held, states, tiers.centres, tiers.codec.bits, *chosen)
+        front, newest = slice(sinks, kept), slice(dense.bound - kept + sinks, dense.bound)
+        for buffer in states:
+            buffer[:, :, front].copy_(buffer[:, :, newest])
+        self.dense.positions[:, front].copy_(self.dense.positions[:, newest])
         self.dense.fill.fill_(kept)
         return self._condensed(held, rows.longest, kept), replace(self.dense, bound=kept)
 

@@ -6,11 +6,15 @@ from torch import Tensor
 
 from hardkv.kernels.backends import current, kernels_for
 from hardkv.kernels.codes.coding import Coding
-from hardkv.kernels.codes.gather_reference import gather_codes_reference, gather_states_reference
+from hardkv.kernels.codes.gather_reference import (
+    compact_codes_reference,
+    gather_codes_reference,
+    gather_states_reference,
+)
 from hardkv.kernels.codes.reference import code_width, decode, encode
 from hardkv.kernels.rows import Rows
 
-__all__ = ["BITS", "Coding", "code_width", "decode", "encode", "gather_codes", "gather_states"]
+__all__ = ["BITS", "Coding", "code_width", "compact_codes", "decode", "encode", "gather_codes", "gather_states"]
 
 # Bits per coordinate that states can have; 16 stands for states that are not quantised.
 BITS = (16, 8, 4, 3, 2)
@@ -53,6 +57,41 @@ def gather_codes(
         with current(address):
             return kernel.gather_codes(sources, scales, centres, bits, *chosen)
     return gather_codes_reference(sources, scales, centres, bits, *chosen)
+
+
+def compact_codes(
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    dense: tuple[Tensor, Tensor],
+    centres: tuple[Tensor, Tensor],
+    bits: tuple[int, int],
+    cu_seqlens: Tensor,
+    address: Tensor,
+    index: Tensor,
+    positions: Tensor,
+    misses: Tensor,
+) -> None:
+    """Rewrite ragged rows of codes in place with chosen tokens of their own and of the dense tier, as `compact` does.
+
+    A row's own codes move as they are; tokens of the dense tier are quantised. Row lengths do not change.
+
+    Args:
+        tokens: of the rows, contiguous: keys `[n, W]` and values `[n, Wv]`, codes or, with 16 bits, states; int32
+            positions `[n]`; uint8 misses `[n]`; float16 scales `[n, 2]`.
+        dense: keys `[B, H, C, D]` and values `[B, H, C, Dv]` of the newest tokens, in separate memory.
+        centres, bits: as in `gather_codes`.
+        cu_seqlens: int32 `[R + 1]`, the same before and after.
+        address: int64 `[N]`, index of every token in the rows and then the dense slots, as in `gather_codes`.
+        index: int64 `[n]`, which of the N tokens to take; a row's own tokens must ascend, so that none is
+            stored before its new place.
+        positions: int32 `[N]`. misses: uint8 `[N]`.
+    """
+    if kernels_for(dense[0].device, dense[0].dtype) == "triton":
+        from hardkv.kernels.codes import triton_in_place as kernel
+
+        with current(address):
+            kernel.compact_codes(tokens, dense, centres, bits, cu_seqlens, address, index, positions, misses)
+    else:
+        compact_codes_reference(tokens, dense, centres, bits, address, index, positions, misses)
 
 
 def gather_states(

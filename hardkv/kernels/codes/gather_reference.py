@@ -1,4 +1,4 @@
-"""The PyTorch references of `gather_codes` and `gather_states`."""
+"""The PyTorch references of `gather_codes`, `compact_codes` and `gather_states`."""
 
 from collections.abc import Sequence
 
@@ -41,6 +41,23 @@ def gather_codes_reference(
         new_scales.append(scale)
     stored = torch.cat([*scales, torch.stack(new_scales, 1)])
     return codes[0], codes[1], positions[index], misses[index], stored[place]
+
+
+def compact_codes_reference(
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    dense: tuple[Tensor, Tensor],
+    centres: tuple[Tensor, Tensor],
+    bits: tuple[int, int],
+    address: Tensor,
+    index: Tensor,
+    positions: Tensor,
+    misses: Tensor,
+) -> None:
+    """The PyTorch reference of `compact_codes`; it gathers before it writes, so it does not use the row boundaries."""
+    keys, values, _, _, scales = tokens
+    sources, chosen = [(keys, values), dense], (address, index, positions, misses)
+    for held, new in zip(tokens, gather_codes_reference(sources, [scales], centres, bits, *chosen), strict=True):
+        held.copy_(new)
 
 
 def gather_states_reference(

@@ -224,8 +224,12 @@ def _gather_codes_kernel(
     KEY_LEVELS: tl.constexpr,
     VALUE_LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONLY_DENSE: tl.constexpr,
 ):
-    """Gather the keys (axis 1 of the grid: 0) or values (1) of a block of tokens. KEYS, VALUES: from `_constants`."""
+    """Gather the keys (axis 1 of the grid: 0) or values (1) of a block of tokens. KEYS, VALUES: from `_constants`.
+
+    ONLY_DENSE: whether to leave out keys, values and scales of tokens that are not in the dense tier.
+    """
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = token < n
     merged = tl.load(index + token, mask=live, other=0)
@@ -233,6 +237,9 @@ def _gather_codes_kernel(
     if tl.program_id(1) == 0:
         tl.store(positions_out + token, tl.load(positions + merged, mask=live), mask=live)
         tl.store(misses_out + token, tl.load(misses + merged, mask=live), mask=live)
+    if ONLY_DENSE:
+        live = live & (where >= n_first + n_second)
+    if tl.program_id(1) == 0:
         _gather(
             token, live, where, n_first, n_second, scales_out, first_scales, second_scales,
             keys_out, first_keys, second_keys, last_keys, key_centre, key_matrix,
@@ -268,36 +275,58 @@ def gather_codes(
     misses: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run `hardkv.kernels.codes.gather_codes` in one launch."""
+    n, first = index.shape[0], sources[0]
+    keys, values = (states.new_empty(n, states.shape[1]) for states in first)
+    outs = keys, values, positions.new_empty(n), misses.new_empty(n), scales[0].new_empty(n, 2)
+    gather_into(outs, sources, scales, centres, bits, address, index, positions, misses, only_dense=False)
+    return outs
+
+
+def gather_into(
+    outs: Sequence[Tensor],
+    sources: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[Tensor],
+    centres: tuple[Tensor, Tensor],
+    bits: tuple[int, int],
+    address: Tensor,
+    index: Tensor,
+    positions: Tensor,
+    misses: Tensor,
+    *,
+    only_dense: bool,
+) -> None:
+    """Write what `gather_codes` returns to `outs`.
+
+    Args:
+        only_dense: whether to leave keys, values and scales as they are where a token is not in the dense tier.
+    """
     n = index.shape[0]
-    outs, arguments, constants = [], [], []
+    if not n:
+        return
+    arguments, constants = [], []
     for kind in (0, 1):
         first, second, dense = (source[kind] for source in sources)
         if dense.stride(-1) != 1:
             dense = dense.contiguous()
-        out, dim = first.new_empty(n, first.shape[1]), dense.shape[-1]
-        matrix = None if bits[kind] == 16 else rotation(dim, dense.device, torch.float32)
+        matrix = None if bits[kind] == 16 else rotation(dense.shape[-1], dense.device, torch.float32)
         shape = (*dense.shape[1:3], *dense.stride()[:3])
-        arguments += [out, first, second, dense, centres[kind], matrix, *shape]
+        arguments += [outs[kind], first, second, dense, centres[kind], matrix, *shape]
         constants.append(_constants(dense, bits[kind]))
-        outs.append(out)
-    outs += [positions.new_empty(n), misses.new_empty(n), scales[0].new_empty(n, 2)]
-    if n:
-        _gather_codes_kernel[(cdiv(n, BLOCK), 2)](
-            *outs[2:],
-            address,
-            index,
-            positions,
-            misses,
-            *scales,
-            n,
-            *(keys.shape[0] for keys, _ in sources[:2]),
-            *arguments,
-            KEYS=constants[0],
-            VALUES=constants[1],
-            KEY_LEVELS=LEVELS.get(bits[0], (LARGEST,)),
-            VALUE_LEVELS=LEVELS.get(bits[1], (LARGEST,)),
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
-    keys, values, new_positions, new_misses, new_scales = outs
-    return keys, values, new_positions, new_misses, new_scales
+    _gather_codes_kernel[(cdiv(n, BLOCK), 2)](
+        *outs[2:],
+        address,
+        index,
+        positions,
+        misses,
+        *scales,
+        n,
+        *(keys.shape[0] for keys, _ in sources[:2]),
+        *arguments,
+        KEYS=constants[0],
+        VALUES=constants[1],
+        KEY_LEVELS=LEVELS.get(bits[0], (LARGEST,)),
+        VALUE_LEVELS=LEVELS.get(bits[1], (LARGEST,)),
+        BLOCK=BLOCK,
+        ONLY_DENSE=only_dense,
+        num_warps=4,
+    )

@@ -66,18 +66,19 @@ def _compact_kernel(
                 where, keys, keys, last_keys, key_heads, key_capacity, key_stride_b, key_stride_h, key_stride_c,
                 n, 0, D, KEYS_FLAT,
             )  # fmt: skip
-            _move(source, keys + token * D, moved, part * WIDTH + tl.arange(0, WIDTH), D)
+            move(source, keys + token * D, moved, part * WIDTH + tl.arange(0, WIDTH), D)
         else:
             source = rows_at(
                 where, values, values, last_values,
                 value_heads, value_capacity, value_stride_b, value_stride_h, value_stride_c,
                 n, 0, DV, VALUES_FLAT,
             )  # fmt: skip
-            _move(source, values + token * DV, moved, (part - KEY_PARTS) * WIDTH + tl.arange(0, WIDTH), DV)
+            move(source, values + token * DV, moved, (part - KEY_PARTS) * WIDTH + tl.arange(0, WIDTH), DV)
 
 
 @triton.jit
-def _move(source, target, moved, column, D: tl.constexpr):
+def move(source, target, moved, column, D: tl.constexpr):
+    """Copy some columns of a tile of tokens to pointers that may point into the same tile."""
     mask = moved[:, None] & (column < D)[None, :]
     data = tl.load(source[:, None] + column[None, :], mask=mask)
     tl.debug_barrier()  # read the whole tile first: a token's new place may be the old place of another
