@@ -1,4 +1,4 @@
-"""Attend a few new queries to ragged condensed rows and the dense tail, in one launch.
+"""Attend a few new queries to ragged condensed rows and the dense tail: one launch, or three over codes.
 
 The tokens of all rows form one line: for each row its condensed tokens, then its dense slots. The line is cut into
 equal shares, one per program (`Schedule`). A program attends a row's queries to its part of the row, then goes on to
@@ -234,7 +234,7 @@ def ragged_attention(
     size = max(query.shape[3], dense_values.shape[3]), query.element_size()
     blocks = query_blocks(query.shape[1] // dense_keys.shape[1], query.shape[2], *size)
     queries = query.shape[1] // dense_keys.shape[1] * query.shape[2]
-    programs = OCCUPANCY if coding is None else occupancy(queries, dense_values.shape[3], coding.bits[1])
+    programs = OCCUPANCY if coding is None else occupancy(queries, dense_values.shape[3], coding.bits)
     schedule = schedule_for(rows, bound, dense_keys.shape[2], blocks, programs)
     tensors = query, keys, values, rows.cu_seqlens, dense_keys, dense_values, dense_positions, fill
     return launch(

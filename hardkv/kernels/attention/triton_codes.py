@@ -458,8 +458,10 @@ def _combine(
         tl.store(lse_ptr + (batch.to(tl.int64) * H * G + at_head) * q_len + column, lse / LOG2_E, mask=exists)
 
 
-# Tokens per step, stages, warps of a multiprocessor, and the most registers of a thread.
-TOKENS, STAGES, RESIDENT, REGISTERS = 64, 3, 8, 255
+# Tokens per step, and stages. Then warps of a multiprocessor with the most registers of a thread: for few queries,
+# small heads and few bits, and else. Fastest on an H200 (`python -m eval.speed.codes`).
+TOKENS, STAGES = 64, 3
+NARROW, WIDE = (12, 168), (8, 255)
 # Dims of a program that combines.
 COMBINED = 32
 
@@ -470,9 +472,14 @@ def warps_for(queries: int, value_dim: int, value_bits: int) -> int:
     return 2 if queries > 8 or next_power_of_2(value_dim) // parts >= 32 else 1
 
 
-def occupancy(queries: int, value_dim: int, value_bits: int) -> int:
-    """Return programs per multiprocessor for `queries` per row."""
-    return RESIDENT // warps_for(queries, value_dim, value_bits)
+def residents(queries: int, value_dim: int, bits: tuple[int, int]) -> tuple[int, int]:
+    """Return warps per multiprocessor, and the most registers of a thread."""
+    return NARROW if queries <= 8 and value_dim <= 128 and max(bits) < 8 else WIDE
+
+
+def occupancy(queries: int, value_dim: int, bits: tuple[int, int]) -> int:
+    """Return programs per multiprocessor for `queries` per row, and these bits of keys and values."""
+    return residents(queries, value_dim, bits)[0] // warps_for(queries, value_dim, bits[1])
 
 
 def attend_coded(
@@ -526,7 +533,7 @@ def attend_coded(
             rotated, terms, query, coding.key_centres, signs, q_len, unit, *query.stride()[:3],
             D=head_dim, BITS=key_bits, BD=dims["BD"], **shape, num_warps=4,
         )  # fmt: skip
-    limit = {} if torch.version.hip is not None else {"maxnreg": REGISTERS}
+    limit = {} if torch.version.hip is not None else {"maxnreg": residents(group * q_len, value_dim, coding.bits)[1]}
     _attend_parts[(programs, blocks)](
         partial, partial_lse, dense_partial, dense_lse, query, rotated, terms,
         keys, values, coding.scales.view(torch.int32), cu_seqlens,

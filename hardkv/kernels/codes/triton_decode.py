@@ -14,7 +14,7 @@ from torch import Tensor
 from hardkv.kernels.codes import reference
 from hardkv.kernels.codes.reference import code_width
 from hardkv.kernels.codes.rotation import sign_matrix
-from hardkv.kernels.codes.triton_fields import fields_2, fields_3, fields_4, fields_8
+from hardkv.kernels.codes.triton_fields import KEY_BIAS_4, KEY_BIAS_8, key_fields
 from hardkv.kernels.compaction.triton import copy_rows, dense_slot
 from hardkv.kernels.gpu import cdiv, next_power_of_2
 from hardkv.kernels.rows import Rows
@@ -38,7 +38,8 @@ def _rotated_back(source, held, signs, D: tl.constexpr, BITS: tl.constexpr, BYTE
         source: pointers to the codes of the tokens. held: whether to read each. signs: `[D, D]`.
     """
     # The first W bytes hold fields, each of a range of W coordinates; see `reference.pack`.
-    W: tl.constexpr = D // (1 if BITS == 8 else (2 if BITS == 4 else 4))
+    FIELDS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    W: tl.constexpr = D // FIELDS
     dim = tl.arange(0, BD)
     found = tl.zeros([held.shape[0], BD], tl.float32)
     for first in range(0, W, BYTES):
@@ -47,23 +48,15 @@ def _rotated_back(source, held, signs, D: tl.constexpr, BITS: tl.constexpr, BYTE
         codes = tl.load(source[:, None] + byte[None, :], mask=here, other=0)
         at = signs + dim[None, :] * D + byte[:, None]
         inside = (byte < W)[:, None] & (dim < D)[None, :]
-        if BITS == 8:
-            found = _add(found, fields_8(codes, True), at, inside)
-        elif BITS == 4:
-            level0, level1 = fields_4(codes, True)
-            found = _add(found, level0, at, inside)
-            found = _add(found, level1, at + W, inside)
-        else:
-            if BITS == 3:
-                high = tl.load(source[:, None] + (W + byte % (W // 2))[None, :], mask=here, other=0)
-                unshifted = tl.where(held[:, None] & (byte >= W // 2)[None, :], 255, 0).to(tl.uint8)
-                level0, level1, level2, level3 = fields_3(codes, high, unshifted, True)
-            else:
-                level0, level1, level2, level3 = fields_2(codes, True)
-            found = _add(found, level0, at, inside)
-            found = _add(found, level1, at + W, inside)
-            found = _add(found, level2, at + 2 * W, inside)
-            found = _add(found, level3, at + 3 * W, inside)
+        first_high = codes
+        second_high = codes
+        if BITS == 3:
+            high = source[:, None] + (W + byte % (W // 2))[None, :]
+            first_high = tl.load(high, mask=here & (byte < W // 2)[None, :], other=0)
+            second_high = tl.load(high, mask=here & (byte >= W // 2)[None, :], other=0)
+        levels = key_fields(codes, first_high, second_high, BITS)
+        for i in tl.static_range(FIELDS):
+            found = _add(found, levels[i] - (KEY_BIAS_4 if BITS == 4 else KEY_BIAS_8), at + i * W, inside)
     return found
 
 

@@ -75,7 +75,8 @@ def check_quantised(found, scale, states, centre, bits):
         table = torch.tensor([*LEVELS[bits], *(-level for level in LEVELS[bits])], device=DEVICE).double()
     level = table[unpack(found, bits).long()]
     least = (table - unit[..., None]).abs().amin(-1)
-    torch.testing.assert_close((level - unit).abs(), least, atol=1e-4, rtol=1e-6)
+    rounding = 3e-4 if bits == 8 else 1e-4  # of a rotation in float32, in levels that go up to 127, and to about 3
+    torch.testing.assert_close((level - unit).abs(), least, atol=rounding, rtol=1e-6)
     expected = norm[:, 0] / (level.norm(dim=1) / 64).clamp_min(1e-30)
     torch.testing.assert_close(scale.double(), expected, rtol=2**-10, atol=2**-25)
 
