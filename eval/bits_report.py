@@ -15,6 +15,7 @@ from eval.token_bytes import share
 
 Record = Mapping[str, Any]
 ABSENT = "Not measured yet."
+SPENDING = ("Risk at equal bytes", "Risk, bits auto")  # budgets that are the bytes of n tokens of 16 bits
 LUKV = (
     "TopK",
     "DuoAttention style",
@@ -34,7 +35,7 @@ def all_tokens(records: Iterable[Record]) -> list[str]:
 def fewer_tokens(records: Iterable[Record]) -> list[str]:
     """Show caches that keep a part of the tokens, at 16 and fewer bits, most bytes first."""
     found = [r for r in records if r["section"] == "bits" and r["n"] < r["length"]]
-    return _by_bytes([r for r in found if r["label"] != "Risk at equal bytes"])
+    return _by_bytes([r for r in found if r["label"] not in SPENDING])
 
 
 def equal_bytes(records: Iterable[Record]) -> list[str]:
@@ -45,8 +46,9 @@ def equal_bytes(records: Iterable[Record]) -> list[str]:
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for record in found:
         bits = _bits(record)
-        if record["label"] == "Risk at equal bytes" or (record["label"] in ("TopK", "Risk") and bits == "16"):
-            cells.setdefault((record["label"].split(" at ")[0], bits), {})[record["n"]] = loss(record)
+        if record["label"] in SPENDING or (record["label"] in ("TopK", "Risk") and bits == "16"):
+            budget = "TopK" if record["label"] == "TopK" else "Risk"
+            cells.setdefault((budget, bits), {})[record["n"]] = loss(record)
     rows = [[name, bits, *(row.get(n, "") for n in sorted(shares))] for (name, bits), row in cells.items()]
     columns = [f"bytes of {n} tokens at 16 bits, {shares[n]:.3f} of dense" for n in sorted(shares)]
     return _table(["budget", "bits", *columns], rows if shares else [])
@@ -102,8 +104,9 @@ def _by_bytes(records: list[Record]) -> list[str]:
 
 
 def _coordinate(record: Record) -> float:
-    """Return the mean bits of a coordinate."""
-    return float(np.mean(record["options"].get("bits", 16)))
+    """Return the mean bits of a coordinate, 0 where they are chosen."""
+    bits = record["options"].get("bits", 16)
+    return 0.0 if bits == "auto" else float(np.mean(bits))
 
 
 def _bits(record: Record) -> str:

@@ -459,7 +459,7 @@ def _combine(
 
 
 # Tokens per step, and stages. Then warps of a multiprocessor with the most registers of a thread: for few queries,
-# small heads and few bits, and else. Fastest on an H200 (`python -m eval.speed.codes`).
+# small heads and 4 or 2 bits, and else. Fastest on an H200 (`python -m eval.speed.codes`).
 TOKENS, STAGES = 64, 3
 NARROW, WIDE = (12, 168), (8, 255)
 # Dims of a program that combines.
@@ -474,7 +474,7 @@ def warps_for(queries: int, value_dim: int, value_bits: int) -> int:
 
 def residents(queries: int, value_dim: int, bits: tuple[int, int]) -> tuple[int, int]:
     """Return warps per multiprocessor, and the most registers of a thread."""
-    return NARROW if queries <= 8 and value_dim <= 128 and max(bits) < 8 else WIDE
+    return NARROW if queries <= 8 and value_dim <= 128 and {*bits} <= {4, 2} else WIDE
 
 
 def occupancy(queries: int, value_dim: int, bits: tuple[int, int]) -> int:

@@ -10,9 +10,8 @@ from hardkv.selectors.budgets.water_filling import Plan, Spending, bounds
 CHOICES = ((16, 16), (8, 8), (8, 4), (4, 8), (4, 4), (4, 3), (3, 4), (3, 3), (4, 2), (3, 2), (2, 2))
 # Bits are chosen for contexts of the calibration's length, or of this many times n tokens if that is more.
 CONTEXT = 8
-# How much a unit of loss by fewer bits counts beside a unit of loss by eviction: set by hand, from the study's section
-# "bits" (about .16 nats per unit by bits, 1.6 by eviction). `python -m eval.exchange` fits it.
-EXCHANGE = 0.1
+# How much a unit of loss by fewer bits counts beside a unit of loss by eviction: fitted by `python -m eval.exchange`.
+EXCHANGE = 0.13
 STEPS = 60  # of the bisection
 
 
