@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first match with a kernel's name counts; names of hardkv's own kernels begin with an underscore.
 KINDS = {
-    "attention": r"^_attend|^_ragged_attention|^_rotate_queries|^_combine|flash|fmha|sdpa|attention",
+    "attention": r"^_attend|^_ragged_attention|^rotate_queries|^combine|flash|fmha|sdpa|attention",
     "selection": r"^_(layout|assign|denominator|received|pool|gather|compact|cut|sums|spare|column)",
     "matrix products": r"nvjet|gemm|gemv|cutlass|cublas|splitK|dot_kernel|_mm_|_addmm_",
 }
