@@ -8,7 +8,7 @@ from typing import Any
 from transformers import DynamicCache
 
 from hardkv import Calibration, HardKVCache, HardKVConfig
-from hardkv.config import check_bits
+from hardkv.config import read_bits
 from hardkv.selectors import AdaKV, Adaptive, Budget, Pyramid, Risk, TopK, TopP
 
 # Budgets by the mean number of tokens kept per head.
@@ -33,7 +33,7 @@ class Configuration:
         method: one of `METHODS`. scorer: ranks the tokens; None for the full cache.
         budget: as requested: tokens per head ("1024"), a fraction of the full cache's mean length ("1/8"), or a
             mass ("p0.95"); None for the full cache.
-        bits: of the tokens that events keep: "4", or "4:2" for keys and values.
+        bits: of the tokens that events keep: "4", or "4:2" for keys and values; or "auto", with method "risk".
     """
 
     method: str
@@ -89,19 +89,6 @@ class Configuration:
         return HardKVConfig(self.scorer, budget, calibration=calibration, bits=read_bits(self.bits), **options)
 
 
-def read_bits(text: str) -> int | tuple[int, int]:
-    """Return the bits of "4", or of "4:2" for keys and values.
-
-    Raises:
-        ValueError: they are not allowed.
-    """
-    try:
-        parts = [int(part) for part in text.split(":")]
-        return check_bits(parts if len(parts) > 1 else parts[0])
-    except ValueError as error:
-        raise ValueError(f"--bits {text}: 16, 8, 4, 3 or 2, or two of them for keys and values (4:2)") from error
-
-
 def new_cache(model: Any, settings: HardKVConfig | None) -> DynamicCache:
     """Create an empty cache: HardKVCache, or the full cache for None."""
     if settings is None:
@@ -121,18 +108,21 @@ def grid(
 
     Raises:
         ValueError: a method is unknown; or a budget is unreadable or leaves no room beside window and sinks; or bits
-            are not allowed.
+            are not allowed, or are "auto" without the method "risk".
     """
     unknown = sorted(set(methods) - set(METHODS))
     if unknown:
         raise ValueError(f"--method {','.join(unknown)}: allowed are {', '.join(METHODS)}")
+    for each in bits:
+        read_bits(each)
+    if "auto" in bits and "risk" not in methods:
+        raise ValueError("--bits auto: method risk shares bytes over tokens and bits, so add it to --method")
     found = [Configuration("full")] if "full" in methods else []
     for method in (name for name in METHODS if name in methods and name != "full"):
         for scorer in scorers:
             for budget in [f"p{mass:g}" for mass in masses] if method in BY_MASS else budgets:
-                found += [Configuration(method, scorer, budget, each) for each in bits]
-    for each in bits:
-        read_bits(each)
+                suited = [each for each in bits if each != "auto" or method == "risk"]
+                found += [Configuration(method, scorer, budget, each) for each in suited]
     for configuration in found:
         if configuration.method in BY_MASS:
             TopP(float((configuration.budget or "p")[1:]))

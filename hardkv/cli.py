@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hardkv.calibration.calibrate import calibrate
-from hardkv.config import HardKVConfig
+from hardkv.config import HardKVConfig, read_bits
 from hardkv.extras import InputError, MissingPackageError, require
 from hardkv.files import file_to_write
 from hardkv.loading import load
@@ -85,8 +85,8 @@ def add_demo(subparsers: Any) -> None:
         type=_bits,
         default="16",
         metavar="N,N:N,...",
-        help="bits per coordinate of the tokens kept: 16, 8, 4, 3, 2, or two of these for keys:values; every budget "
-        "with each (default: %(default)s)",
+        help="bits per coordinate of the tokens kept: 16, 8, 4, 3, 2, two of these for keys:values, or auto, which needs "
+        "--calibration; every budget with each (default: %(default)s)",
     )
     add("--calibration", metavar="FILE", help="what `hardkv calibrate` wrote, or 'auto' or 'online' (default: none)")
     add(
@@ -221,14 +221,11 @@ def _counts(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them: 1024,512") from None
 
 
-def _bits(text: str) -> list[int | tuple[int, ...]]:
+def _bits(text: str) -> list[int | tuple[int, int] | str]:
     try:
-        pairs = [tuple(int(number) for number in part.split(":")) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be whole numbers with commas between them, or keys:values: 16,4,4:2"
-        ) from None
-    return [pair if len(pair) > 1 else pair[0] for pair in pairs]
+        return [read_bits(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _policies(text: str) -> list[str]:

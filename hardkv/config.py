@@ -30,6 +30,20 @@ def check_bits(bits: Any) -> int | tuple[int, int] | str:
     return pair[0] if pair[0] == pair[1] else pair
 
 
+def read_bits(text: str) -> int | tuple[int, int] | str:
+    """Return the bits of "4", of "4:2" for keys and values, or of "auto".
+
+    Raises:
+        ValueError: they are not allowed.
+    """
+    try:
+        parts = [int(part) for part in text.split(":")] if text != "auto" else [text]
+        return check_bits(parts if len(parts) > 1 else parts[0])
+    except ValueError:
+        allowed = ", ".join(map(str, BITS))
+        raise ValueError(f"bits {text!r} must be one of {allowed}, two of them as keys:values (4:2), or auto") from None
+
+
 @dataclass
 class HardKVConfig:
     """How a cache compresses. The constructor turns names and integers into objects and checks every value.

@@ -136,9 +136,10 @@ def test_a_prompt_longer_than_the_model_is_told(model_folder, text_file, tmp_pat
         (["demo", "--budget", "512,,256"], "must be whole numbers"),
         (["demo", "--budget", "0"], "must be at least 1"),
         (["demo", "--budget", "512,30"], "must be larger than window + sinks"),
-        (["demo", "--bits", "four"], "'four' must be whole numbers with commas between them, or keys:values"),
-        (["demo", "--bits", "16,5"], "bits=5 must be one of (16, 8, 4, 3, 2), or a pair"),
-        (["demo", "--bits", "4:4:4"], "bits=(4, 4, 4) must be one of (16, 8, 4, 3, 2), or a pair"),
+        (["demo", "--bits", "four"], "bits 'four' must be one of 16, 8, 4, 3, 2, two of them as keys:values (4:2)"),
+        (["demo", "--bits", "16,5"], "bits '5' must be one of 16, 8, 4, 3, 2"),
+        (["demo", "--bits", "4:4:4"], "bits '4:4:4' must be one of 16, 8, 4, 3, 2"),
+        (["demo", "--bits", "auto"], "bits='auto' shares the bytes of Risk(n) between tokens and bits"),
         (["demo", "--window", "0"], "window=0 must be >= 1"),
         (["demo", "--patience", "-1"], "patience=-1 must be >= 0"),
         (["demo", "--max-new-tokens", "0"], "must be at least 1"),
@@ -347,10 +348,11 @@ def test_the_demo_takes_what_calibrate_wrote(model_folder, long_texts, text_file
     saved, out = tmp_path / "c.safetensors", tmp_path / "out"
     assert run_calibrate(model_folder, long_texts, saved, *SMALL) == 0
     settings = [*SMALL, "--budget", "48", "--max-new-tokens", "4", "--calibration", saved]
-    for policy, name in ([], "risk"), (["--policy", "adaptive"], "adaptive"):
-        assert demo(model_folder, text_file, out, *settings, *policy) == 0
+    for options, name in ([], "risk"), (["--bits", "auto"], "risk"), (["--policy", "adaptive"], "adaptive"):
+        assert demo(model_folder, text_file, out, *settings, *options) == 0
         report = json.loads((out / "demo.json").read_text())["runs"][1]["settings"]
         assert report["budget"]["name"] == name
+        assert report["bits"] == ("auto" if "--bits" in options else 16)
         assert report["calibration"] == str(saved)
 
 

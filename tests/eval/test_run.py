@@ -354,7 +354,8 @@ def test_calibrated_methods_get_the_calibration_and_others_do_not():
 
 
 def test_labels_name_files_and_are_read_back():
-    found = grid(list(METHODS), ["attention", "value-norm"], ["1024", "1/8"], [0.9], ["16", "4", "4:2"], {})
+    found = grid(list(METHODS), ["attention", "value-norm"], ["1024", "1/8"], [0.9], ["16", "4", "4:2", "auto"], {})
+    assert {each.method for each in found if each.bits == "auto"} == {"risk"}
     assert len({configuration.label for configuration in found}) == len(found)
     for configuration in found:
         assert "/" not in configuration.label
