@@ -176,7 +176,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="tokens a head, or a fraction of the full cache's length (1024)",
     )
     add("--mass", type=_masses, default=[0.95], metavar="P,P", help="attention mass of topp (default: 0.95)")
-    add("--bits", type=_list, default=["16"], metavar="N,4:2", help="of the tokens kept, or of keys:values, or auto, with risk only (16)")
+    add(
+        "--bits",
+        type=_list,
+        default=["16"],
+        metavar="N,4:2",
+        help="of the tokens kept, keys:values, or auto (risk only) (16)",
+    )
     add("--samples", type=_positive, default=1, metavar="K", help="answers to every problem (default: 1)")
     add("--limit", type=_positive, metavar="N", help="so many problems only (default: all; 100 generated ones)")
     add("--stop-when-separated", action="store_true", help="add no problems once a method differs clearly from full")

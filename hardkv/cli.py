@@ -85,8 +85,8 @@ def add_demo(subparsers: Any) -> None:
         type=_bits,
         default="16",
         metavar="N,N:N,...",
-        help="bits per coordinate of the tokens kept: 16, 8, 4, 3, 2, two of these for keys:values, or auto, which needs "
-        "--calibration; every budget with each (default: %(default)s)",
+        help="bits per coordinate of the tokens kept: 16, 8, 4, 3, 2, two of these for keys:values, or auto, which "
+        "needs --calibration; every budget with each (default: %(default)s)",
     )
     add("--calibration", metavar="FILE", help="what `hardkv calibrate` wrote, or 'auto' or 'online' (default: none)")
     add(

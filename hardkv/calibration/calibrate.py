@@ -17,7 +17,7 @@ from hardkv.cache.model import Traits
 from hardkv.calibration.distortion import distortion
 from hardkv.calibration.file import Calibration, describe_scorer
 from hardkv.calibration.fingerprint import fingerprint
-from hardkv.calibration.survey import Record, Step, SurveyCache, curve_edges, squared_attention
+from hardkv.calibration.survey import Record, Step, SurveyCache, curve_edges, fit, squared_attention
 from hardkv.config import HardKVConfig
 from hardkv.selectors.checks import check_count, check_fraction, check_name
 from hardkv.selectors.scorers.scorer import Scorer, get_scorer
@@ -144,7 +144,7 @@ def calibrate(
                 cache.add_states()
             cache.reset()
             bar.set_description("fitting temperatures")
-            fits = [record.fit(p, solver) for record in records]
+            temperatures, residuals, kept = fit(records, p, solver)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -155,9 +155,9 @@ def calibrate(
     for ids in batches:
         digest.update(ids.cpu().numpy().tobytes())
     return Calibration(
-        temperatures=torch.stack([temperatures for temperatures, _, _ in fits]),
-        residuals=torch.stack([residuals for _, residuals, _ in fits]),
-        kept=torch.stack([kept for _, _, kept in fits], 1),
+        temperatures=temperatures,
+        residuals=residuals,
+        kept=kept,
         counts=counts,
         risk=torch.stack([record.curve() for record in records]),
         key_means=key_means,

@@ -93,20 +93,30 @@ class Record:
         """Return the mean loss by quantising keys or values, float32 `[H, 2, bits]`; None if it was not measured."""
         return None if self.distorted is None else (self.distorted / self.distorted_steps).float().cpu()
 
-    def fit(self, p: float, solver: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return temperatures and residuals, `[H]` each, and median kept counts `[3, H]`."""
-        width = max(z.shape[1] for z, _, _ in self.samples)
 
-        def stack(part: int, fill: Any) -> Tensor:
-            rows = [sample[part] for sample in self.samples]
-            return torch.stack([torch.nn.functional.pad(r, (0, width - r.shape[1]), value=fill) for r in rows], 1)
+def fit(records: Sequence[Record], p: float, solver: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit the temperatures of all layers at once.
 
-        z, reference, mask = stack(0, -torch.inf), stack(1, 0.0), stack(2, False)
-        fit = fit_temperatures(z, reference, p, mask=mask, solver=solver)
-        before = kept_counts(z, None, reference, p, mask=mask)
-        after = kept_counts(z, fit.temperatures, reference, p, mask=mask)
-        kept = torch.stack([counts.cpu().median(1).values for counts in (fit.counts, before, after)])
-        return fit.temperatures.float().cpu(), fit.residuals.float().cpu(), kept
+    Returns:
+        Temperatures and residuals, float32 `[L, H]`, and median kept counts, int64 `[3, L, H]`: of the raw attention,
+        and of scores before and after the fit.
+    """
+    device = records[0].samples[0][0].device  # layers may be on several
+    width = max(z.shape[1] for record in records for z, _, _ in record.samples)
+
+    def stack(part: int, fill: Any) -> Tensor:
+        layers = [[sample[part].to(device) for sample in record.samples] for record in records]
+        padded = [[torch.nn.functional.pad(r, (0, width - r.shape[1]), value=fill) for r in rows] for rows in layers]
+        return torch.cat([torch.stack(rows, 1) for rows in padded])
+
+    z, reference, mask = stack(0, -torch.inf), stack(1, 0.0), stack(2, False)
+    found = fit_temperatures(z, reference, p, mask=mask, solver=solver)
+    before = kept_counts(z, None, reference, p, mask=mask)
+    after = kept_counts(z, found.temperatures, reference, p, mask=mask)
+    kept = torch.stack([counts.median(1).values for counts in (found.counts, before, after)])
+    shape = len(records), -1
+    temperatures, residuals = (each.float().cpu().view(shape) for each in (found.temperatures, found.residuals))
+    return temperatures, residuals, kept.cpu().view(3, *shape)
 
 
 def curve_edges(most: int) -> list[int]:
