@@ -3,6 +3,8 @@
 import json
 import sys
 from itertools import accumulate
+from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,8 @@ from transformers import AutoConfig
 from eval.speed import vllm, vllm_decode
 from eval.speed.cases import MODELS
 from eval.speed.vllm_decode import WARM, WINDOW, WINDOWS, record_steps, steady, windows
+
+COMMITTED = Path(__file__).parents[2] / "eval/results/vllm.json"
 
 # Three sequences: two wait for the third, all make a token, one makes two, all make one, and two end.
 TRACE = [(0.0, 2, 2), (1.0, 2, 2), (2.0, 3, 3), (3.0, 3, 3), (4.5, 3, 4), (5.0, 3, 3)]
@@ -74,6 +78,12 @@ def test_recording_passes_every_argument_on():
     assert processor.process_outputs(outputs, engine_core_timestamp=2.5, iteration_stats="stats") == "result"
     assert trace == [(2.5, 2, 3)]
     assert calls == [((outputs,), {"engine_core_timestamp": 2.5, "iteration_stats": "stats"})]
+
+
+def test_committed_steps_are_the_medians_of_their_windows():
+    for record in json.loads(COMMITTED.read_text())["records"]:
+        assert len(record["all_step_ms"]) == WINDOWS * vllm_decode.REPEATS
+        assert record["step_ms"] == pytest.approx(median(record["all_step_ms"]))
 
 
 @pytest.mark.parametrize("model", MODELS)
