@@ -120,12 +120,16 @@ def main(asked: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
-if __name__ == "__main__":
+def machine() -> dict[str, Any]:
+    """Describe the GPU, or the CPU, and the packages of this process."""
     import torch
 
     from eval.machine import cpu, gpu
 
+    return gpu(torch.device("cuda")) if torch.cuda.is_available() else cpu()
+
+
+if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    records = main(asked)
-    machine = gpu(torch.device("cuda")) if torch.cuda.is_available() else cpu()
-    Path(asked["out"]).write_text(json.dumps({"machine": machine, "records": records}))
+    found = {"records": main(asked), "machine": machine()}
+    Path(asked["out"]).write_text(json.dumps(found))
