@@ -14,11 +14,16 @@ def step() -> str:
     for record in read("generate-bits")["records"]:
         bits = {"8bit": "8", "4bit": "4"}.get(record["method"].removesuffix("-compile").split("-")[-1], "16")
         found.setdefault(bits, []).append(record)
+    vllm = {}
+    for record in read("vllm")["records"]:
+        if (record["context"], record["batch"]) == (8192, 32):
+            bits, name = {"auto": ("16", ""), "fp8": ("8", " (fp8)")}[record["kv_cache_dtype"]]
+            vllm[bits] = f"{record['step_ms']:.1f} ms{name}"
     rows = []
     for bits, records in found.items():
         times = (f"{each['median_ms']:.1f} ms, {each['step_ms']:.1f} ms" for each in records)
-        rows.append([bits, f"{records[0]['kv_bytes'] / 1e9:.1f} GB", *times])
-    return markdown(["bits", "bytes held", "graphed", "graphed and compiled"], rows)
+        rows.append([bits, f"{records[0]['kv_bytes'] / 1e9:.1f} GB", *times, vllm.get(bits, "")])
+    return markdown(["bits", "bytes held", "graphed", "graphed and compiled", "vLLM"], rows)
 
 
 def attention() -> str:
