@@ -444,6 +444,7 @@ def test_no_kernel_is_left_out():
     launched = set()
     with pretended("sm_86", lambda self, *args, grid, warmup, **options: launched.add(self.__name__)):
         attend(64, "float16", 4, 1, "plain")
+        attend(64, "float16", 4, 1, "plain", None, (4, 4))
         score(64, "float16", 4, "mean", "plain")
         pool("max")
         lay_out(None)
