@@ -119,9 +119,9 @@ def grid(
         raise ValueError("--bits auto: method risk shares bytes over tokens and bits, so add it to --method")
     found = [Configuration("full")] if "full" in methods else []
     for method in (name for name in METHODS if name in methods and name != "full"):
+        suited = [each for each in bits if each != "auto" or method == "risk"]
         for scorer in scorers:
             for budget in [f"p{mass:g}" for mass in masses] if method in BY_MASS else budgets:
-                suited = [each for each in bits if each != "auto" or method == "risk"]
                 found += [Configuration(method, scorer, budget, each) for each in suited]
     for configuration in found:
         if configuration.method in BY_MASS:

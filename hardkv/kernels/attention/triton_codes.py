@@ -14,6 +14,7 @@ from hardkv.kernels.attention.triton_schedule import UNIT as LINE_UNIT
 from hardkv.kernels.attention.triton_schedule import Schedule
 from hardkv.kernels.attention.triton_states import LOG2_E, attend
 from hardkv.kernels.codes import Coding
+from hardkv.kernels.codes.reference import num_fields
 from hardkv.kernels.codes.rotation import pairs_matrix, sign_matrix
 from hardkv.kernels.gpu import next_power_of_2
 
@@ -148,7 +149,7 @@ COMBINED = 32
 
 def warps_for(queries: int, value_dim: int, value_bits: int) -> int:
     """Return warps per program: each needs 16 rows of values, of two bytes where they are codes, or more queries."""
-    parts = {16: 1, 8: 2, 4: 4}.get(value_bits, 8)
+    parts = 1 if value_bits == 16 else 2 * num_fields(value_bits)
     return 2 if queries > 8 or next_power_of_2(value_dim) // parts >= 32 else 1
 
 
@@ -233,7 +234,7 @@ def attend_coded(
     combined = min(COMBINED, dims["BDV"])
     signs = coding.scales
     if value_bits < 16:
-        signs = pairs_matrix(value_dim, {8: 1, 4: 2}.get(value_bits, 4), query.device, query.dtype)
+        signs = pairs_matrix(value_dim, num_fields(value_bits), query.device, query.dtype)
     combine[(rows, blocks, dims["BDV"] // combined)](
         out, lse, partial, partial_lse, dense_partial, dense_lse,
         out if sinks is None else sinks, coding.value_centres, signs,

@@ -82,6 +82,11 @@ def _levels_of(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     return levels(bits, codes.device, dtype)[codes.long()]
 
 
+def num_fields(bits: int) -> int:
+    """Return how many codes a byte of `pack` holds; of 3 bits, how many lower two bits."""
+    return {8: 1, 4: 2, 3: 4, 2: 4}[bits]
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack one code per byte, uint8 `[..., D]`, into `[..., D * bits / 8]`.
 

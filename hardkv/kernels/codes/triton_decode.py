@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hardkv.kernels.codes import reference
-from hardkv.kernels.codes.reference import code_width
+from hardkv.kernels.codes.reference import code_width, num_fields
 from hardkv.kernels.codes.rotation import sign_matrix
 from hardkv.kernels.codes.triton_fields import KEY_BIAS_4, KEY_BIAS_8, key_fields
 from hardkv.kernels.compaction.triton import copy_rows, dense_slot
@@ -136,7 +136,7 @@ def gather_states(
     dim = dense.shape[-1]
     padded = max(next_power_of_2(dim), 16)
     block = min(COORDINATES // padded, MAX_TOKENS)
-    fields = {8: 1, 4: 2}.get(bits, 4)
+    fields = num_fields(bits)
     _gather_states_kernel[(rows.cu_seqlens.shape[0] - 1, cdiv(rows.longest, block))](
         out,
         rows.cu_seqlens,

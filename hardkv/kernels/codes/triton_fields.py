@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from hardkv.kernels.backends import interpreted
-from hardkv.kernels.codes.reference import LEVELS
+from hardkv.kernels.codes.reference import LEVELS, num_fields
 
 # The interpreter runs no assembly, and only NVIDIA's GPUs run this one.
 PLAIN = tl.constexpr(interpreted() or torch.version.hip is not None)
@@ -37,7 +37,7 @@ def _assembly(bits: int, values: bool) -> str:
     Args:
         values: whether the bytes are two of one token and two of the next. Then the bias is subtracted.
     """
-    fields = {8: 1, 4: 2}.get(bits, 4)
+    fields = num_fields(bits)
     codes, first_high, second_high = (f"${2 * fields + i}" for i in range(3))
     tables = []
     if bits < 8:
